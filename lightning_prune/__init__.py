@@ -1,0 +1,33 @@
+"""Neural-network pruning as PyTorch Lightning callbacks."""
+
+from lightning_prune.constant import ConstantSparsity
+from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
+from lightning_prune.granularities import Channel, Granularity, Weight
+from lightning_prune.masks import Masks
+from lightning_prune.posttraining import prune
+from lightning_prune.pruning import Pruning
+from lightning_prune.report import sparsity, summary
+from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Channel",
+    "ConstantSparsity",
+    "Criterion",
+    "Entropy",
+    "EntropyPruning",
+    "Granularity",
+    "Magnitude",
+    "MagnitudePruning",
+    "Masks",
+    "Pruning",
+    "Random",
+    "RandomPruning",
+    "Sensitivity",
+    "SensitivityPruning",
+    "Weight",
+    "prune",
+    "sparsity",
+    "summary",
+]

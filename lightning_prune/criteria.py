@@ -1,0 +1,210 @@
+"""Criteria: how much each unit matters. The units with the lowest scores are pruned first."""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.units import Units
+
+
+class Criterion:
+    """A score for every unit; a subclass with the one method ``scores`` is a new criterion.
+
+    A criterion holds no state: what it observes is kept as ``units.statistic`` by whoever drives it.
+
+    Attributes:
+        needs: What it observes during ``window`` optimizer steps before an update: nothing beyond the weights, the
+            gradients (``observe`` is called once a step), or forward passes (once a forward of the weight's module).
+        window: How many optimizer steps it observes.
+
+    >>> class Squared(Criterion):
+    ...     def scores(self, units):
+    ...         return units.mean(torch.square)
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
+    window: int = 0
+
+    def scores(self, units: Units) -> Tensor:
+        """Return a finite score for each unit: ``units.sum`` and ``units.mean`` pool values of single weights."""
+        raise NotImplementedError
+
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        """Return the new ``units.statistic``; inputs and output are those of the module, for forward passes."""
+        raise NotImplementedError
+
+    def merge(self, statistics: list[Tensor]) -> Tensor:
+        """Return one statistic for those that the ranks gathered from their own batches."""
+        return torch.stack(statistics).sum(0)
+
+    def level(self, threshold: float) -> float:
+        """Return the score below which a unit is pruned, for a threshold in the unit of measure of the criterion."""
+        return threshold
+
+
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """The absolute value of a weight, ``|w|``; of larger units, the mean. Needs nothing.
+
+    Reference: Han et al., 2015, "Learning both Weights and Connections", arXiv:1506.02626.
+    """
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        return units.mean(torch.abs)
+
+
+@dataclass(frozen=True)
+class Random(Criterion):
+    """A number in [0, 1) for each unit, from a hash of seed, name and position: the same on every rank. Needs nothing.
+
+    Args:
+        seed: Another seed gives another order.
+    """
+
+    seed: int = 0
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        index = units.index()
+        salt = zlib.crc32(f"{self.seed}:{units.name}".encode())
+        out = torch.empty(index.shape, dtype=torch.float32, device=index.device)
+        for part, places in zip(out.view(-1).split(1 << 20), index.reshape(-1).split(1 << 20), strict=True):
+            part.copy_(_hash(places, salt) >> 8).mul_(2.0**-24)
+        return out
+
+
+def _hash(index: Tensor, salt: int) -> Tensor:
+    """Mix integers to 32 well-distributed bits (the finaliser of MurmurHash3), in int64 without overflow."""
+    mask = 0xFFFFFFFF
+    mixed = ((index & mask) * 0x9E3779B1 + (index >> 32) + salt) & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & mask
+    return mixed ^ (mixed >> 16)
+
+
+@dataclass(frozen=True)
+class Entropy(Criterion):
+    """The entropy ``H = -sum p log p``, in nats, of the output distribution of each neuron. Needs forward passes.
+
+    p is the histogram, with ``bins`` equal bins between smallest and largest value, of what the weight's module put
+    out for that neuron over the window. Where there are more values than ``samples``, evenly spaced ones stand for all.
+
+    Args:
+        prune: Which neurons go first: those of "high" or of "low" entropy.
+        bins: Number of bins, at least 2; H is at most log(bins).
+        window: Number of optimizer steps observed before an update.
+        samples: Values kept per neuron over the window.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference: Luo and Wu, 2017, "An Entropy-based Pruning Method", arXiv:1706.05791.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
+
+    prune: Literal["high", "low"] = "high"
+    bins: int = 32
+    window: int = 16
+    samples: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.prune not in ("high", "low"):
+            raise ValueError(f'prune must be "high" or "low", got {self.prune!r}')
+        _check_at_least("bins", self.bins, 2)
+        _check_at_least("window", self.window, 1)
+        _check_at_least("samples", self.samples, self.window)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        values = _channels_first(output, units)
+        room = max(1, self.samples // self.window)
+        every = math.ceil(values.shape[1] / room)
+        values = values[:, ::every].float()
+        return values if units.statistic is None else torch.cat([units.statistic, values], 1)
+
+    @override
+    def merge(self, statistics: list[Tensor]) -> Tensor:
+        return torch.cat(statistics, 1)
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        entropy = histogram_entropy(units.statistic, self.bins)
+        sign = -1.0 if self.prune == "high" else 1.0
+        return units.mean(lambda weight: units.spread(sign * entropy))
+
+    @override
+    def level(self, threshold: float) -> float:
+        return -threshold if self.prune == "high" else threshold
+
+
+def histogram_entropy(values: Tensor, bins: int) -> Tensor:
+    """Return the entropy, in nats, of the histogram of each row between its smallest and largest value.
+
+    >>> histogram_entropy(torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 1.0, 1.0]]), 4).exp().tolist()
+    [1.0, 2.0]
+    """
+    low, high = values.aminmax(dim=1, keepdim=True)
+    width = torch.where(high > low, high - low, torch.ones_like(high))
+    place = ((values - low) / width * bins).long().clamp_(0, bins - 1)
+    counts = torch.zeros(values.shape[0], bins, device=values.device)
+    counts.scatter_add_(1, place, torch.ones_like(values, dtype=counts.dtype))
+    return torch.special.entr(counts / values.shape[1]).sum(1)
+
+
+def _channels_first(output: Any, units: Units) -> Tensor:
+    """Return the output of a module as (channels, values)."""
+    dim = -max(1, units.parameter.ndim - 1)  # linear: last; convolution: in front of the spatial ones
+    if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] != units.channels:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the module of {units.name!r} must put out one channel for each of its {units.channels} rows, got {found}: "
+            f"ignore it, or use a criterion that needs no forward passes"
+        )
+    return output.detach().movedim(dim, 0).flatten(1)
+
+
+@dataclass(frozen=True)
+class Sensitivity(Criterion):
+    """The contribution of each unit to the loss, to first order: the mean over the window of ``(sum w * dL/dw)**2``.
+
+    The sum runs over the weights of the unit, the mean over optimizer steps. Needs gradients.
+
+    Args:
+        window: Number of optimizer steps observed before an update.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+
+    Reference: Molchanov et al., 2019, "Importance Estimation for Neural Network Pruning", arXiv:1906.10771.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_at_least("window", self.window, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(units.sum(lambda weight: weight * weight.grad).square())
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        return units.statistic / units.steps
+
+
+def _check_at_least(argument: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")

@@ -1,0 +1,74 @@
+"""Goal: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lightning_prune import scopes
+from lightning_prune.criteria import Criterion
+from lightning_prune.masks import Allocate
+from lightning_prune.scopes import Scope
+from lightning_prune.targets import Target, find, fractions
+
+Sparsity = float | Mapping[str, float]
+
+
+def check(sparsity: Sparsity | None, threshold: float | None) -> None:
+    """Refuse a goal that is none.
+
+    Raises:
+        ValueError: If both or neither are given, or a sparsity is outside [0, 1).
+
+    >>> check(90, None)
+    Traceback (most recent call last):
+    ValueError: sparsity must be in [0, 1), got 90
+    """
+    if (sparsity is None) == (threshold is None):
+        raise ValueError(f"give either sparsity or threshold, got sparsity={sparsity} and threshold={threshold}")
+    if isinstance(sparsity, Mapping):
+        if not sparsity:
+            raise ValueError("sparsity must map at least one pattern to a fraction, got {}")
+        for pattern, fraction in sparsity.items():
+            _check_fraction(f"sparsity[{pattern!r}]", fraction)
+    elif sparsity is not None:
+        _check_fraction("sparsity", sparsity)
+
+
+def _check_fraction(argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{argument} must be in [0, 1), got {value}")
+
+
+def find_targets(
+    model: nn.Module, sparsity: Sparsity | None, targets: Sequence[str], ignore: Sequence[str]
+) -> list[Target]:
+    """Return the parameters to prune; with a sparsity per layer, those that one of its patterns matches.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing is left to prune.
+    """
+    if not isinstance(sparsity, Mapping):
+        return find(model, targets, ignore)
+    found = find(model, targets or tuple(sparsity), ignore)
+    decided = fractions(sparsity, found)
+    return [target for target in found if target.name in decided]
+
+
+def allocation(
+    found: Sequence[Target],
+    sparsity: Sparsity | None,
+    threshold: float | None,
+    criterion: Criterion,
+    scope: Scope,
+    due: float = 1.0,
+) -> Allocate:
+    """Return the function from scores to the units that each target keeps when this fraction of the goal is due."""
+    if threshold is not None:
+        level = criterion.level(threshold)
+        return lambda scores: scopes.below(scores, level, due)
+    if isinstance(sparsity, Mapping):
+        decided = fractions(sparsity, found)
+        return lambda scores: scopes.per_layer(scores, decided, due)
+    assert sparsity is not None
+    amount = sparsity * due
+    return lambda scores: scope(scores, amount)

@@ -1,0 +1,83 @@
+"""Holding: parameters stay at their masks, because every optimizer applies them right after its step."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.masks import multiply
+from lightning_prune.shards import local
+
+
+class Holding:
+    """Masks in force: on the parameters, after each step of the optimizers, and on gradients.
+
+    Attributes:
+        stepped: Whether an optimizer has stepped since somebody set this to False.
+    """
+
+    def __init__(self) -> None:
+        self.stepped = False
+        self._masks: dict[int, Tensor] = {}
+        self._parameters: list[nn.Parameter] = []
+        self._handles: dict[int, tuple[Optimizer, RemovableHandle]] = {}
+
+    def hold(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        """Put masks in force for these parameters (by name), and apply them now."""
+        self._parameters = [parameters[name] for name in masks]
+        self._masks = {id(parameters[name]): mask for name, mask in masks.items()}
+        self.apply()
+
+    def apply(self) -> None:
+        """Apply the masks to all parameters, also those that no optimizer has."""
+        multiply([(local(parameter), self._masks[id(parameter)]) for parameter in self._parameters])
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Apply the masks after every step of this optimizer; idempotent.
+
+        Raises:
+            TypeError: If the optimizer was not set up as a torch optimizer.
+        """
+        if id(optimizer) in self._handles:
+            return
+        try:
+            handle = optimizer.register_step_post_hook(self._after_step)
+        except AttributeError as error:
+            raise TypeError(
+                f"optimizer must be set up by torch.optim.Optimizer.__init__, got {type(optimizer).__name__} without it"
+            ) from error
+        self._handles[id(optimizer)] = (optimizer, handle)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # its own parameters only: others may be part of a graph that is still to be differentiated. Counts nothing,
+        # since it can fire twice in one step, or for a step that changed nothing.
+        self.stepped = True
+        multiply([(local(parameter), mask) for parameter, mask in self._of(optimizer)])
+
+    def mask_gradients(self, optimizer: Optimizer) -> None:
+        """Zero the gradients of pruned entries: they must not count in a norm, nor in the line search of LBFGS."""
+        multiply([(local(p.grad), mask) for p, mask in self._of(optimizer) if p.grad is not None])
+
+    def release(self) -> None:
+        """Apply the masks once more and remove every hook; idempotent."""
+        self.apply()
+        for _, handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._parameters, self._masks = [], {}
+
+    def _of(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for group in optimizer.param_groups:  # read anew each time: groups may be added while training
+            for parameter in group["params"]:
+                mask = self._masks.get(id(parameter))
+                if mask is not None:
+                    yield parameter, mask
+
+
+def forget_curvature(optimizer: Optimizer) -> None:
+    """Drop what LBFGS remembers of steps under other masks; it would lead pruned weights away from zero."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()

@@ -1,0 +1,232 @@
+"""Masked training: what every callback that trains under masks shares. It holds them, saves them and shows them."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_prune.holding import Holding, forget_curvature
+from lightning_prune.masks import Masks, multiply, pack, unpack
+from lightning_prune.shards import counts_here, is_sharded, local, piece, reshard, sum_over_ranks, whole
+from lightning_prune.targets import named_parameters
+
+_FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
+
+
+class MaskedTraining(Callback):
+    """The abstract base of the callbacks: a subclass decides on masks, this holds them.
+
+    A subclass overrides ``begin`` (pick targets), ``before_step`` and ``advance`` (decide), and calls
+    ``put_in_force`` with new masks.
+
+    Args:
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total.
+
+    Attributes:
+        masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
+    """
+
+    def __init__(self, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = (), log_layers: bool = False) -> None:
+        super().__init__()
+        self.targets = tuple(targets)
+        self.ignore = tuple(ignore)
+        self.log_layers = log_layers
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget masks and everything else about a run."""
+        self.masks = Masks()
+        self._holding = Holding()
+        self._model: weakref.ref[nn.Module] | None = None
+        self._restored = False
+        self._levels: dict[str, float] = {}
+        self._sparsity_now = 0.0
+
+    @property
+    def sparsity_now(self) -> float:
+        """The fraction of zeros, 0 to 1, among the weights of the targets at this moment, counted from the masks."""
+        return self._sparsity_now
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # the names tell several callbacks of one class apart; other arguments may change from run to run
+        return self._generate_state_key(targets=self.targets, ignore=self.ignore)
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pick the targets and prepare; called once a fit, with model, optimizer and counters restored."""
+        raise NotImplementedError
+
+    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Look at the gradients of an optimizer that is about to step: accumulated, reduced, not yet masked."""
+
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
+
+    def target_names(self) -> list[str]:
+        """Return the names of the parameters whose zeros count as sparsity."""
+        return list(self.masks)
+
+    # ------------------------------------------------------------------------------------------------ masks
+
+    def put_in_force(self, trainer: Trainer, pl_module: nn.Module, masks: Masks) -> None:
+        """Hold these masks from now on, on the model and on averaged copies of it."""
+        self.masks = masks
+        parameters = named_parameters(pl_module)
+        self._holding.hold(parameters, masks)
+        for optimizer in trainer.optimizers:
+            forget_curvature(optimizer)
+        for average in _averages(trainer):
+            copies = named_parameters(average)
+            multiply([(local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items()])
+        self._count(parameters)
+
+    def _count(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        names = [name for name in self.target_names() if name in self.masks]
+        several = any(is_sharded(parameters[name]) for name in names)
+        found = [int(self.masks[n].sum()) if not several or counts_here(parameters[n]) else 0 for n in names]
+        kept = torch.tensor(found)
+        kept = (sum_over_ranks(kept) if several else kept).tolist()
+        total = sum(parameters[name].numel() for name in self.target_names())
+        self._levels = {n: 1.0 - k / parameters[n].numel() for n, k in zip(names, kept, strict=True)}
+        zeros = sum(parameters[n].numel() - k for n, k in zip(names, kept, strict=True))
+        self._sparsity_now = zeros / total if total else 0.0
+
+    def _place(self, pl_module: nn.Module) -> Masks:
+        """Return the restored masks on the devices, and in the pieces, of the parameters that they belong to."""
+        parameters = named_parameters(pl_module)
+        for name, mask in self.masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                found = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
+                raise ValueError(
+                    f"the model must have a parameter {name!r} of shape {tuple(mask.shape)}, as the checkpoint of "
+                    f"{type(self).__name__} has a mask for it, got {found}"
+                )
+        return Masks(
+            {n: piece(mask, parameters[n]).contiguous().to(parameters[n].device) for n, mask in self.masks.items()}
+        )
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+        if stage == "fit" and (found := names.intersection(_FLATTENING)):
+            raise ValueError(
+                f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
+                f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)
+        if self._model is not None and self._model() is not pl_module and not self._restored:
+            self.forget()  # the callback of an earlier fit, now with another model
+        self._model = weakref.ref(pl_module)
+        masks = self._place(pl_module) if self._restored else self.masks
+        self._restored = False
+        self.begin(trainer, pl_module)
+        self._refuse_overlap(trainer)
+        for optimizer in trainer.optimizers:
+            self._holding.attach(optimizer)
+        self.put_in_force(trainer, pl_module, masks if masks else self.masks)
+        self.advance(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.advance(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._holding.attach(optimizer)
+        self.before_step(trainer, optimizer)
+        self._holding.mask_gradients(optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._holding.stepped:
+            self._holding.stepped = False
+            self.count_step(trainer, pl_module)
+            self.advance(trainer, pl_module)
+        self._show(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._let_go(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go(pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go(pl_module)
+
+    def count_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count one training batch in which an optimizer has stepped."""
+
+    def _let_go(self, pl_module: nn.Module) -> None:
+        reshard(pl_module)
+        self._holding.release()
+
+    def _refuse_overlap(self, trainer: Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, MaskedTraining) and other is not self:
+                both = set(self.target_names()).intersection(other.target_names())
+                if both:
+                    raise ValueError(
+                        f"pruning callbacks must have disjoint targets, got {sorted(both)[:5]} in {type(self).__name__} "
+                        f"and in {type(other).__name__}"
+                    )
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        alone = sum(isinstance(callback, MaskedTraining) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]
+        name = "pruning/sparsity" if alone else f"pruning/sparsity/{','.join(self.targets) or type(self).__name__}"
+        pl_module.log(name, self.sparsity_now, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        if self.log_layers:
+            layers = {f"pruning/sparsity/{layer}": level for layer, level in self._levels.items()}
+            pl_module.log_dict(layers, on_step=True, on_epoch=False, batch_size=1)
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": 1, "masks": {name: pack(self._whole(name, mask)) for name, mask in self.masks.items()}}
+
+    def _whole(self, name: str, mask: Tensor) -> Tensor:
+        model = self._model() if self._model is not None else None
+        if model is None or self._restored:
+            return mask
+        reshard(model)
+        return whole(mask, named_parameters(model)[name])
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        masks = {}
+        for name, packed in state_dict["masks"].items():
+            try:
+                masks[name] = unpack(packed)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"the checkpoint must hold a whole mask for {name!r}, got: {error}") from error
+        self.forget()
+        self.masks, self._restored = Masks(masks), True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy keeps what was decided, and nothing that is tied to this process or to the model
+        state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**state, "_holding": Holding(), "_model": None}
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """Return the copies of the model that averaging callbacks keep."""
+    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [getattr(model, "module", model) for model in found if isinstance(model, nn.Module)]

@@ -1,0 +1,155 @@
+"""Observation: gathers the statistics of a criterion from the training that is under way, and disturbs nothing."""
+
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.criteria import Criterion
+from lightning_prune.units import Units
+
+
+class Observation:
+    """What one criterion has seen of its units since the last update.
+
+    Args:
+        criterion: Says what it needs and turns it into statistics.
+        units: The targets; their ``statistic`` and ``steps`` are filled.
+        active: Whether a forward pass counts at this moment (training does, validation does not).
+
+    Attributes:
+        steps: Number of optimizer steps seen.
+    """
+
+    def __init__(self, criterion: Criterion, units: Sequence[Units], active: Callable[[], bool] = lambda: True) -> None:
+        self.criterion = criterion
+        self.units = list(units)
+        self.active = active
+        self.steps = 0
+        self._handles: list[RemovableHandle] = []
+        self._seen: set[str] = set()
+        self._stance: Any = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether the criterion observes anything at all."""
+        return self.criterion.needs != "weights"
+
+    @property
+    def full(self) -> bool:
+        """Whether the window is full, so that an update may use the statistics."""
+        return not self.needed or self.steps >= self.criterion.window
+
+    def open(self) -> None:
+        """Start to watch forward passes, if the criterion needs them; idempotent."""
+        if self.criterion.needs != "forwards" or self._handles:
+            return
+        for unit in self.units:
+            for module in dict.fromkeys(unit.modules):
+                self._handles.append(module.register_forward_hook(_Watch(self, unit)))
+        if "torch._dynamo" in sys.modules:  # compiled code does not see hooks that came after it
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def close(self) -> None:
+        """Stop to watch; the statistics stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._stance is not None:
+            torch.compiler.set_stance("default")
+            self._stance = None
+
+    @torch.no_grad()
+    def gradients(self, parameters: Collection[int], grad_scale: float = 1.0, check: bool = False) -> None:
+        """Observe the gradients of these parameters (by id), once between two calls of ``step``.
+
+        Args:
+            parameters: Ids of the parameters that are about to be stepped.
+            grad_scale: What their gradients are multiplied by.
+            check: Whether to leave out gradients that are not finite, as a gradient scaler does.
+        """
+        if self.criterion.needs != "gradients":
+            return
+        mine = [u for u in self.units if id(u.parameter) in parameters and u.name not in self._seen]
+        mine = [u for u in mine if u.parameter.grad is not None]
+        if check and not all(bool(u.parameter.grad.isfinite().all()) for u in mine if u.parameter.grad is not None):
+            return
+        for unit in mine:
+            self._seen.add(unit.name)
+            unit.grad_scale = grad_scale
+            unit.statistic = self.criterion.observe(unit)
+
+    @torch.no_grad()
+    def forward(self, unit: Units, inputs: tuple[Any, ...], output: Any) -> None:
+        """Observe one forward pass of a unit's module, unless it is a recomputation inside a backward pass."""
+        if self.active() and torch._C._current_graph_task_id() == -1:
+            self._seen.add(unit.name)
+            unit.statistic = self.criterion.observe(unit, inputs, output)
+
+    def step(self) -> None:
+        """Count one optimizer step, if anything was seen of it."""
+        if self._seen:
+            self.steps += 1
+            self._seen.clear()
+            for unit in self.units:
+                unit.steps = self.steps
+
+    def finish(self, gather: Callable[[Tensor], list[Tensor]] | None = None) -> None:
+        """Merge what the ranks have seen, and refuse units of which nothing was seen.
+
+        Args:
+            gather: Collects a tensor from all ranks; None where each rank has the same already.
+
+        Raises:
+            ValueError: If a unit has no statistic.
+        """
+        for unit in self.units if self.needed else ():
+            if unit.statistic is None:
+                what = "gradient" if self.criterion.needs == "gradients" else "forward pass"
+                raise ValueError(
+                    f"{type(self.criterion).__name__} needs a {what} of {unit.name!r}, got none in {self.steps} steps: "
+                    f"ignore the parameter, or use a criterion that needs less"
+                )
+            if gather is not None and self.criterion.needs == "forwards":
+                unit.statistic = self.criterion.merge(gather(unit.statistic))
+
+    def reset(self) -> None:
+        """Forget the statistics: an update has used them."""
+        self.close()
+        self.steps = 0
+        self._seen.clear()
+        for unit in self.units:
+            unit.statistic, unit.steps = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics as plain tensors and numbers."""
+        return {
+            "steps": self.steps,
+            "statistics": {u.name: u.statistic.cpu() for u in self.units if u.statistic is not None},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the statistics of a run that is resumed."""
+        self.steps = int(state["steps"])
+        for unit in self.units:
+            found = state["statistics"].get(unit.name)
+            unit.statistic = None if found is None else found.to(unit.parameter.device)
+            unit.steps = self.steps
+
+
+class _Watch:
+    """The forward hook of one unit; a copy of the module carries a copy that does nothing."""
+
+    def __init__(self, observation: Observation | None = None, unit: Units | None = None) -> None:
+        self.observation = observation
+        self.unit = unit
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self.observation is not None and self.unit is not None:
+            self.observation.forward(self.unit, inputs, output)
+
+    def __reduce__(self) -> tuple[type["_Watch"], tuple[()]]:
+        return _Watch, ()

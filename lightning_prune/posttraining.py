@@ -1,0 +1,118 @@
+"""Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prune import goal, scopes
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.masks import Masks, make_masks
+from lightning_prune.observation import Observation
+from lightning_prune.scopes import Scope
+from lightning_prune.units import make_units
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def prune(
+    model: nn.Module,
+    sparsity: goal.Sparsity | None = None,
+    *,
+    criterion: Criterion = Magnitude(),
+    granularity: Granularity = Weight(),
+    scope: str | Scope = "global",
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    threshold: float | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Masks:
+    """Prune a model in place and return the masks; ``masks.apply(model)`` keeps the zeros while it trains on.
+
+    Args:
+        model: Any module.
+        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
+        criterion: Scores the units; the lowest go.
+        granularity: Which weights form a unit.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out.
+        threshold: Instead of a sparsity: prune every unit that scores below it.
+        data: Batches for a criterion that observes; as many as its ``window`` are taken.
+        loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
+            cross-entropy for integer targets, else the mean squared error.
+
+    Raises:
+        ValueError: If an argument is out of range, a pattern matches nothing, or a score is not finite.
+
+    >>> model = nn.Linear(10, 10)
+    >>> masks = prune(model, 0.75)
+    >>> int((model.weight == 0).sum())
+    75
+    """
+    goal.check(sparsity, threshold)
+    found = goal.find_targets(model, sparsity, targets, ignore)
+    units = make_units(found, model, granularity)
+    observation = Observation(criterion, units)
+    if observation.needed:
+        _observe(model, observation, data, loss or _default_loss)
+    allocate = goal.allocation(found, sparsity, threshold, criterion, scopes.resolve(scope))
+    masks = make_masks(units, criterion, allocate, {})
+    masks.apply(model)
+    return masks
+
+
+def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | None, loss: Loss) -> None:
+    """Run the model in eval mode over the data and leave it as it was: mode, gradients, buffers."""
+    criterion = observation.criterion
+    if data is None:
+        raise ValueError(f"data must be given: {type(criterion).__name__} needs {criterion.needs}, got None")
+    modes = {module: module.training for module in model.modules()}
+    grads = {parameter: parameter.grad for parameter in model.parameters()}
+    ids = {id(unit.parameter) for unit in observation.units}
+    device = next(model.parameters()).device
+    model.eval()
+    observation.open()
+    try:
+        for batch in islice(data, criterion.window):
+            batch = _to(batch, device)
+            if criterion.needs == "gradients":
+                model.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                observation.gradients(ids)
+            else:
+                with torch.no_grad():
+                    model(_inputs(batch))
+            observation.step()
+        observation.finish()
+    finally:
+        observation.close()
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+
+
+def _inputs(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, list | tuple) else batch
+
+
+def _default_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise ValueError(f"loss must be given where a batch is not (inputs, targets), got a {type(batch).__name__}")
+    output, target = model(batch[0]), batch[1]
+    return F.mse_loss(output, target) if target.is_floating_point() else F.cross_entropy(output, target)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, list | tuple):
+        return [_to(part, device) for part in batch]
+    return {key: _to(part, device) for key, part in batch.items()} if isinstance(batch, dict) else batch

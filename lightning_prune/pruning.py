@@ -1,0 +1,243 @@
+"""Pruning: the training callback. It says when masks change, and to what."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_prune import goal, report, schedules, scopes
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.masks import make_masks
+from lightning_prune.observation import Observation
+from lightning_prune.shards import reshard
+from lightning_prune.units import Units, make_units
+
+ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
+ScopeName = Literal["global", "local", "erk"]
+
+
+class Pruning(MaskedTraining):
+    """Prune a fraction of the targets by a criterion, in units of a granularity, shared over a scope, along a schedule.
+
+    Masks change between two optimizer steps only, and are applied in place after every optimizer step. The model's
+    parameters are never renamed, wrapped or replaced: its ``state_dict`` is that of the plain model at every moment.
+
+    Args:
+        sparsity: Fraction of zeros among the targets at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
+        criterion: Scores the units; the lowest go first.
+        granularity: Which weights form a unit.
+        scope: How the sparsity is shared out over the targets: "global" ranks all units together, "local" prunes every
+            target alike, "erk" keeps more of small ones; or a callable from scores and sparsity to units to keep.
+        schedule: From progress through the window to the fraction of the sparsity that is due, both 0 to 1:
+            "one_shot", "linear", "cubic", "cosine", "exponential" or a callable.
+        start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
+        end: Last update, which reaches the target; likewise.
+        interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
+        frequency: Intervals from one update to the next; None spreads about 100 updates over the window.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight: trainable,
+            floating-point, two or more dimensions, no embedding.
+        ignore: Names to leave out, in the same form.
+        threshold: Instead of a sparsity: prune every unit that scores below it.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Attributes:
+        masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
+            is prunable, or the length of a run that fractions need is unknown.
+
+    >>> callback = Pruning(0.9, schedule="linear", start=100, end=500)
+    >>> callback.sparsity_now
+    0.0
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        criterion: Criterion = Magnitude(),
+        granularity: Granularity = Weight(),
+        scope: ScopeName | scopes.Scope = "global",
+        schedule: ScheduleName | Callable[[float], float] = "cubic",
+        start: int | float = 0.1,
+        end: int | float = 0.7,
+        interval: Literal["step", "epoch"] = "step",
+        frequency: int | None = None,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        threshold: float | None = None,
+        log_layers: bool = False,
+    ) -> None:
+        goal.check(sparsity, threshold)
+        self._horizon = schedules.Horizon(start, end, interval, frequency)
+        self._schedule = schedules.resolve(schedule)
+        self._scope = scopes.resolve(scope)
+        self.sparsity = sparsity
+        self.criterion = criterion
+        self.granularity = granularity
+        self.scope = scope
+        self.schedule = schedule
+        self.start = start
+        self.end = end
+        self.interval = interval
+        self.frequency = frequency
+        self.threshold = threshold
+        super().__init__(targets, ignore, log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._units: list[Units] = []
+        self._observation = Observation(self.criterion, [])
+        self._observed: dict[str, Any] | None = None  # restored statistics, until there are units for them
+        self._window: tuple[int, int] | None = None  # resolved once: a longer resumed run must not move it
+        self._updates: list[tuple[int, float]] = []
+        self._applied = -1  # position of the last update
+        self._steps = 0
+
+    @override
+    def target_names(self) -> list[str]:
+        return [unit.name for unit in self._units]
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            self._steps = trainer.global_step
+        self._find_units(trainer, pl_module)
+        length = _length(trainer, self.interval)
+        self._window = self._window or self._horizon.window(length)
+        self._updates = schedules.updates(self._schedule, *self._window, self.frequency)
+        self._announce(length)
+
+    @override
+    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        if self._observing(trainer):
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            # fused optimizers unscale inside their step
+            scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+            stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self._observation.gradients(stepping, scaler.get_scale() if scaled else 1.0, check=scaler is not None)
+
+    @override
+    def count_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # with several optimizers global_step counts each of them, with raw ones none
+        self._steps = trainer.global_step if pl_module.automatic_optimization else self._steps + 1
+        self._observation.step()
+
+    @override
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # looks at the state and not at events: Lightning skips some hooks when a run is resumed
+        clock = trainer.current_epoch if self.interval == "epoch" else self._steps
+        due = [update for update in self._updates if self._applied < update[0] <= clock]
+        if due and self._observation.full:
+            self._update(trainer, pl_module, *due[-1])
+        if self._observing(trainer):
+            self._observation.open()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._updates and self._applied < self._updates[-1][0]:
+            rank_zero_warn(
+                f"{type(self).__name__} ended at a sparsity of {self.sparsity_now:.2%}: the run stopped before the last "
+                f"update, due at {self.interval} {self._updates[-1][0]}"
+            )
+
+    @override
+    def _let_go(self, pl_module: torch.nn.Module) -> None:
+        self._observation.close()
+        super()._let_go(pl_module)
+
+    def _update(self, trainer: Trainer, pl_module: LightningModule, position: int, due: float) -> None:
+        """Score, select, and put the new masks in force."""
+        reshard(pl_module)
+        self._find_units(trainer, pl_module)
+        self._observation.finish(_gatherer(trainer))
+        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+        allocate = goal.allocation(found, self.sparsity, self.threshold, self.criterion, self._scope, due)
+        masks = make_masks(self._units, self.criterion, allocate, self.masks)
+        self._applied = position
+        self._observation.reset()
+        self.put_in_force(trainer, pl_module, masks)
+
+    def _observing(self, trainer: Trainer) -> bool:
+        """Whether the window of optimizer steps before the next update has begun."""
+        position = next((position for position, _ in self._updates if position > self._applied), None)
+        if position is None or not self._observation.needed:
+            return False
+        steps = position if self.interval == "step" else position * _steps_per_epoch(trainer)
+        return self._steps >= steps - self.criterion.window
+
+    def _find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the targets up: lazy ones appear after the first forward, frozen ones once they are trained."""
+        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+        if [id(target.parameter) for target in found] == [id(unit.parameter) for unit in self._units]:
+            return
+        state = self._observed or self._observation.state_dict()
+        self._observation.close()
+        self._units, self._observed = make_units(found, pl_module, self.granularity), None
+        self._observation = Observation(self.criterion, self._units, lambda: bool(trainer.training))
+        self._observation.load_state_dict(state)
+
+    def _announce(self, length: float) -> None:
+        """Say what is going to happen, and warn if the run is too short for it."""
+        what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
+        name = type(self).__name__
+        rank_zero_info(report.plan(name, what, self._units, self._updates, self.interval))
+        last = self._updates[-1][0] if self._updates else 0
+        reachable = length - 1 if self.interval == "epoch" else length
+        if self._applied < last and last > reachable:
+            rank_zero_warn(
+                f"{name} will not reach its target: the last update is due at {self.interval} {last}, and the run ends "
+                f"after {length:g} {self.interval}s: train longer, or give a smaller end"
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "applied": self._applied,
+            "steps": self._steps,
+            "window": list(self._window) if self._window else None,
+            "observed": self._observed or self._observation.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._applied, self._steps = state_dict["applied"], state_dict["steps"]
+        self._window = tuple(state_dict["window"]) if state_dict["window"] else None
+        self._observed = state_dict["observed"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        observed = self._observed or self._observation.state_dict()
+        return {**super().__getstate__(), "_units": [], "_observation": Observation(self.criterion, []), "_observed": observed}
+
+
+def _length(trainer: Trainer, interval: str) -> float:
+    """Return the length of the run in intervals; infinite where it is unknown."""
+    if interval == "epoch":
+        return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    steps = trainer.estimated_stepping_batches
+    return math.inf if steps < 0 else float(steps)
+
+
+def _steps_per_epoch(trainer: Trainer) -> float:
+    """Return the optimizer steps of an epoch; 0, so that observation begins at once, where they are unknown."""
+    batches = trainer.num_training_batches
+    return 0.0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def _gatherer(trainer: Trainer) -> Callable[[Tensor], list[Tensor]] | None:
+    """Return a function that collects a tensor from all ranks; None in one process."""
+    if trainer.world_size == 1:
+        return None
+    return lambda tensor: list(trainer.strategy.all_gather(tensor).unbind(0))

@@ -1,0 +1,129 @@
+"""Report: how sparse a model is, layer by layer, and what a pruning run is going to do, as text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_prune.shards import local
+from lightning_prune.targets import Target, find
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its name, shape, number of weights, number of zeros among them."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros, 0 to 1."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sparsity of the prunable weights of a model, a row each; as text a table.
+
+    Args:
+        rows: One row a parameter.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> Row:
+        """All rows together."""
+        return Row("total", (), sum(row.weights for row in self.rows), sum(row.zeros for row in self.rows))
+
+    @override
+    def __str__(self) -> str:
+        cells = [("name", "shape", "weights", "zeros", "sparsity")]
+        for row in (*self.rows, self.total):
+            shape = " x ".join(map(str, row.shape))
+            cells.append((row.name, shape, f"{row.weights:,}", f"{row.zeros:,}", f"{row.sparsity:.2%}"))
+        lines = table(cells)
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def table(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of cells as lines of equal length: the first two columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+
+
+def summary(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> Summary:
+    """Print and return the sparsity of every prunable weight and their total.
+
+    Args:
+        model: Any module.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out.
+
+    >>> model = nn.Linear(4, 2)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> result = summary(model)
+    name    shape  weights  zeros  sparsity
+    ---------------------------------------
+    weight  2 x 4        8      6    75.00%
+    ---------------------------------------
+    total                8      6    75.00%
+    """
+    result = Summary(tuple(_rows(model, targets, ignore)))
+    print(result)
+    return result
+
+
+def sparsity(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> float:
+    """Return the fraction of zeros, 0 to 1, among the prunable weights.
+
+    Args:
+        model: Any module.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out.
+
+    >>> model = nn.Linear(4, 2)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> sparsity(model)
+    0.75
+    """
+    return Summary(tuple(_rows(model, targets, ignore))).total.sparsity
+
+
+def _rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())  # a model set up for inference
+    rows = []
+    for target in find(model, targets, ignore, frozen):
+        weights = local(target.parameter)
+        zeros = weights.numel() - int(weights.count_nonzero())
+        rows.append(Row(target.name, tuple(target.parameter.shape), weights.numel(), zeros))
+    return rows
+
+
+def plan(name: str, goal: str, targets: Sequence[Target], updates: Sequence[tuple[int, float]], interval: str) -> str:
+    """Return what a pruning run is going to do: which parameters, when each update falls, to which level.
+
+    >>> print(plan("Pruning", "sparsity 0.9", [], [(2, 0.5), (4, 1.0)], "epoch"))
+    Pruning to sparsity 0.9: 0 parameters, 0 weights
+    2 updates, at epoch (fraction of the goal): 2 (50.0%), 4 (100.0%)
+    """
+    weights = sum(target.parameter.numel() for target in targets)
+    cells = [(f"  {t.name}", " x ".join(map(str, t.parameter.shape)), f"{t.parameter.numel():,}") for t in targets]
+    when = [f"{position} ({due:.1%})" for position, due in updates]
+    if len(when) > 8:
+        when = [*when[:4], "...", *when[-3:]]
+    return "\n".join(
+        [
+            f"{name} to {goal}: {len(targets)} parameters, {weights:,} weights",
+            *(table(cells) if cells else []),
+            f"{len(updates)} updates, at {interval} (fraction of the goal): {', '.join(when)}",
+        ]
+    )

@@ -1,0 +1,168 @@
+"""Schedules: progress through the pruning window, 0 to 1, to the fraction of the target that is due."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[float], float]
+
+
+def one_shot(progress: float) -> float:
+    """Return 1.0: everything is due at the start of the window.
+
+    >>> one_shot(0.0), one_shot(1.0)
+    (1.0, 1.0)
+    """
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """Return the progress itself: equal amounts at equal distances.
+
+    >>> linear(0.25)
+    0.25
+    """
+    return progress
+
+
+def cubic(progress: float) -> float:
+    """Return ``1 - (1 - progress)**3``: much at first, while the network can still recover, little at the end.
+
+    Reference: Zhu and Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878.
+
+    >>> cubic(0.5)
+    0.875
+    """
+    return 1.0 - (1.0 - progress) ** 3
+
+
+def cosine(progress: float) -> float:
+    """Return ``(1 - cos(pi * progress)) / 2``: slow at both ends of the window.
+
+    >>> round(cosine(0.5), 6)
+    0.5
+    """
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+def exponential(progress: float) -> float:
+    """Return ``(1 - exp(-5 * progress)) / (1 - exp(-5))``: what is left to do shrinks by a constant factor.
+
+    >>> exponential(0.0), round(exponential(0.5), 3), exponential(1.0)
+    (0.0, 0.924, 1.0)
+    """
+    return math.expm1(-5.0 * progress) / math.expm1(-5.0)
+
+
+SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (one_shot, linear, cubic, cosine, exponential)}
+
+
+def resolve(schedule: str | Schedule) -> Schedule:
+    """Return the schedule of that name, or the callable itself after a look at its two ends.
+
+    Raises:
+        ValueError: If the name is unknown, or the callable leaves [0, 1], or does not end at 1.
+
+    >>> resolve("linear")(0.5)
+    0.5
+    """
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {sorted(SCHEDULES)} or a callable, got {schedule!r}")
+        return SCHEDULES[schedule]
+    first, last = schedule(0.0), schedule(1.0)
+    if not 0.0 <= first <= 1.0 or not math.isclose(last, 1.0, abs_tol=1e-9):
+        raise ValueError(f"schedule must map [0, 1] into [0, 1] and 1 to 1, got {first} at 0 and {last} at 1")
+    return schedule
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """When pruning starts and ends, as the user says it.
+
+    Args:
+        start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
+        end: Last update, likewise.
+        interval: What an int counts: "step" or "epoch".
+        frequency: Intervals from one update to the next; None for about 100 updates over the window.
+
+    Raises:
+        ValueError: If an argument is out of range, or start lies after end.
+
+    >>> Horizon(0.1, 20).window(100)
+    (10, 20)
+    """
+
+    start: int | float
+    end: int | float
+    interval: str = "step"
+    frequency: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.interval not in ("step", "epoch"):
+            raise ValueError(f'interval must be "step" or "epoch", got {self.interval!r}')
+        if self.frequency is not None and self.frequency < 1:
+            raise ValueError(f"frequency must be at least 1 {self.interval}, got {self.frequency}")
+        for argument, value in (("start", self.start), ("end", self.end)):
+            if value < 0 or (isinstance(value, float) and not value <= 1.0):
+                raise ValueError(f"{argument} must be an int of at least 0 or a float in [0, 1], got {value}")
+        if type(self.start) is type(self.end) and self.start > self.end:
+            raise ValueError(f"start must not lie after end, got start={self.start} and end={self.end}")
+
+    def window(self, length: float) -> tuple[int, int]:
+        """Return first and last update, in intervals, of a run of that length.
+
+        Raises:
+            ValueError: If a fraction meets an unknown (infinite) length, or start lies after end.
+        """
+        start, end = (self._position(argument, length) for argument in ("start", "end"))
+        if start > end:
+            raise ValueError(
+                f"start must not lie after end, got start={self.start} and end={self.end}, "
+                f"which are the {self.interval}s {start} and {end} of {length:g}"
+            )
+        return start, end
+
+    def _position(self, argument: str, length: float) -> int:
+        value: int | float = getattr(self, argument)
+        if isinstance(value, int):
+            return value
+        if math.isinf(length):
+            raise ValueError(
+                f"{argument} must be an int where the length of the run is unknown, got the fraction {value} "
+                f"of an unlimited number of {self.interval}s"
+            )
+        return round(value * length)
+
+
+def updates(schedule: Schedule, start: int, end: int, frequency: int | None) -> list[tuple[int, float]]:
+    """Return the mask updates of a run as ``(position, fraction of the target)``, in order.
+
+    Positions are start, start + frequency, ... and always ``end``; those at which nothing new is due are left out.
+
+    Args:
+        schedule: From progress to fraction.
+        start: First position, in steps or epochs.
+        end: Last position; the fraction there is 1.
+        frequency: Distance between updates; None spreads about 100 of them over the window, at least 1 apart.
+
+    Raises:
+        ValueError: If the schedule leaves [0, 1].
+
+    >>> updates(linear, 2, 7, 2)
+    [(4, 0.4), (6, 0.8), (7, 1.0)]
+    >>> updates(one_shot, 2, 7, 2)
+    [(2, 1.0)]
+    """
+    every = frequency or max(1, round((end - start) / 100))
+    plan: list[tuple[int, float]] = []
+    due = 0.0
+    for position in [*range(start, end, every), end]:
+        fraction = 1.0 if position == end else schedule((position - start) / (end - start))
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"schedule must stay in [0, 1], got {fraction} at {position}")
+        if fraction != due:
+            plan.append((position, fraction))
+            due = fraction
+    return plan

@@ -1,0 +1,108 @@
+"""Shards: the piece of a parameter that this rank holds, whether it is a plain tensor or a DTensor."""
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether ranks hold pieces of the tensor; a rank's piece may be empty, or the whole.
+
+    >>> is_sharded(torch.zeros(2))
+    False
+    """
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's piece, detached and sharing its storage; a plain tensor is its own piece.
+
+    >>> weight = torch.nn.Linear(2, 2).weight
+    >>> local(weight).data_ptr() == weight.data_ptr()
+    True
+    """
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def offsets(tensor: Tensor) -> tuple[int, ...]:
+    """Return where this rank's piece begins in the whole, per dimension.
+
+    >>> offsets(torch.zeros(2, 3))
+    (0, 0)
+    """
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
+def counts_here(tensor: Tensor) -> bool:
+    """Return whether this rank counts its piece; of several ranks with the same piece one does.
+
+    >>> counts_here(torch.zeros(2, 3))
+    True
+    """
+    if not isinstance(tensor, DTensor):
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
+    replicated = [c for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)]
+    return not any(replicated)
+
+
+def flat_index(tensor: Tensor) -> Tensor:
+    """Return the flat position in the whole (int64) of every entry of this rank's piece.
+
+    >>> flat_index(torch.zeros(2, 3)).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    piece = local(tensor)
+    index = torch.zeros(piece.shape, dtype=torch.int64, device=piece.device)
+    stride = 1
+    for dim in reversed(range(piece.ndim)):
+        place = torch.arange(piece.shape[dim], device=piece.device).add_(offsets(tensor)[dim]).mul_(stride)
+        index += place.view([-1 if d == dim else 1 for d in range(piece.ndim)])
+        stride *= tensor.shape[dim]
+    return index
+
+
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks; the tensor itself is left as it is."""
+    total = counts.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def piece(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a tensor of the whole shape that lies on this rank, as ``like`` does; a view.
+
+    >>> piece(torch.ones(2, 3), torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    for dim, (begin, length) in enumerate(zip(offsets(like), local(like).shape, strict=True)):
+        whole = whole.narrow(dim, begin if length else 0, length)
+    return whole
+
+
+def whole(piece: Tensor, like: Tensor) -> Tensor:
+    """Return the whole of which every rank holds a piece, as ``like`` does; all ranks must call it.
+
+    >>> whole(torch.ones(2, 3), torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    if not isinstance(like, DTensor):
+        return piece
+    spread = DTensor.from_local(
+        piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return spread.full_tensor()
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Put FSDP2 parameters back in pieces.
+
+    A forward without a backward (validation) leaves those of the root whole, and an edit of them would be lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,160 @@
+"""Units: one target as a criterion sees it, in units of a granularity."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.dataflow import norms_behind
+from lightning_prune.granularities import Granularity
+from lightning_prune.selection import Source
+from lightning_prune.shards import counts_here, flat_index, is_sharded, local, offsets, piece, sum_over_ranks
+from lightning_prune.targets import Target, channel_dim, named_parameters
+
+Values = Callable[[Tensor], Tensor]
+
+
+class Units:
+    """The units of one target: what a criterion scores, and what one decision prunes together.
+
+    Args:
+        target: The parameter to prune.
+        granularity: How its entries form units.
+        followers: Parameters with one entry per output channel that die with it (bias, norm), by name.
+
+    Attributes:
+        name: Qualified name of the parameter.
+        statistic: What the criterion has observed so far; None before the first observation.
+        steps: Number of optimizer steps (or batches) observed.
+        grad_scale: What the gradients are multiplied by at this moment (a gradient scaler's factor).
+
+    >>> from lightning_prune.granularities import Channel
+    >>> weight = nn.Parameter(torch.tensor([[1.0, -2.0], [0.0, 5.0]]))
+    >>> units = Units(Target("weight", weight, (nn.Linear(2, 2),)), Channel())
+    >>> units.mean(torch.abs)
+    tensor([1.5000, 2.5000])
+    """
+
+    def __init__(
+        self, target: Target, granularity: Granularity, followers: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
+        self.name = target.name
+        self.parameter = target.parameter
+        self.modules = target.modules
+        self.granularity = granularity
+        self.followers = dict(followers or {})
+        self.dim = channel_dim(target)
+        self.size = granularity.count(self.parameter.shape, self.dim)
+        self.statistic: Tensor | None = None
+        self.steps = 0
+        self.grad_scale = 1.0
+
+    @property
+    def channels(self) -> int:
+        """The number of output channels of the whole weight."""
+        return self.parameter.shape[self.dim]
+
+    def weight(self) -> Tensor:
+        """Return this rank's piece of the weight, detached, at least float32, with its gradient (unscaled) as ``grad``."""
+        weight = _at_least_float32(local(self.parameter))
+        if self.parameter.grad is not None:
+            grad = _at_least_float32(local(self.parameter.grad))
+            weight.grad = grad if self.grad_scale == 1.0 else grad / self.grad_scale
+        return weight
+
+    def sum(self, values: Values) -> Tensor:
+        """Return the sum over each unit of what ``values`` gives for the weight, entry by entry."""
+        return self._assemble(self.granularity.pool(values(self.weight()), self.dim))
+
+    def mean(self, values: Values) -> Tensor:
+        """Return the mean over each unit of what ``values`` gives for the weight, entry by entry."""
+        total = self.sum(values)
+        weights_per_unit = self.parameter.numel() // self.size
+        return total if weights_per_unit == 1 else total / weights_per_unit
+
+    def spread(self, channels: Tensor) -> Tensor:
+        """Return one number per output channel as a value for every entry of this rank's piece of the weight."""
+        shape = [-1 if d == self.dim else 1 for d in range(self.parameter.ndim)]
+        return piece(channels.view(shape).expand(self.parameter.shape), self.parameter)
+
+    def index(self) -> Tensor:
+        """Return the position (int64), in the whole target, of every unit that this rank scores."""
+        if self.granularity.spans:
+            return torch.arange(self.size, device=self.parameter.device)
+        return flat_index(self.parameter)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Return the statistic so far plus these values."""
+        return values.clone() if self.statistic is None else self.statistic + values
+
+    def source(self, scores: Callable[[], Tensor], kept: Tensor | None, several: bool) -> Source:
+        """Return where the scores of these units come from; units that are pruned already come first.
+
+        Args:
+            scores: Returns a finite score for each unit that this rank scores.
+            kept: Which units are not pruned yet; None means all.
+            several: Whether counters are summed over ranks, so that only one rank may count a unit.
+        """
+        split = is_sharded(self.parameter) and not self.granularity.spans
+        owner = counts_here(self.parameter) if split else counts_here(torch.empty(0))
+        return Source(
+            compute=scores if kept is None else lambda: scores().masked_fill(~kept, -torch.inf),
+            size=self.size,
+            shape=tuple(self.parameter.shape),
+            counts=owner or not several,
+            index=self.index if split else None,
+        )
+
+    def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        """Return which units (bool) the masks keep; None where no mask is held yet."""
+        mask = masks.get(self.name)
+        if mask is None or not self.granularity.spans:
+            return mask
+        return self._assemble(self.granularity.pool(mask.float(), self.dim)) > 0
+
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        """Return the masks, of this rank's pieces, that follow from a decision on units (bool, True = kept)."""
+        shape = self.parameter.shape if self.granularity.spans else keep.shape
+        mask = self.granularity.expand(keep, shape, self.dim)
+        masks = {self.name: piece(mask, self.parameter).contiguous() if self.granularity.spans else mask}
+        for name, follower in self.followers.items():
+            masks[name] = piece(keep, follower).clone()
+        return masks
+
+    def _assemble(self, pooled: Tensor) -> Tensor:
+        """Sum the parts of units that lie on several ranks, so that every rank holds all units."""
+        if not (is_sharded(self.parameter) and self.granularity.spans):
+            return pooled
+        whole = pooled.new_zeros(self.size)
+        if counts_here(self.parameter):
+            begin = offsets(self.parameter)[self.dim]
+            whole[begin : begin + pooled.numel()] = pooled
+        return sum_over_ranks(whole)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def make_units(found: Sequence[Target], model: nn.Module, granularity: Granularity) -> list[Units]:
+    """Return the units of every target, with the parameters of the model that follow them."""
+    if not granularity.follows:
+        return [Units(target, granularity) for target in found]
+    norms, names = norms_behind(model), {parameter: name for name, parameter in named_parameters(model).items()}
+    return [Units(target, granularity, _followers(target, norms, names)) for target in found]
+
+
+def _followers(
+    target: Target, norms: Mapping[nn.Module, nn.Module], names: Mapping[nn.Parameter, str]
+) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters with one entry for each output channel: the layer's bias, its norm's affine."""
+    owner, attribute = target.modules[0], target.name.rpartition(".")[2]
+    candidates = [getattr(owner, attribute.replace("weight", "bias"), None)] if "weight" in attribute else []
+    if norm := norms.get(owner):
+        candidates += [norm.weight, getattr(norm, "bias", None)]
+    length = target.parameter.shape[channel_dim(target)]
+    return {
+        names[parameter]: parameter
+        for parameter in candidates
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and tuple(parameter.shape) == (length,)
+    }
