@@ -2,6 +2,7 @@
 
 from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
+from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.posttraining import prune
@@ -26,6 +27,8 @@ __all__ = [
     "RandomPruning",
     "Sensitivity",
     "SensitivityPruning",
+    "SparseEarlyStopping",
+    "SparseModelCheckpoint",
     "Weight",
     "prune",
     "sparsity",

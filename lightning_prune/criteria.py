@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.selection import chunks
 from lightning_prune.units import Units
 
 
@@ -74,7 +75,7 @@ class Random(Criterion):
         index = units.index()
         salt = zlib.crc32(f"{self.seed}:{units.name}".encode())
         out = torch.empty(index.shape, dtype=torch.float32, device=index.device)
-        for part, places in zip(out.view(-1).split(1 << 20), index.reshape(-1).split(1 << 20), strict=True):
+        for part, places in zip(chunks(out), chunks(index), strict=True):
             part.copy_(_hash(places, salt) >> 8).mul_(2.0**-24)
         return out
 
@@ -157,7 +158,8 @@ def histogram_entropy(values: Tensor, bins: int) -> Tensor:
     place = ((values - low) / width * bins).long().clamp_(0, bins - 1)
     counts = torch.zeros(values.shape[0], bins, device=values.device)
     counts.scatter_add_(1, place, torch.ones_like(values, dtype=counts.dtype))
-    return torch.special.entr(counts / values.shape[1]).sum(1)
+    entropy: Tensor = torch.special.entr(counts / values.shape[1]).sum(1)
+    return entropy
 
 
 def _channels_first(output: Any, units: Units) -> Tensor:
@@ -197,12 +199,18 @@ class Sensitivity(Criterion):
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(lambda weight: weight * weight.grad).square())
+        return units.add(units.sum(weight_times_gradient).square())
 
     @override
     def scores(self, units: Units) -> Tensor:
         assert units.statistic is not None
         return units.statistic / units.steps
+
+
+def weight_times_gradient(weight: Tensor) -> Tensor:
+    """Return ``w * dL/dw``: minus the first-order change of the loss when the weight becomes zero."""
+    assert weight.grad is not None
+    return weight * weight.grad
 
 
 def _check_at_least(argument: str, value: int, least: int) -> None:

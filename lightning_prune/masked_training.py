@@ -55,6 +55,11 @@ class MaskedTraining(Callback):
         return self._sparsity_now
 
     @property
+    def reached(self) -> bool:
+        """Whether the masks are those that the callback aims at, so that what is judged now is what will be kept."""
+        return True
+
+    @property
     @override
     def state_key(self) -> str:
         # the names tell several callbacks of one class apart; other arguments may change from run to run
@@ -92,8 +97,8 @@ class MaskedTraining(Callback):
         names = [name for name in self.target_names() if name in self.masks]
         several = any(is_sharded(parameters[name]) for name in names)
         found = [int(self.masks[n].sum()) if not several or counts_here(parameters[n]) else 0 for n in names]
-        kept = torch.tensor(found)
-        kept = (sum_over_ranks(kept) if several else kept).tolist()
+        counted = torch.tensor(found)
+        kept: list[int] = (sum_over_ranks(counted) if several else counted).tolist()
         total = sum(parameters[name].numel() for name in self.target_names())
         self._levels = {n: 1.0 - k / parameters[n].numel() for n, k in zip(names, kept, strict=True)}
         zeros = sum(parameters[n].numel() - k for n, k in zip(names, kept, strict=True))

@@ -94,7 +94,8 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
     if bits.dtype != torch.uint8 or bits.numel() != -(-shape.numel() // 8):
         raise ValueError(f"a packed mask of shape {tuple(shape)} must have {-(-shape.numel() // 8)} bytes, got {bits.numel()}")
     shift = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8)
-    return (bits[:, None] >> shift).bitwise_and_(1).bool().view(-1)[: shape.numel()].view(shape)
+    flat: Tensor = (bits[:, None] >> shift).bitwise_and_(1).bool().view(-1)
+    return flat[: shape.numel()].view(shape)
 
 
 @torch.no_grad()

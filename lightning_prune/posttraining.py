@@ -84,7 +84,7 @@ def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | N
             if criterion.needs == "gradients":
                 model.zero_grad(set_to_none=True)
                 with torch.enable_grad():
-                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                    loss(model, batch).backward()
                 observation.gradients(ids)
             else:
                 with torch.no_grad():

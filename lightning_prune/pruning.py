@@ -103,6 +103,11 @@ class Pruning(MaskedTraining):
         self._applied = -1  # position of the last update
         self._steps = 0
 
+    @property
+    @override
+    def reached(self) -> bool:
+        return bool(self._updates) and self._applied >= self._updates[-1][0]
+
     @override
     def target_names(self) -> list[str]:
         return [unit.name for unit in self._units]
@@ -121,10 +126,10 @@ class Pruning(MaskedTraining):
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._observing(trainer):
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            # fused optimizers unscale inside their step
-            scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+            fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # unscales inside its step
+            scale = scaler.get_scale() if scaler is not None and fused else 1.0
             stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._observation.gradients(stepping, scaler.get_scale() if scaled else 1.0, check=scaler is not None)
+            self._observation.gradients(stepping, scale, check=scaler is not None)
 
     @override
     def count_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,7 +196,8 @@ class Pruning(MaskedTraining):
         """Say what is going to happen, and warn if the run is too short for it."""
         what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
         name = type(self).__name__
-        rank_zero_info(report.plan(name, what, self._units, self._updates, self.interval))
+        levels = [(at, due * self.sparsity if isinstance(self.sparsity, float) else due) for at, due in self._updates]
+        rank_zero_info(report.plan(name, what, {unit.name: unit.parameter for unit in self._units}, levels, self.interval))
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if self._applied < last and last > reachable:

@@ -1,13 +1,13 @@
 """Report: how sparse a model is, layer by layer, and what a pruning run is going to do, as text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.shards import local
-from lightning_prune.targets import Target, find
+from lightning_prune.targets import find
 
 
 @dataclass(frozen=True)
@@ -108,22 +108,26 @@ def _rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> li
     return rows
 
 
-def plan(name: str, goal: str, targets: Sequence[Target], updates: Sequence[tuple[int, float]], interval: str) -> str:
+def plan(
+    name: str, goal: str, parameters: Mapping[str, Tensor], updates: Sequence[tuple[int, float]], interval: str
+) -> str:
     """Return what a pruning run is going to do: which parameters, when each update falls, to which level.
 
-    >>> print(plan("Pruning", "sparsity 0.9", [], [(2, 0.5), (4, 1.0)], "epoch"))
-    Pruning to sparsity 0.9: 0 parameters, 0 weights
-    2 updates, at epoch (fraction of the goal): 2 (50.0%), 4 (100.0%)
+    >>> import torch
+    >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
+    Pruning to sparsity 0.9: 1 parameters, 12 weights
+      weight  3 x 4  12
+    2 updates, epoch (level): 2 (45.0%), 4 (90.0%)
     """
-    weights = sum(target.parameter.numel() for target in targets)
-    cells = [(f"  {t.name}", " x ".join(map(str, t.parameter.shape)), f"{t.parameter.numel():,}") for t in targets]
+    weights = sum(parameter.numel() for parameter in parameters.values())
+    cells = [(f"  {n}", " x ".join(map(str, p.shape)), f"{p.numel():,}") for n, p in parameters.items()]
     when = [f"{position} ({due:.1%})" for position, due in updates]
     if len(when) > 8:
         when = [*when[:4], "...", *when[-3:]]
     return "\n".join(
         [
-            f"{name} to {goal}: {len(targets)} parameters, {weights:,} weights",
+            f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
             *(table(cells) if cells else []),
-            f"{len(updates)} updates, at {interval} (fraction of the goal): {', '.join(when)}",
+            f"{len(updates)} updates, {interval} (level): {', '.join(when)}",
         ]
     )

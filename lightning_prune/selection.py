@@ -19,6 +19,12 @@ def identity(counts: Tensor) -> Tensor:
     return counts
 
 
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the entries of a tensor in flat order, a cache-sized piece at a time; views where it is contiguous."""
+    flat = tensor.reshape(-1)
+    return (flat[begin : begin + _CHUNK] for begin in range(0, flat.numel(), _CHUNK))
+
+
 def keys(scores: Tensor, bits: int = 32) -> Tensor:
     """Return signed integers of 32 or 64 bits that order as the floats do (-0.0 equals 0.0).
 
@@ -167,14 +173,14 @@ class Scores(Mapping[str, Tensor]):
         if cut is None or cut.count != k:
             cut = _Cut(k, *self._kth([name], k))
         picked = torch.empty_like(scores, dtype=torch.bool).reshape(-1)
-        for out, key in zip(picked.split(_CHUNK), self._keys(scores), strict=True):
+        for out, key in zip(chunks(picked), self._keys(scores), strict=True):
             torch.le(key, cut.key, out=out)
         if cut.ties < cut.equal:
             self._break_ties(name, scores, picked, cut)
         return picked.view_as(scores)
 
     def _keys(self, scores: Tensor) -> Iterator[Tensor]:
-        return (keys(chunk, self._bits) for chunk in scores.reshape(-1).split(_CHUNK))
+        return (keys(chunk, self._bits) for chunk in chunks(scores))
 
     def _kth(self, names: list[str], k: int) -> tuple[int, int, int]:
         mine = [name for name in names if self._sources[name].counts]

@@ -23,7 +23,7 @@ def local(tensor: Tensor) -> Tensor:
     >>> local(weight).data_ptr() == weight.data_ptr()
     True
     """
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def offsets(tensor: Tensor) -> tuple[int, ...]:

@@ -107,8 +107,8 @@ def find(
         and not any(matches(p, entry.aliases) for p in ignore)
     ]
     if not found and not any(is_lazy(entry.parameter) for entry in weights):
-        frozen = [entry.name for entry in weights if not entry.parameter.requires_grad]
-        why = f"frozen: {frozen[:5]}" if frozen else f"its parameters: {[entry.name for entry in entries[:5]]}"
+        still = [entry.name for entry in weights if not entry.parameter.requires_grad]
+        why = f"frozen: {still[:5]}" if still else f"its parameters: {[entry.name for entry in entries[:5]]}"
         raise ValueError(
             f"the model must have a prunable parameter (trainable, floating-point, two or more dimensions, matched by "
             f"targets and not by ignore), got none ({why})"
