@@ -3,10 +3,10 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from typing_extensions import override
 
 from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.namespaces import EarlyStopping, ModelCheckpoint
 
 
 def target_reached(trainer: Trainer) -> bool:

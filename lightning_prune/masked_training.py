@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.holding import Holding, forget_curvature
 from lightning_prune.masks import Masks, multiply, pack, unpack
+from lightning_prune.namespaces import Callback
 from lightning_prune.shards import counts_here, is_sharded, local, piece, reshard, sum_over_ranks, whole
 from lightning_prune.targets import named_parameters
 

@@ -147,7 +147,7 @@ class Scores(Mapping[str, Tensor]):
 
     def below(self, level: float) -> int:
         """Return how many units score below ``level``, on all ranks."""
-        found = [int((self[name] < level).sum()) if source.counts else 0 for name, source in self._sources.items()]
+        found = [int((self._counted(name) < level).sum()) for name in self]
         return int(self._reduce(torch.tensor(found)).sum())
 
     def counts(self, k: int) -> dict[str, int]:
@@ -183,15 +183,20 @@ class Scores(Mapping[str, Tensor]):
         return (keys(chunk, self._bits) for chunk in chunks(scores))
 
     def _kth(self, names: list[str], k: int) -> tuple[int, int, int]:
-        mine = [name for name in names if self._sources[name].counts]
-        return kth(lambda: (key for name in mine for key in self._keys(self[name])), k, self._bits, self._reduce)
+        def stream() -> Iterator[Tensor]:
+            return (key for name in names for key in self._keys(self._counted(name)))
+
+        return kth(stream, k, self._bits, self._reduce)
+
+    def _counted(self, name: str) -> Tensor:
+        """Return the scores that this rank counts; all ranks compute them, since that may be a common effort."""
+        scores = self[name]
+        return scores if self._sources[name].counts else scores[:0]
 
     def _around(self, name: str, level: int) -> tuple[int, int]:
         """Count this rank's units of one target below and at a key."""
-        if not self._sources[name].counts:
-            return 0, 0
         under = at = 0
-        for key in self._keys(self[name]):
+        for key in self._keys(self._counted(name)):
             under += int((key < level).sum())
             at += int((key == level).sum())
         return under, at
