@@ -168,7 +168,8 @@ def _channels_first(output: Any, units: Units) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] != units.channels:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"the module of {units.name!r} must put out one channel for each of its {units.channels} rows, got {found}: "
+            f"the module of {units.name!r} must put out a channel for each of its {units.channels} rows, got {found}: "
+            f""
             f"ignore it, or use a criterion that needs no forward passes"
         )
     return output.detach().movedim(dim, 0).flatten(1)

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Node, Tracer
-from torch.nn import functional as F
 from typing_extensions import override
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # what may lie between a layer and its norm: zeros stay zeros, channels stay in their place
 _TRANSPARENT = (nn.Identity, nn.modules.dropout._DropoutNd, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
-_TRANSPARENT_CALLS = (F.relu, F.leaky_relu, F.gelu, F.silu, F.dropout, F.tanh, F.elu)
+_NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu", "dropout")
+_TRANSPARENT_CALLS = tuple(getattr(nn.functional, name) for name in _NAMES)
 
 
 class _Quiet(Tracer):
@@ -20,7 +20,7 @@ class _Quiet(Tracer):
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(m.children()) or m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        return not any(m.children()) or (m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential))
 
     @override
     def call_module(
@@ -43,7 +43,7 @@ def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
         return {}
     try:
         graph = _Quiet().trace(model)
-    except Exception:  # noqa: BLE001 - a trace runs the user's forward on stand-ins and may fail in any way
+    except Exception:
         return {layer: norm for child in model.children() for layer, norm in norms_behind(child).items()}
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]

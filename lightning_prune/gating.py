@@ -11,11 +11,12 @@ from lightning_prune.namespaces import EarlyStopping, ModelCheckpoint
 
 def target_reached(trainer: Trainer) -> bool:
     """Return whether every pruning callback of the trainer has reached its target; True if there is none."""
-    return all(callback.reached for callback in trainer.callbacks if isinstance(callback, MaskedTraining))  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return all(callback.reached for callback in callbacks if isinstance(callback, MaskedTraining))
 
 
 class SparseModelCheckpoint(ModelCheckpoint):
-    """A ``ModelCheckpoint`` that saves only once the target sparsity is reached, so that "best" is never the dense model.
+    """A ``ModelCheckpoint`` that waits for the target sparsity, so that "best" is never the dense model.
 
     Takes the arguments of Lightning's ``ModelCheckpoint``. For resuming an interrupted run, add a plain one with
     ``save_last=True``.

@@ -61,7 +61,7 @@ class Weight(Granularity):
 
 @dataclass(frozen=True)
 class Channel(Granularity):
-    """A unit is a neuron or output channel: its row of weights, its bias entry, the affine entries of the norm behind it.
+    """A unit is a neuron or output channel: its row of weights, its bias entry, the affine entries of its norm.
 
     >>> Channel().pool(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0)
     tensor([3., 7.])

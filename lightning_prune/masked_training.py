@@ -189,10 +189,8 @@ class MaskedTraining(Callback):
             if isinstance(other, MaskedTraining) and other is not self:
                 both = set(self.target_names()).intersection(other.target_names())
                 if both:
-                    raise ValueError(
-                        f"pruning callbacks must have disjoint targets, got {sorted(both)[:5]} in {type(self).__name__} "
-                        f"and in {type(other).__name__}"
-                    )
+                    names = f"{type(self).__name__} and in {type(other).__name__}"
+                    raise ValueError(f"pruning callbacks must have disjoint targets, got {sorted(both)[:5]} in {names}")
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         alone = sum(isinstance(callback, MaskedTraining) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]

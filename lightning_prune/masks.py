@@ -1,13 +1,14 @@
 """Masks: bool tensors, True = kept, under the names of the parameters, and how scores become masks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion
-from lightning_prune.selection import Scores, identity
+from lightning_prune.selection import Reduce, Scores, identity
 from lightning_prune.shards import is_sharded, local, sum_over_ranks
 from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
@@ -92,7 +93,9 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
     """
     shape, bits = torch.Size(packed["shape"]), packed["bits"]
     if bits.dtype != torch.uint8 or bits.numel() != -(-shape.numel() // 8):
-        raise ValueError(f"a packed mask of shape {tuple(shape)} must have {-(-shape.numel() // 8)} bytes, got {bits.numel()}")
+        raise ValueError(
+            f"a packed mask of shape {tuple(shape)} must have {-(-shape.numel() // 8)} bytes, got {bits.numel()}"
+        )
     shift = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8)
     flat: Tensor = (bits[:, None] >> shift).bitwise_and_(1).bool().view(-1)
     return flat[: shape.numel()].view(shape)
@@ -116,7 +119,8 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     several = any(is_sharded(unit.parameter) for unit in units)
     reduce = sum_over_ranks if several else identity
     kept = {unit.name: unit.kept(held) for unit in units}
-    sources = {unit.name: unit.source(_finite(unit, criterion), kept[unit.name], several) for unit in units}
+    sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
+    _refuse_infinite(units, criterion, reduce)
     bits = 64 if any(unit.parameter.dtype == torch.float64 for unit in units) else 32
     scores = Scores(sources, reduce, bits)
     found = [_pruned(kept[name]) if source.counts else 0 for name, source in sources.items()]
@@ -128,14 +132,15 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     return masks
 
 
-def _finite(unit: Units, criterion: Criterion) -> Callable[[], Tensor]:
-    def scores() -> Tensor:
-        found = criterion.scores(unit)
-        if found.numel() and not all(torch.isfinite(end) for end in found.aminmax()):
-            raise ValueError(f"scores must be finite, got NaN or infinity from {criterion} for {unit.name!r}")
-        return found
+def _refuse_infinite(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:
+    bad = reduce(torch.tensor([int(not _is_finite(criterion.scores(unit))) for unit in units]))
+    if bad.any():
+        names = [unit.name for unit, count in zip(units, bad.tolist(), strict=True) if count]
+        raise ValueError(f"scores must be finite, got NaN or infinity from {criterion} for {names[:5]}")
 
-    return scores
+
+def _is_finite(scores: Tensor) -> bool:
+    return not scores.numel() or all(bool(end.isfinite()) for end in scores.aminmax())
 
 
 def _pruned(kept: Tensor | None) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria import Criterion
+from lightning_prune.shards import gather
 from lightning_prune.units import Units
 
 
@@ -19,15 +20,23 @@ class Observation:
         criterion: Says what it needs and turns it into statistics.
         units: The targets; their ``statistic`` and ``steps`` are filled.
         active: Whether a forward pass counts at this moment (training does, validation does not).
+        several: Whether other ranks see other batches, so that what forward passes show has to be merged.
 
     Attributes:
         steps: Number of optimizer steps seen.
     """
 
-    def __init__(self, criterion: Criterion, units: Sequence[Units], active: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        criterion: Criterion,
+        units: Sequence[Units],
+        active: Callable[[], bool] = lambda: True,
+        several: bool = False,
+    ) -> None:
         self.criterion = criterion
         self.units = list(units)
         self.active = active
+        self.several = several and criterion.needs == "forwards"  # gradients are reduced already
         self.steps = 0
         self._handles: list[RemovableHandle] = []
         self._seen: set[str] = set()
@@ -97,24 +106,20 @@ class Observation:
             for unit in self.units:
                 unit.steps = self.steps
 
-    def finish(self, gather: Callable[[Tensor], list[Tensor]] | None = None) -> None:
+    def finish(self) -> None:
         """Merge what the ranks have seen, and refuse units of which nothing was seen.
-
-        Args:
-            gather: Collects a tensor from all ranks; None where each rank has the same already.
 
         Raises:
             ValueError: If a unit has no statistic.
         """
         for unit in self.units if self.needed else ():
+            unit.statistic = self._merged(unit)
             if unit.statistic is None:
                 what = "gradient" if self.criterion.needs == "gradients" else "forward pass"
                 raise ValueError(
                     f"{type(self.criterion).__name__} needs a {what} of {unit.name!r}, got none in {self.steps} steps: "
                     f"ignore the parameter, or use a criterion that needs less"
                 )
-            if gather is not None and self.criterion.needs == "forwards":
-                unit.statistic = self.criterion.merge(gather(unit.statistic))
 
     def reset(self) -> None:
         """Forget the statistics: an update has used them."""
@@ -124,19 +129,26 @@ class Observation:
         for unit in self.units:
             unit.statistic, unit.steps = None, 0
 
+    def _merged(self, unit: Units) -> Tensor | None:
+        """Return the statistic of one unit over all ranks."""
+        if not self.several:
+            return unit.statistic
+        parts = gather(unit.statistic)
+        return self.criterion.merge(parts).to(unit.parameter.device) if parts else None
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the statistics as plain tensors and numbers."""
-        return {
-            "steps": self.steps,
-            "statistics": {u.name: u.statistic.cpu() for u in self.units if u.statistic is not None},
-        }
+        """Return the statistics, of all ranks together, as plain tensors and numbers; all ranks must call it."""
+        merged = ((unit, self._merged(unit)) for unit in self.units)
+        found = {unit.name: unit.whole(statistic).cpu() for unit, statistic in merged if statistic is not None}
+        return {"steps": self.steps, "statistics": found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the statistics of a run that is resumed."""
+        """Take up the statistics of a run that is resumed; of merged ones, the first rank takes all."""
         self.steps = int(state["steps"])
+        first = not self.several or torch.distributed.get_rank() == 0
         for unit in self.units:
-            found = state["statistics"].get(unit.name)
-            unit.statistic = None if found is None else found.to(unit.parameter.device)
+            found = state["statistics"].get(unit.name) if first else None
+            unit.statistic = None if found is None else unit.piece(found).to(unit.parameter.device)
             unit.steps = self.steps
 
 

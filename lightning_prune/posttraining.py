@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_prune import goal, scopes
 from lightning_prune.criteria import Criterion, Magnitude
@@ -107,7 +106,11 @@ def _default_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ValueError(f"loss must be given where a batch is not (inputs, targets), got a {type(batch).__name__}")
     output, target = model(batch[0]), batch[1]
-    return F.mse_loss(output, target) if target.is_floating_point() else F.cross_entropy(output, target)
+    return (
+        nn.functional.mse_loss(output, target)
+        if target.is_floating_point()
+        else nn.functional.cross_entropy(output, target)
+    )
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -152,8 +151,8 @@ class Pruning(MaskedTraining):
         super().on_train_end(trainer, pl_module)
         if self._updates and self._applied < self._updates[-1][0]:
             rank_zero_warn(
-                f"{type(self).__name__} ended at a sparsity of {self.sparsity_now:.2%}: the run stopped before the last "
-                f"update, due at {self.interval} {self._updates[-1][0]}"
+                f"{type(self).__name__} ended at a sparsity of {self.sparsity_now:.2%}: the run stopped before the "
+                f"last update, due at {self.interval} {self._updates[-1][0]}"
             )
 
     @override
@@ -165,7 +164,7 @@ class Pruning(MaskedTraining):
         """Score, select, and put the new masks in force."""
         reshard(pl_module)
         self._find_units(trainer, pl_module)
-        self._observation.finish(_gatherer(trainer))
+        self._observation.finish()
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
         allocate = goal.allocation(found, self.sparsity, self.threshold, self.criterion, self._scope, due)
         masks = make_masks(self._units, self.criterion, allocate, self.masks)
@@ -189,7 +188,8 @@ class Pruning(MaskedTraining):
         state = self._observed or self._observation.state_dict()
         self._observation.close()
         self._units, self._observed = make_units(found, pl_module, self.granularity), None
-        self._observation = Observation(self.criterion, self._units, lambda: bool(trainer.training))
+        several = trainer.world_size > 1
+        self._observation = Observation(self.criterion, self._units, lambda: bool(trainer.training), several)
         self._observation.load_state_dict(state)
 
     def _announce(self, length: float) -> None:
@@ -197,7 +197,9 @@ class Pruning(MaskedTraining):
         what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
         name = type(self).__name__
         levels = [(at, due * self.sparsity if isinstance(self.sparsity, float) else due) for at, due in self._updates]
-        rank_zero_info(report.plan(name, what, {unit.name: unit.parameter for unit in self._units}, levels, self.interval))
+        rank_zero_info(
+            report.plan(name, what, {unit.name: unit.parameter for unit in self._units}, levels, self.interval)
+        )
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if self._applied < last and last > reachable:
@@ -225,7 +227,12 @@ class Pruning(MaskedTraining):
 
     def __getstate__(self) -> dict[str, Any]:
         observed = self._observed or self._observation.state_dict()
-        return {**super().__getstate__(), "_units": [], "_observation": Observation(self.criterion, []), "_observed": observed}
+        return {
+            **super().__getstate__(),
+            "_units": [],
+            "_observation": Observation(self.criterion, []),
+            "_observed": observed,
+        }
 
 
 def _length(trainer: Trainer, interval: str) -> float:
@@ -240,10 +247,3 @@ def _steps_per_epoch(trainer: Trainer) -> float:
     """Return the optimizer steps of an epoch; 0, so that observation begins at once, where they are unknown."""
     batches = trainer.num_training_batches
     return 0.0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-
-
-def _gatherer(trainer: Trainer) -> Callable[[Tensor], list[Tensor]] | None:
-    """Return a function that collects a tensor from all ranks; None in one process."""
-    if trainer.world_size == 1:
-        return None
-    return lambda tensor: list(trainer.strategy.all_gather(tensor).unbind(0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.shards import local
+from lightning_prune.shards import counts_here, is_sharded, local, sum_over_ranks
 from lightning_prune.targets import find
 
 
@@ -102,9 +102,11 @@ def _rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> li
     frozen = not any(parameter.requires_grad for parameter in model.parameters())  # a model set up for inference
     rows = []
     for target in find(model, targets, ignore, frozen):
-        weights = local(target.parameter)
-        zeros = weights.numel() - int(weights.count_nonzero())
-        rows.append(Row(target.name, tuple(target.parameter.shape), weights.numel(), zeros))
+        shape = target.parameter.shape
+        kept = local(target.parameter).count_nonzero()
+        if is_sharded(target.parameter):
+            kept = sum_over_ranks(kept * counts_here(target.parameter))
+        rows.append(Row(target.name, tuple(shape), shape.numel(), shape.numel() - int(kept)))
     return rows
 
 

@@ -22,7 +22,7 @@ def identity(counts: Tensor) -> Tensor:
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the entries of a tensor in flat order, a cache-sized piece at a time; views where it is contiguous."""
     flat = tensor.reshape(-1)
-    return (flat[begin : begin + _CHUNK] for begin in range(0, flat.numel(), _CHUNK))
+    return (flat[begin : begin + _CHUNK] for begin in range(0, max(1, flat.numel()), _CHUNK))
 
 
 def keys(scores: Tensor, bits: int = 32) -> Tensor:
@@ -135,7 +135,8 @@ class Scores(Mapping[str, Tensor]):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        return self._sources[name].compute()
+        scores = self._sources[name].compute()
+        return scores if scores.dtype == torch.float64 else scores.float()
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -154,7 +155,7 @@ class Scores(Mapping[str, Tensor]):
         """Return how many of the k lowest units lie in each target; equal scores fall in the order of the targets."""
         if k == 0:
             return dict.fromkeys(self, 0)
-        key, ties, equal = self._kth(list(self), k)
+        key, ties, _ = self._kth(list(self), k)
         found = torch.tensor([self._around(name, key) for name in self])
         shares = {}
         for name, (under, at) in zip(self, self._reduce(found).tolist(), strict=True):

@@ -46,7 +46,9 @@ def counts_here(tensor: Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
-    replicated = [c for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)]
+    replicated = [
+        c for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)
+    ]
     return not any(replicated)
 
 
@@ -71,6 +73,13 @@ def sum_over_ranks(counts: Tensor) -> Tensor:
     total = counts.clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def gather(tensor: Tensor | None) -> list[Tensor]:
+    """Return the tensors of all ranks, on the CPU; shapes may differ, and ranks with None add nothing."""
+    found: list[Tensor | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, None if tensor is None else tensor.cpu())
+    return [item for item in found if item is not None]
 
 
 def piece(whole: Tensor, like: Tensor) -> Tensor:

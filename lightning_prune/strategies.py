@@ -105,5 +105,3 @@ class SensitivityPruning(Pruning):
     ) -> None:
         super().__init__(sparsity, criterion=Sensitivity(window), granularity=granularity, **kwargs)
         self.window = window
-
-

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -133,7 +132,9 @@ def _entries(model: nn.Module) -> Iterator[Target]:
 def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) -> None:
     """Refuse a pattern that matches nothing, and name what it may have meant."""
     if isinstance(patterns, str):
-        raise ValueError(f"{argument} must be a sequence of patterns, got the string {patterns!r}: write [{patterns!r}]")
+        raise ValueError(
+            f"{argument} must be a sequence of patterns, got the string {patterns!r}: write [{patterns!r}]"
+        )
     names = [name for entry in entries for name in entry.aliases]
     for pattern in patterns:
         if not matches(pattern, names):
@@ -164,7 +165,7 @@ def fractions(per_layer: Mapping[str, float], found: Sequence[Target]) -> dict[s
     for pattern in per_layer:
         if pattern not in decided.values():
             raise ValueError(
-                f"sparsity must map patterns to fractions, each with a target of its own, got {pattern!r}, which matches "
-                f"nothing that an earlier pattern left: {list(decided)}"
+                f"sparsity must map patterns that each decide over a target, got {pattern!r}, which matches nothing "
+                f"that an earlier pattern left: {list(decided)}"
             )
     return {name: per_layer[pattern] for name, pattern in decided.items() if pattern is not None}

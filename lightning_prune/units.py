@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_prune.dataflow import norms_behind
 from lightning_prune.granularities import Granularity
 from lightning_prune.selection import Source
-from lightning_prune.shards import counts_here, flat_index, is_sharded, local, offsets, piece, sum_over_ranks
+from lightning_prune.shards import counts_here, flat_index, is_sharded, local, offsets, piece, sum_over_ranks, whole
 from lightning_prune.targets import Target, channel_dim, named_parameters
 
 Values = Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ class Units:
         return self.parameter.shape[self.dim]
 
     def weight(self) -> Tensor:
-        """Return this rank's piece of the weight, detached, at least float32, with its gradient (unscaled) as ``grad``."""
+        """Return this rank's piece of the weight, detached, at least float32; ``grad`` is its unscaled gradient."""
         weight = _at_least_float32(local(self.parameter))
         if self.parameter.grad is not None:
             grad = _at_least_float32(local(self.parameter.grad))
@@ -87,6 +87,19 @@ class Units:
         """Return the statistic so far plus these values."""
         return values.clone() if self.statistic is None else self.statistic + values
 
+    @property
+    def split(self) -> bool:
+        """Whether every rank scores other units: those of its own piece."""
+        return is_sharded(self.parameter) and not self.granularity.spans
+
+    def whole(self, values: Tensor) -> Tensor:
+        """Return values of this rank's units as values of all units; all ranks must call it."""
+        return whole(values, self.parameter) if self.split else values
+
+    def piece(self, values: Tensor) -> Tensor:
+        """Return values of all units as values of this rank's units."""
+        return piece(values, self.parameter).contiguous() if self.split else values
+
     def source(self, scores: Callable[[], Tensor], kept: Tensor | None, several: bool) -> Source:
         """Return where the scores of these units come from; units that are pruned already come first.
 
@@ -95,14 +108,13 @@ class Units:
             kept: Which units are not pruned yet; None means all.
             several: Whether counters are summed over ranks, so that only one rank may count a unit.
         """
-        split = is_sharded(self.parameter) and not self.granularity.spans
-        owner = counts_here(self.parameter) if split else counts_here(torch.empty(0))
+        owner = counts_here(self.parameter if self.split else torch.empty(0))
         return Source(
             compute=scores if kept is None else lambda: scores().masked_fill(~kept, -torch.inf),
             size=self.size,
             shape=tuple(self.parameter.shape),
             counts=owner or not several,
-            index=self.index if split else None,
+            index=self.index if self.split else None,
         )
 
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:

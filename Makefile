@@ -1,0 +1,55 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format examples clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3#      the interpreter that .venv is made with
+PIPFLAGS ?=#            more arguments for pip, such as an index of torch builds without CUDA
+ARGS ?=#                arguments for pytest or the demo
+BIN := .venv/bin
+INPUTS := pyproject.toml .ci/constraints.txt
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done
+
+demo: $(BIN)/.demo ## prune a real network with every strategy, about a minute (ARGS=--help for its options)
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for a part of it)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BIN)/.dev ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(BIN)/.dev ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# An example that comes with a YAML file of its own name is a command line, and is run with that file.
+examples: $(BIN)/.dev ## run every file in examples/
+	@set -e; for file in examples/*.py; do \
+	    arguments=; if [ -f "$${file%.py}.yaml" ]; then arguments="fit --config $${file%.py}.yaml"; fi; \
+	    echo "== $$file $$arguments"; \
+	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \
+	done
+
+clean: ## remove .venv and everything that tools and runs left behind
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is a finished installation; it is made again when the dependencies or their pinned versions change.
+$(BIN)/.demo: $(INPUTS) | $(BIN)/python
+	@echo 'Installing lightning_prune and the examples into .venv (the first time takes a while: torch is large) ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[examples]'
+	@touch $@
+
+$(BIN)/.dev: $(INPUTS) | $(BIN)/python
+	@echo 'Installing lightning_prune and its tools into .venv (the first time takes a while: torch is large) ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[dev]'
+	@touch $(BIN)/.demo $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    { echo 'lightning_prune needs Python 3.10 or newer: name one with "make PYTHON=/path/to/python3 ..."' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
