@@ -204,7 +204,8 @@ class MaskedTraining(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "masks": {name: pack(self._whole(name, mask)) for name, mask in self.masks.items()}}
+        masks = {name: pack(self._whole(name, mask)) for name, mask in self.masks.items()}
+        return {"version": 1, "names": list(masks), "masks": masks}
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
         model = self._model() if self._model is not None else None
@@ -215,14 +216,17 @@ class MaskedTraining(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        masks = {}
-        for name, packed in state_dict["masks"].items():
+        missing = {"names", "masks"}.difference(state_dict)
+        if missing:
+            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
+        masks = Masks()
+        for name in state_dict["names"]:
             try:
-                masks[name] = unpack(packed)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"the checkpoint must hold a whole mask for {name!r}, got: {error}") from error
+                masks[name] = unpack(state_dict["masks"][name])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"the checkpoint must hold a whole mask for {name!r}, got: {error!r}") from error
         self.forget()
-        self.masks, self._restored = Masks(masks), True
+        self.masks, self._restored = masks, True
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps what was decided, and nothing that is tied to this process or to the model

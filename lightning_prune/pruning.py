@@ -120,6 +120,7 @@ class Pruning(MaskedTraining):
         self._window = self._window or self._horizon.window(length)
         self._updates = schedules.updates(self._schedule, *self._window, self.frequency)
         self._announce(length)
+        self._warn_of_zeros()
 
     @override
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -208,6 +209,18 @@ class Pruning(MaskedTraining):
                 f"after {length:g} {self.interval}s: train longer, or give a smaller end"
             )
 
+    def _warn_of_zeros(self) -> None:
+        if self.masks:
+            return
+        weights = [unit.parameter for unit in self._units]
+        zeros = sum(map(report.zeros, weights)) / max(1, sum(weight.numel() for weight in weights))
+        if zeros > 0.01:
+            rank_zero_warn(
+                f"{type(self).__name__} holds no masks, but {zeros:.1%} of its targets are zeros, which will be trained "
+                f"like any other weight: to keep them, resume from a checkpoint with the state of {type(self).__name__}, "
+                f"or fine-tune with ConstantSparsity"
+            )
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -220,6 +233,9 @@ class Pruning(MaskedTraining):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        missing = {"applied", "steps", "window", "observed"}.difference(state_dict)
+        if missing:
+            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
         super().load_state_dict(state_dict)
         self._applied, self._steps = state_dict["applied"], state_dict["steps"]
         self._window = tuple(state_dict["window"]) if state_dict["window"] else None

@@ -98,15 +98,25 @@ def sparsity(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str
     return Summary(tuple(_rows(model, targets, ignore))).total.sparsity
 
 
+def zeros(parameter: Tensor) -> int:
+    """Return the number of zeros, on all ranks.
+
+    >>> import torch
+    >>> zeros(torch.tensor([0.0, 1.0, -0.0]))
+    2
+    """
+    kept = local(parameter).count_nonzero()
+    if is_sharded(parameter):
+        kept = sum_over_ranks(kept * counts_here(parameter))
+    return parameter.numel() - int(kept)
+
+
 def _rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
     frozen = not any(parameter.requires_grad for parameter in model.parameters())  # a model set up for inference
     rows = []
     for target in find(model, targets, ignore, frozen):
-        shape = target.parameter.shape
-        kept = local(target.parameter).count_nonzero()
-        if is_sharded(target.parameter):
-            kept = sum_over_ranks(kept * counts_here(target.parameter))
-        rows.append(Row(target.name, tuple(shape), shape.numel(), shape.numel() - int(kept)))
+        shape = tuple(target.parameter.shape)
+        rows.append(Row(target.name, shape, target.parameter.numel(), zeros(target.parameter)))
     return rows
 
 

@@ -145,7 +145,8 @@ def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) ->
 def channel_dim(target: Target) -> int:
     """Return the dimension of the output channels: 1 for transposed convolutions, else 0.
 
-    >>> channel_dim(Target("up.weight", nn.Parameter(torch.zeros(2, 3, 1)), (nn.ConvTranspose1d(2, 3, 1),)))
+    >>> up = nn.ConvTranspose1d(2, 3, 1)
+    >>> channel_dim(Target("up.weight", up.weight, (up,)))
     1
     """
     return int(isinstance(target.modules[0], nn.modules.conv._ConvTransposeNd))
