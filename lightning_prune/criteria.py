@@ -125,10 +125,7 @@ class Entropy(Criterion):
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        values = _channels_first(output, units)
-        room = max(1, self.samples // self.window)
-        every = math.ceil(values.shape[1] / room)
-        values = values[:, ::every].float()
+        values = _sample(_channels_first(output, units), self.samples // self.window).float()
         return values if units.statistic is None else torch.cat([units.statistic, values], 1)
 
     @override
@@ -160,6 +157,17 @@ def histogram_entropy(values: Tensor, bins: int) -> Tensor:
     counts.scatter_add_(1, place, torch.ones_like(values, dtype=counts.dtype))
     entropy: Tensor = torch.special.entr(counts / values.shape[1]).sum(1)
     return entropy
+
+
+def _sample(values: Tensor, room: int) -> Tensor:
+    """Return at most ``room`` columns, spread evenly by steps of a golden ratio, which meets no period of the data."""
+    n = values.shape[1]
+    if n <= room:
+        return values
+    step = round(n * 0.6180339887)
+    while math.gcd(step, n) > 1:
+        step += 1
+    return values[:, torch.arange(room, device=values.device) * step % n]
 
 
 def _channels_first(output: Any, units: Units) -> Tensor:

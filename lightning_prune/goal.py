@@ -1,5 +1,6 @@
 """Goal: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -25,6 +26,8 @@ def check(sparsity: Sparsity | None, threshold: float | None) -> None:
     """
     if (sparsity is None) == (threshold is None):
         raise ValueError(f"give either sparsity or threshold, got sparsity={sparsity} and threshold={threshold}")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold must be finite, got {threshold}")
     if isinstance(sparsity, Mapping):
         if not sparsity:
             raise ValueError("sparsity must map at least one pattern to a fraction, got {}")

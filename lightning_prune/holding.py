@@ -1,6 +1,6 @@
 """Holding: parameters stay at their masks, because every optimizer applies them right after its step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Holding:
         self.stepped = False
         self._masks: dict[int, Tensor] = {}
         self._parameters: list[nn.Parameter] = []
-        self._handles: dict[int, tuple[Optimizer, RemovableHandle]] = {}
+        self._handles: dict[int, tuple[Optimizer, list[RemovableHandle]]] = {}
 
     def hold(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         """Put masks in force for these parameters (by name), and apply them now."""
@@ -35,8 +35,12 @@ class Holding:
         """Apply the masks to all parameters, also those that no optimizer has."""
         multiply([(local(parameter), self._masks[id(parameter)]) for parameter in self._parameters])
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer, before: Callable[[Optimizer], None] | None = None) -> None:
         """Apply the masks after every step of this optimizer; idempotent.
+
+        Args:
+            optimizer: As torch knows it, without wrappers.
+            before: What to do before every step, for training loops in which gradients exist when it begins.
 
         Raises:
             TypeError: If the optimizer was not set up as a torch optimizer.
@@ -44,12 +48,14 @@ class Holding:
         if id(optimizer) in self._handles:
             return
         try:
-            handle = optimizer.register_step_post_hook(self._after_step)
+            handles = [optimizer.register_step_post_hook(self._after_step)]
+            if before is not None:
+                handles.append(optimizer.register_step_pre_hook(lambda stepping, args, kwargs: before(stepping)))
         except AttributeError as error:
             raise TypeError(
                 f"optimizer must be set up by torch.optim.Optimizer.__init__, got {type(optimizer).__name__} without it"
             ) from error
-        self._handles[id(optimizer)] = (optimizer, handle)
+        self._handles[id(optimizer)] = (optimizer, handles)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # its own parameters only: others may be part of a graph that is still to be differentiated. Counts nothing,
@@ -64,8 +70,9 @@ class Holding:
     def release(self) -> None:
         """Apply the masks once more and remove every hook; idempotent."""
         self.apply()
-        for _, handle in self._handles.values():
-            handle.remove()
+        for _, handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles.clear()
         self._parameters, self._masks = [], {}
 

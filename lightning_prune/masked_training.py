@@ -1,7 +1,8 @@
 """Masked training: what every callback that trains under masks shares. It holds them, saves them and shows them."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class MaskedTraining(Callback):
         self._restored = False
         self._levels: dict[str, float] = {}
         self._sparsity_now = 0.0
+        self._before: Callable[[Optimizer], None] | None = None
 
     @property
     def sparsity_now(self) -> float:
@@ -84,11 +86,12 @@ class MaskedTraining(Callback):
 
     def put_in_force(self, trainer: Trainer, pl_module: nn.Module, masks: Masks) -> None:
         """Hold these masks from now on, on the model and on averaged copies of it."""
-        self.masks = masks
         parameters = named_parameters(pl_module)
         self._holding.hold(parameters, masks)
-        for optimizer in trainer.optimizers:
-            forget_curvature(optimizer)
+        if _differ(masks, self.masks):
+            for optimizer in trainer.optimizers:
+                forget_curvature(optimizer)
+        self.masks = masks
         for average in _averages(trainer):
             copies = named_parameters(average)
             multiply([(local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items()])
@@ -140,9 +143,11 @@ class MaskedTraining(Callback):
         self._restored = False
         self.begin(trainer, pl_module)
         self._refuse_overlap(trainer)
+        self.masks = masks if masks else self.masks
+        self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
-            self._holding.attach(optimizer)
-        self.put_in_force(trainer, pl_module, masks if masks else self.masks)
+            self._holding.attach(optimizer, self._before)
+        self.put_in_force(trainer, pl_module, self.masks)
         self.advance(trainer, pl_module)
 
     @override
@@ -151,7 +156,11 @@ class MaskedTraining(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._holding.attach(optimizer)
+        self._holding.attach(optimizer, self._before)
+        if pl_module.automatic_optimization:
+            self._look(trainer, optimizer)
+
+    def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.before_step(trainer, optimizer)
         self._holding.mask_gradients(optimizer)
 
@@ -231,7 +240,14 @@ class MaskedTraining(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**state, "_holding": Holding(), "_model": None}
+        return {**state, "_holding": Holding(), "_model": None, "_before": None}
+
+
+def _differ(masks: Masks, others: Masks) -> bool:
+    """Return whether the masks prune other entries than those; no mask prunes nothing."""
+    if masks is others:
+        return False
+    return any(not mask.equal(others[n] if n in others else torch.ones_like(mask)) for n, mask in masks.items())
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:

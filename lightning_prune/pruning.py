@@ -38,7 +38,7 @@ class Pruning(MaskedTraining):
         schedule: From progress through the window to the fraction of the sparsity that is due, both 0 to 1:
             "one_shot", "linear", "cubic", "cosine", "exponential" or a callable.
         start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
-        end: Last update, which reaches the target; likewise.
+        end: Last update, which reaches the target; likewise. Not looked at by "one_shot".
         interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
         frequency: Intervals from one update to the next; None spreads about 100 updates over the window.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight: trainable,
@@ -76,7 +76,8 @@ class Pruning(MaskedTraining):
         log_layers: bool = False,
     ) -> None:
         goal.check(sparsity, threshold)
-        self._horizon = schedules.Horizon(start, end, interval, frequency)
+        last = start if schedule == "one_shot" else end
+        self._horizon = schedules.Horizon(start, last, interval, frequency)
         self._schedule = schedules.resolve(schedule)
         self._scope = scopes.resolve(scope)
         self.sparsity = sparsity
@@ -145,6 +146,8 @@ class Pruning(MaskedTraining):
         if due and self._observation.full:
             self._update(trainer, pl_module, *due[-1])
         if self._observing(trainer):
+            if not self._observation.steps:
+                self._find_units(trainer, pl_module)
             self._observation.open()
 
     @override
@@ -165,6 +168,8 @@ class Pruning(MaskedTraining):
         """Score, select, and put the new masks in force."""
         reshard(pl_module)
         self._find_units(trainer, pl_module)
+        if not self._observation.full:  # parameters that have just joined are observed first
+            return
         self._observation.finish()
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
         allocate = goal.allocation(found, self.sparsity, self.threshold, self.criterion, self._scope, due)
@@ -186,12 +191,13 @@ class Pruning(MaskedTraining):
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
         if [id(target.parameter) for target in found] == [id(unit.parameter) for unit in self._units]:
             return
-        state = self._observed or self._observation.state_dict()
         self._observation.close()
-        self._units, self._observed = make_units(found, pl_module, self.granularity), None
+        self._units = make_units(found, pl_module, self.granularity)
         several = trainer.world_size > 1
         self._observation = Observation(self.criterion, self._units, lambda: bool(trainer.training), several)
-        self._observation.load_state_dict(state)
+        if self._observed is not None:
+            self._observation.load_state_dict(self._observed)
+            self._observed = None
 
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
@@ -215,10 +221,10 @@ class Pruning(MaskedTraining):
         weights = [unit.parameter for unit in self._units]
         zeros = sum(map(report.zeros, weights)) / max(1, sum(weight.numel() for weight in weights))
         if zeros > 0.01:
+            name = type(self).__name__
             rank_zero_warn(
-                f"{type(self).__name__} holds no masks, but {zeros:.1%} of its targets are zeros, which will be trained "
-                f"like any other weight: to keep them, resume from a checkpoint with the state of {type(self).__name__}, "
-                f"or fine-tune with ConstantSparsity"
+                f"{name} holds no masks, but {zeros:.1%} of its targets are zeros, which will be trained like any other "
+                f"weight: to keep them, resume from a checkpoint with the state of {name}, or use ConstantSparsity"
             )
 
     @override
