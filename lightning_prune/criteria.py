@@ -147,6 +147,8 @@ class Entropy(Criterion):
 def histogram_entropy(values: Tensor, bins: int) -> Tensor:
     """Return the entropy, in nats, of the histogram of each row between its smallest and largest value.
 
+    A row with a value that is not finite has no entropy: NaN.
+
     >>> histogram_entropy(torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 1.0, 1.0]]), 4).exp().tolist()
     [1.0, 2.0]
     """
@@ -156,7 +158,7 @@ def histogram_entropy(values: Tensor, bins: int) -> Tensor:
     counts = torch.zeros(values.shape[0], bins, device=values.device)
     counts.scatter_add_(1, place, torch.ones_like(values, dtype=counts.dtype))
     entropy: Tensor = torch.special.entr(counts / values.shape[1]).sum(1)
-    return entropy
+    return torch.where((high - low).isfinite().squeeze(1), entropy, torch.nan)
 
 
 def _sample(values: Tensor, room: int) -> Tensor:

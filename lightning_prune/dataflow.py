@@ -1,14 +1,18 @@
 """Dataflow: which norm stands behind a layer, read from a symbolic trace where the model allows one."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Node, Tracer
 from typing_extensions import override
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_CHANNEL_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # over the second dimension
+_LAST_NORMS = (nn.LayerNorm, nn.RMSNorm)  # over the last dimension, where only a linear layer has its channels
+_NORMS = (*_CHANNEL_NORMS, *_LAST_NORMS)
 # what may lie between a layer and its norm: zeros stay zeros, channels stay in their place
 _TRANSPARENT = (nn.Identity, nn.modules.dropout._DropoutNd, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
 _NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu", "dropout")
@@ -27,34 +31,45 @@ class _Quiet(Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         # the module's own forward instead of its __call__: hooks of the user must not see a trace
-        return super().call_module(m, m.forward, args, kwargs)
+        inner = getattr(m, "_orig_mod", m)
+        return super().call_module(inner, inner.forward, args, kwargs)
 
 
 def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return, for each layer whose output goes straight into a norm, that norm.
+    """Return, for each layer whose output goes straight into a norm over its channels, that norm.
 
     Parts that cannot be traced are searched child by child. Zero-preserving activations and dropout may lie between.
+    A layer or norm that is used twice is left out: it has other neighbours elsewhere.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     >>> {id(layer) for layer in norms_behind(model)} == {id(model[0])}
     True
     """
-    if not any(isinstance(module, _NORMS) for module in model.modules()):
-        return {}
+    links: list[tuple[nn.Module, nn.Module]] = []
+    calls: Counter[nn.Module] = Counter()
+    if any(isinstance(module, _NORMS) for module in model.modules()):
+        _trace(model, links, calls)
+    return {layer: norm for layer, norm in links if calls[layer] == calls[norm] == 1}
+
+
+def _trace(model: nn.Module, links: list[tuple[nn.Module, nn.Module]], calls: Counter[nn.Module]) -> None:
+    """Add the links that a symbolic trace shows, and how often it calls each module."""
+    model = getattr(model, "_orig_mod", model)
     try:
-        graph = _Quiet().trace(model)
-    except Exception:
-        return {layer: norm for child in model.children() for layer, norm in norms_behind(child).items()}
-    modules = dict(model.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    found: dict[nn.Module, nn.Module] = {}
-    times = Counter(modules[str(node.target)] for node in calls)
-    for node in calls:
+        with _untouched(model):
+            graph = _Quiet().trace(model)
+    except Exception:  # a trace runs the user's forward on stand-ins and may fail in any way
+        for child in model.children():
+            _trace(child, links, calls)
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    calls.update([modules[str(node.target)] for node in nodes] or [model])
+    for node in nodes:
         norm = modules[str(node.target)]
         layer = _layer_before(node, modules) if isinstance(norm, _NORMS) else None
-        if layer is not None and times[norm] == times[layer] == 1:  # a shared one has other neighbours elsewhere
-            found[layer] = norm
-    return found
+        if layer is not None and (isinstance(norm, _CHANNEL_NORMS) or isinstance(layer, nn.Linear)):
+            links.append((layer, norm))
 
 
 def _layer_before(node: Node, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -69,3 +84,25 @@ def _layer_before(node: Node, modules: dict[str, nn.Module]) -> nn.Module | None
         else:
             return None
     return None
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Undo what running a forward does to a model: attributes, containers in them, buffers, the random state."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    found = [value for saved in attributes.values() for value in saved.values()]
+    containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for container, saved in containers:
+            container.clear()
+            container.extend(saved) if isinstance(container, list) else container.update(saved)
+        for module, saved in attributes.items():
+            vars(module).clear()
+            vars(module).update(saved)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

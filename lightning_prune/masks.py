@@ -92,10 +92,10 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
     tensor([ True, False,  True])
     """
     shape, bits = torch.Size(packed["shape"]), packed["bits"]
-    if bits.dtype != torch.uint8 or bits.numel() != -(-shape.numel() // 8):
-        raise ValueError(
-            f"a packed mask of shape {tuple(shape)} must have {-(-shape.numel() // 8)} bytes, got {bits.numel()}"
-        )
+    size = -(-shape.numel() // 8)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (size,) or min(shape, default=0) < 0:
+        found = f"{bits.dtype} {tuple(bits.shape)}" if isinstance(bits, Tensor) else type(bits).__name__
+        raise ValueError(f"a packed mask of shape {tuple(shape)} must have {size} bytes, got {found}")
     shift = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8)
     flat: Tensor = (bits[:, None] >> shift).bitwise_and_(1).bool().view(-1)
     return flat[: shape.numel()].view(shape)
@@ -148,8 +148,10 @@ def _pruned(kept: Tensor | None) -> int:
 
 
 def _due(keep: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
-    if keep.keys() != sizes.keys() or not all(0 <= keep[name] <= sizes[name] for name in sizes):
-        raise ValueError(f"scope must keep between 0 and all units of each of {sizes}, got {dict(keep)}")
+    if not isinstance(keep, Mapping) or keep.keys() != sizes.keys():
+        raise ValueError(f"scope must return the number of units to keep for each of {list(sizes)}, got {keep}")
+    if not all(int(keep[name]) == keep[name] and 0 <= keep[name] <= sizes[name] for name in sizes):
+        raise ValueError(f"scope must keep a whole number of units, at most all, of each of {dict(sizes)}, got {keep}")
     return {name: size - int(keep[name]) for name, size in sizes.items()}
 
 

@@ -56,6 +56,10 @@ def prune(
     """
     goal.check(sparsity, threshold)
     found = goal.find_targets(model, sparsity, targets, ignore)
+    if not found:
+        raise ValueError(
+            "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
+        )
     units = make_units(found, model, granularity)
     observation = Observation(criterion, units)
     if observation.needed:
@@ -77,6 +81,7 @@ def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | N
     device = next(model.parameters()).device
     model.eval()
     observation.open()
+    state = torch.get_rng_state()
     try:
         for batch in islice(data, criterion.window):
             batch = _to(batch, device)
@@ -91,6 +96,7 @@ def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | N
             observation.step()
         observation.finish()
     finally:
+        torch.set_rng_state(state)
         observation.close()
         for module, mode in modes.items():
             module.training = mode
@@ -117,5 +123,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, list | tuple):
-        return [_to(part, device) for part in batch]
+        parts = [_to(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return {key: _to(part, device) for key, part in batch.items()} if isinstance(batch, dict) else batch

@@ -223,8 +223,8 @@ class Pruning(MaskedTraining):
         if zeros > 0.01:
             name = type(self).__name__
             rank_zero_warn(
-                f"{name} holds no masks, but {zeros:.1%} of its targets are zeros, which will be trained like any other "
-                f"weight: to keep them, resume from a checkpoint with the state of {name}, or use ConstantSparsity"
+                f"{name} holds no masks, but {zeros:.1%} of its targets are zeros, which will be trained like any "
+                f"other weight: to keep them, resume from a checkpoint with its state, or use ConstantSparsity"
             )
 
     @override

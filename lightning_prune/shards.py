@@ -71,8 +71,11 @@ def flat_index(tensor: Tensor) -> Tensor:
 def sum_over_ranks(counts: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks; the tensor itself is left as it is."""
     total = counts.clone()
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.distributed.get_backend() not in ("gloo", "mpi"):
+        total = total.to(accelerator)  # the others take no tensors on the CPU
     torch.distributed.all_reduce(total)
-    return total
+    return total.to(counts.device)
 
 
 def gather(tensor: Tensor | None) -> list[Tensor]:
@@ -101,10 +104,11 @@ def whole(piece: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return piece
+    mesh = like.device_mesh
     spread = DTensor.from_local(
-        piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        piece.to(mesh.device_type), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return spread.full_tensor()
+    return spread.full_tensor().to(piece.device)
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -102,6 +102,7 @@ def find(
         for entry in weights
         if (frozen or entry.parameter.requires_grad)
         and not is_lazy(entry.parameter)
+        and entry.parameter.numel()
         and (any(matches(p, entry.aliases) for p in targets) if targets else not entry.embeds)
         and not any(matches(p, entry.aliases) for p in ignore)
     ]
@@ -137,7 +138,11 @@ def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) ->
         )
     names = [name for entry in entries for name in entry.aliases]
     for pattern in patterns:
-        if not matches(pattern, names):
+        try:
+            found = matches(pattern, names)
+        except re.error as error:
+            raise ValueError(f"{argument} must match a parameter, got {pattern!r}: {error}") from error
+        if not found:
             close = get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
             raise ValueError(f"{argument} must match a parameter, got {pattern!r}; close names: {close}")
 

@@ -160,10 +160,13 @@ def _followers(
     target: Target, norms: Mapping[nn.Module, nn.Module], names: Mapping[nn.Parameter, str]
 ) -> dict[str, nn.Parameter]:
     """Return the trainable parameters with one entry for each output channel: the layer's bias, its norm's affine."""
-    owner, attribute = target.modules[0], target.name.rpartition(".")[2]
-    candidates = [getattr(owner, attribute.replace("weight", "bias"), None)] if "weight" in attribute else []
-    if norm := norms.get(owner):
-        candidates += [norm.weight, getattr(norm, "bias", None)]
+    attribute = target.name.rpartition(".")[2]
+    candidates = []
+    for owner in target.modules:
+        if "weight" in attribute:
+            candidates.append(getattr(owner, attribute.replace("weight", "bias"), None))
+        if norm := norms.get(owner):
+            candidates += [norm.weight, getattr(norm, "bias", None)]
     length = target.parameter.shape[channel_dim(target)]
     return {
         names[parameter]: parameter
