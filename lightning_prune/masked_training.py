@@ -48,6 +48,7 @@ class MaskedTraining(Callback):
         self._holding = Holding()
         self._model: weakref.ref[nn.Module] | None = None
         self._restored = False
+        self._steps = 0
         self._levels: dict[str, float] = {}
         self._sparsity_now = 0.0
         self._before: Callable[[Optimizer], None] | None = None
@@ -74,6 +75,9 @@ class MaskedTraining(Callback):
 
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Look at the gradients of an optimizer that is about to step: accumulated, reduced, not yet masked."""
+
+    def after_step(self) -> None:
+        """Count one training batch in which an optimizer has stepped."""
 
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
@@ -139,6 +143,8 @@ class MaskedTraining(Callback):
         if self._model is not None and self._model() is not pl_module and not self._restored:
             self.forget()  # the callback of an earlier fit, now with another model
         self._model = weakref.ref(pl_module)
+        if pl_module.automatic_optimization:
+            self._steps = trainer.global_step
         masks = self._place(pl_module) if self._restored else self.masks
         self._restored = False
         self.begin(trainer, pl_module)
@@ -168,9 +174,12 @@ class MaskedTraining(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._holding.stepped:
-            self._holding.stepped = False
-            self.count_step(trainer, pl_module)
+        # with several optimizers global_step counts each of them, with raw ones none
+        steps = trainer.global_step if pl_module.automatic_optimization else self._steps + self._holding.stepped
+        self._holding.stepped = False
+        if steps != self._steps:
+            self._steps = steps
+            self.after_step()
             self.advance(trainer, pl_module)
         self._show(trainer, pl_module)
 
@@ -185,9 +194,6 @@ class MaskedTraining(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
-
-    def count_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count one training batch in which an optimizer has stepped."""
 
     def _let_go(self, pl_module: nn.Module) -> None:
         reshard(pl_module)
@@ -214,7 +220,7 @@ class MaskedTraining(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         masks = {name: pack(self._whole(name, mask)) for name, mask in self.masks.items()}
-        return {"version": 1, "names": list(masks), "masks": masks}
+        return {"version": 1, "steps": self._steps, "names": list(masks), "levels": dict(self._levels), "masks": masks}
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
         model = self._model() if self._model is not None else None
@@ -225,7 +231,7 @@ class MaskedTraining(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"names", "masks"}.difference(state_dict)
+        missing = {"steps", "names", "levels", "masks"}.difference(state_dict)
         if missing:
             raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
         masks = Masks()
@@ -235,7 +241,10 @@ class MaskedTraining(Callback):
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"the checkpoint must hold a whole mask for {name!r}, got: {error!r}") from error
         self.forget()
-        self.masks, self._restored = masks, True
+        self.masks, self._restored, self._steps = masks, True, state_dict["steps"]
+        self._levels = dict(state_dict["levels"])
+        total = sum(masks[name].numel() for name in self._levels)
+        self._sparsity_now = sum(self._levels[n] * masks[n].numel() for n in self._levels) / max(1, total)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps what was decided, and nothing that is tied to this process or to the model

@@ -13,6 +13,11 @@ from lightning_prune.shards import gather
 from lightning_prune.units import Units
 
 
+def always() -> bool:
+    """Return True: every forward pass counts."""
+    return True
+
+
 class Observation:
     """What one criterion has seen of its units since the last update.
 
@@ -30,7 +35,7 @@ class Observation:
         self,
         criterion: Criterion,
         units: Sequence[Units],
-        active: Callable[[], bool] = lambda: True,
+        active: Callable[[], bool] = always,
         several: bool = False,
     ) -> None:
         self.criterion = criterion

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -101,7 +102,6 @@ class Pruning(MaskedTraining):
         self._window: tuple[int, int] | None = None  # resolved once: a longer resumed run must not move it
         self._updates: list[tuple[int, float]] = []
         self._applied = -1  # position of the last update
-        self._steps = 0
 
     @property
     @override
@@ -114,9 +114,8 @@ class Pruning(MaskedTraining):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.automatic_optimization:
-            self._steps = trainer.global_step
         self._find_units(trainer, pl_module)
+        self._observation.active = lambda: bool(trainer.training)
         length = _length(trainer, self.interval)
         self._window = self._window or self._horizon.window(length)
         self._updates = schedules.updates(self._schedule, *self._window, self.frequency)
@@ -133,9 +132,7 @@ class Pruning(MaskedTraining):
             self._observation.gradients(stepping, scale, check=scaler is not None)
 
     @override
-    def count_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # with several optimizers global_step counts each of them, with raw ones none
-        self._steps = trainer.global_step if pl_module.automatic_optimization else self._steps + 1
+    def after_step(self) -> None:
         self._observation.step()
 
     @override
@@ -168,6 +165,8 @@ class Pruning(MaskedTraining):
         """Score, select, and put the new masks in force."""
         reshard(pl_module)
         self._find_units(trainer, pl_module)
+        if any(map(is_lazy, pl_module.parameters())):  # the first forward makes the rest of the targets
+            return
         if not self._observation.full:  # parameters that have just joined are observed first
             return
         self._observation.finish()
@@ -194,7 +193,7 @@ class Pruning(MaskedTraining):
         self._observation.close()
         self._units = make_units(found, pl_module, self.granularity)
         several = trainer.world_size > 1
-        self._observation = Observation(self.criterion, self._units, lambda: bool(trainer.training), several)
+        self._observation = Observation(self.criterion, self._units, self._observation.active, several)
         if self._observed is not None:
             self._observation.load_state_dict(self._observed)
             self._observed = None
@@ -218,12 +217,13 @@ class Pruning(MaskedTraining):
     def _warn_of_zeros(self) -> None:
         if self.masks:
             return
-        weights = [unit.parameter for unit in self._units]
-        zeros = sum(map(report.zeros, weights)) / max(1, sum(weight.numel() for weight in weights))
-        if zeros > 0.01:
+        zeros = {unit: report.zeros(unit.parameter) for unit in self._units}
+        partly = sum(count for unit, count in zeros.items() if count < unit.parameter.numel())  # else an initialisation
+        share = partly / max(1, sum(unit.parameter.numel() for unit in self._units))
+        if share > 0.01:
             name = type(self).__name__
             rank_zero_warn(
-                f"{name} holds no masks, but {zeros:.1%} of its targets are zeros, which will be trained like any "
+                f"{name} holds no masks, but {share:.1%} of its targets are zeros, which will be trained like any "
                 f"other weight: to keep them, resume from a checkpoint with its state, or use ConstantSparsity"
             )
 
@@ -232,18 +232,17 @@ class Pruning(MaskedTraining):
         return {
             **super().state_dict(),
             "applied": self._applied,
-            "steps": self._steps,
             "window": list(self._window) if self._window else None,
             "observed": self._observed or self._observation.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"applied", "steps", "window", "observed"}.difference(state_dict)
+        missing = {"applied", "window", "observed"}.difference(state_dict)
         if missing:
             raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
         super().load_state_dict(state_dict)
-        self._applied, self._steps = state_dict["applied"], state_dict["steps"]
+        self._applied = state_dict["applied"]
         self._window = tuple(state_dict["window"]) if state_dict["window"] else None
         self._observed = state_dict["observed"]
 
