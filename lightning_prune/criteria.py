@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.selection import chunks
+from lightning_prune.shards import Operation, local
 from lightning_prune.units import Units
+
+OverRanks = Callable[[Tensor, Operation], Tensor]
 
 
 class Criterion:
@@ -39,8 +43,16 @@ class Criterion:
         """Return the new ``units.statistic``; inputs and output are those of the module, for forward passes."""
         raise NotImplementedError
 
+    def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
+        """Return the statistic at the end of the window, over what all ranks have seen of their batches.
+
+        ``over_ranks(values, "sum" | "min" | "max")`` reduces a tensor over the ranks; gradients are reduced already.
+        """
+        assert units.statistic is not None
+        return over_ranks(units.statistic, "sum") if self.needs == "forwards" else units.statistic
+
     def merge(self, statistics: list[Tensor]) -> Tensor:
-        """Return one statistic for those that the ranks gathered from their own batches."""
+        """Return one statistic for those of several ranks, of which fewer go on after a checkpoint."""
         return torch.stack(statistics).sum(0)
 
     def level(self, threshold: float) -> float:
@@ -133,32 +145,47 @@ class Entropy(Criterion):
         return torch.cat(statistics, 1)
 
     @override
+    def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
+        assert units.statistic is not None
+        values = units.statistic
+        low = over_ranks(units.all_channels(values.amin(1), math.inf), "min")
+        high = over_ranks(units.all_channels(values.amax(1), -math.inf), "max")
+        mine = units.rows(values.shape[0])
+        counts = histogram(values, low[mine], high[mine], self.bins)
+        return entropy(over_ranks(units.all_channels(counts, 0.0), "sum"))
+
+    @override
     def scores(self, units: Units) -> Tensor:
         assert units.statistic is not None
-        entropy = histogram_entropy(units.statistic, self.bins)
-        sign = -1.0 if self.prune == "high" else 1.0
-        return units.mean(lambda weight: units.spread(sign * entropy))
+        score = -units.statistic if self.prune == "high" else units.statistic
+        return units.mean(lambda weight: units.spread(score))
 
     @override
     def level(self, threshold: float) -> float:
         return -threshold if self.prune == "high" else threshold
 
 
-def histogram_entropy(values: Tensor, bins: int) -> Tensor:
-    """Return the entropy, in nats, of the histogram of each row between its smallest and largest value.
+def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """Return how many values of each row lie in each of the equal bins between its bounds; NaN where one is infinite.
 
-    A row with a value that is not finite has no entropy: NaN.
-
-    >>> histogram_entropy(torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 1.0, 1.0]]), 4).exp().tolist()
-    [1.0, 2.0]
+    >>> histogram(torch.tensor([[0.0, 0.5, 0.9, 1.0]]), torch.zeros(1), torch.ones(1), 2).tolist()
+    [[1.0, 3.0]]
     """
-    low, high = values.aminmax(dim=1, keepdim=True)
-    width = torch.where(high > low, high - low, torch.ones_like(high))
-    place = ((values - low) / width * bins).long().clamp_(0, bins - 1)
+    width = torch.where(high > low, high - low, 1.0)[:, None]
+    place = ((values - low[:, None]) / width * bins).nan_to_num().long().clamp_(0, bins - 1)
     counts = torch.zeros(values.shape[0], bins, device=values.device)
     counts.scatter_add_(1, place, torch.ones_like(values, dtype=counts.dtype))
-    entropy: Tensor = torch.special.entr(counts / values.shape[1]).sum(1)
-    return torch.where((high - low).isfinite().squeeze(1), entropy, torch.nan)
+    return torch.where((high - low).isfinite()[:, None], counts, torch.nan)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Return the entropy, in nats, of the distribution in each row of counts.
+
+    >>> entropy(torch.tensor([[4.0, 0.0], [2.0, 2.0]])).exp().tolist()
+    [1.0, 2.0]
+    """
+    nats: Tensor = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+    return nats
 
 
 def _sample(values: Tensor, room: int) -> Tensor:
@@ -173,16 +200,17 @@ def _sample(values: Tensor, room: int) -> Tensor:
 
 
 def _channels_first(output: Any, units: Units) -> Tensor:
-    """Return the output of a module as (channels, values)."""
+    """Return the output of a module as (channels, values): of all channels, or of those of this rank's piece."""
     dim = -max(1, units.parameter.ndim - 1)  # linear: last; convolution: in front of the spatial ones
-    if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] != units.channels:
+    output = local(output) if isinstance(output, Tensor) else output
+    possible = (units.channels, local(units.parameter).shape[units.dim])
+    if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] not in possible:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"the module of {units.name!r} must put out a channel for each of its {units.channels} rows, got {found}: "
-            f""
             f"ignore it, or use a criterion that needs no forward passes"
         )
-    return output.detach().movedim(dim, 0).flatten(1)
+    return output.movedim(dim, 0).flatten(1)
 
 
 @dataclass(frozen=True)

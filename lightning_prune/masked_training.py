@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_prune.holding import Holding, forget_curvature
 from lightning_prune.masks import Masks, multiply, pack, unpack
 from lightning_prune.namespaces import Callback
-from lightning_prune.shards import counts_here, is_sharded, local, piece, reshard, sum_over_ranks, whole
+from lightning_prune.shards import counts_here, is_sharded, local, over_ranks, piece, reshard, whole
 from lightning_prune.targets import named_parameters
 
 _FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
@@ -37,6 +37,9 @@ class MaskedTraining(Callback):
 
     def __init__(self, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = (), log_layers: bool = False) -> None:
         super().__init__()
+        for argument, patterns in (("targets", targets), ("ignore", ignore)):
+            if isinstance(patterns, str):
+                raise ValueError(f"{argument} must be a sequence of patterns, got the string {patterns!r}")
         self.targets = tuple(targets)
         self.ignore = tuple(ignore)
         self.log_layers = log_layers
@@ -106,7 +109,7 @@ class MaskedTraining(Callback):
         several = any(is_sharded(parameters[name]) for name in names)
         found = [int(self.masks[n].sum()) if not several or counts_here(parameters[n]) else 0 for n in names]
         counted = torch.tensor(found)
-        kept: list[int] = (sum_over_ranks(counted) if several else counted).tolist()
+        kept: list[int] = (over_ranks(counted) if several else counted).tolist()
         total = sum(parameters[name].numel() for name in self.target_names())
         self._levels = {n: 1.0 - k / parameters[n].numel() for n, k in zip(names, kept, strict=True)}
         zeros = sum(parameters[n].numel() - k for n, k in zip(names, kept, strict=True))

@@ -1,5 +1,6 @@
 """Masks: bool tensors, True = kept, under the names of the parameters, and how scores become masks."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion
 from lightning_prune.selection import Reduce, Scores, identity
-from lightning_prune.shards import is_sharded, local, sum_over_ranks
+from lightning_prune.shards import is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
 
@@ -117,7 +118,7 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
         ValueError: If a score is NaN or infinite, or the allocation is not one of these targets.
     """
     several = any(is_sharded(unit.parameter) for unit in units)
-    reduce = sum_over_ranks if several else identity
+    reduce = over_ranks if several else identity
     kept = {unit.name: unit.kept(held) for unit in units}
     sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
     _refuse_infinite(units, criterion, reduce)
@@ -133,6 +134,13 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
 
 
 def _refuse_infinite(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:
+    for unit in units:
+        shape = tuple(criterion.scores(unit).shape)
+        if math.prod(shape) != unit.held:
+            raise ValueError(
+                f"{criterion} must give one score for each of the {unit.held} units of {unit.name!r}, got the shape "
+                f"{shape}: pool with units.sum or units.mean"
+            )
     bad = reduce(torch.tensor([int(not _is_finite(criterion.scores(unit))) for unit in units]))
     if bad.any():
         names = [unit.name for unit, count in zip(units, bad.tolist(), strict=True) if count]
@@ -150,7 +158,7 @@ def _pruned(kept: Tensor | None) -> int:
 def _due(keep: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
     if not isinstance(keep, Mapping) or keep.keys() != sizes.keys():
         raise ValueError(f"scope must return the number of units to keep for each of {list(sizes)}, got {keep}")
-    if not all(int(keep[name]) == keep[name] and 0 <= keep[name] <= sizes[name] for name in sizes):
+    if not all(float(keep[name]).is_integer() and 0 <= keep[name] <= sizes[name] for name in sizes):
         raise ValueError(f"scope must keep a whole number of units, at most all, of each of {dict(sizes)}, got {keep}")
     return {name: size - int(keep[name]) for name, size in sizes.items()}
 

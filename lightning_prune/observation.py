@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria import Criterion
-from lightning_prune.shards import gather
+from lightning_prune.shards import Operation, gather, over_ranks
 from lightning_prune.units import Units
 
 
 def always() -> bool:
     """Return True: every forward pass counts."""
     return True
+
+
+def _alone(values: Tensor, operation: Operation) -> Tensor:
+    return values
 
 
 class Observation:
@@ -112,19 +116,19 @@ class Observation:
                 unit.steps = self.steps
 
     def finish(self) -> None:
-        """Merge what the ranks have seen, and refuse units of which nothing was seen.
+        """Conclude the window: the statistics become those of all ranks together.
 
         Raises:
-            ValueError: If a unit has no statistic.
+            ValueError: If nothing was seen of a unit.
         """
         for unit in self.units if self.needed else ():
-            unit.statistic = self._merged(unit)
             if unit.statistic is None:
                 what = "gradient" if self.criterion.needs == "gradients" else "forward pass"
                 raise ValueError(
                     f"{type(self.criterion).__name__} needs a {what} of {unit.name!r}, got none in {self.steps} steps: "
                     f"ignore the parameter, or use a criterion that needs less"
                 )
+            unit.statistic = self.criterion.conclude(unit, over_ranks if self.several else _alone)
 
     def reset(self) -> None:
         """Forget the statistics: an update has used them."""
@@ -134,25 +138,26 @@ class Observation:
         for unit in self.units:
             unit.statistic, unit.steps = None, 0
 
-    def _merged(self, unit: Units) -> Tensor | None:
-        """Return the statistic of one unit over all ranks."""
-        if not self.several:
-            return unit.statistic
-        parts = gather(unit.statistic)
-        return self.criterion.merge(parts).to(unit.parameter.device) if parts else None
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the statistics, of all ranks together, as plain tensors and numbers; all ranks must call it."""
-        merged = ((unit, self._merged(unit)) for unit in self.units)
-        found = {unit.name: unit.whole(statistic).cpu() for unit, statistic in merged if statistic is not None}
-        return {"steps": self.steps, "statistics": found}
+        """Return the statistics as plain tensors, one a rank where these see other batches; all ranks must call it."""
+        found = {unit.name: self._saved(unit) for unit in self.units}
+        return {
+            "steps": self.steps,
+            "statistics": {name: parts for name, parts in found.items() if any(p is not None for p in parts)},
+        }
+
+    def _saved(self, unit: Units) -> list[Tensor | None]:
+        if self.several:
+            return gather(unit.statistic)
+        return [None if unit.statistic is None else unit.whole(unit.statistic).cpu()]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the statistics of a run that is resumed; of merged ones, the first rank takes all."""
+        """Take up the statistics of a run that is resumed; the ranks share out those of more ranks."""
         self.steps = int(state["steps"])
-        first = not self.several or torch.distributed.get_rank() == 0
+        ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if self.several else (1, 0)
         for unit in self.units:
-            found = state["statistics"].get(unit.name) if first else None
+            parts = [part for part in state["statistics"].get(unit.name, [])[rank::ranks] if part is not None]
+            found = self.criterion.merge(parts) if len(parts) > 1 else parts[0] if parts else None
             unit.statistic = None if found is None else unit.piece(found).to(unit.parameter.device)
             unit.steps = self.steps
 

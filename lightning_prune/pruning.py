@@ -247,7 +247,9 @@ class Pruning(MaskedTraining):
         self._observed = state_dict["observed"]
 
     def __getstate__(self) -> dict[str, Any]:
-        observed = self._observed or self._observation.state_dict()
+        # a copy may be made on one rank alone, which cannot ask the others
+        alone = not torch.distributed.is_initialized()
+        observed = self._observed or (self._observation.state_dict() if alone else None)
         return {
             **super().__getstate__(),
             "_units": [],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.shards import counts_here, is_sharded, local, sum_over_ranks
+from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
 from lightning_prune.targets import find
 
 
@@ -107,7 +107,7 @@ def zeros(parameter: Tensor) -> int:
     """
     kept = local(parameter).count_nonzero()
     if is_sharded(parameter):
-        kept = sum_over_ranks(kept * counts_here(parameter))
+        kept = over_ranks(kept * counts_here(parameter))
     return parameter.numel() - int(kept)
 
 

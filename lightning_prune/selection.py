@@ -210,7 +210,7 @@ class Scores(Mapping[str, Tensor]):
         if source.index is None:
             picked[place[cut.ties :]] = False
             return
-        index = source.index()[place]
+        index = source.index().reshape(-1)[place]
         stream = [index] if source.counts else []
         last = kth(lambda: stream, cut.ties, 64, self._reduce)[0] if cut.ties else -1
         picked[place[index > last]] = False

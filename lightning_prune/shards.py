@@ -1,10 +1,14 @@
 """Shards: the piece of a parameter that this rank holds, whether it is a plain tensor or a DTensor."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+Operation = Literal["sum", "min", "max"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -45,7 +49,9 @@ def counts_here(tensor: Tensor) -> bool:
     """
     if not isinstance(tensor, DTensor):
         return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    coordinate = tensor.device_mesh.get_coordinate() or [0] * tensor.device_mesh.ndim
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or 0 not in tensor.device_mesh.mesh:  # of several meshes with copies, that of rank 0 counts
+        return False
     replicated = [
         c for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)
     ]
@@ -68,21 +74,21 @@ def flat_index(tensor: Tensor) -> Tensor:
     return index
 
 
-def sum_over_ranks(counts: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks; the tensor itself is left as it is."""
-    total = counts.clone()
+def over_ranks(values: Tensor, operation: Operation = "sum") -> Tensor:
+    """Return the sum, minimum or maximum of a tensor over all ranks; the tensor itself is left as it is."""
+    total = values.clone()
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.distributed.get_backend() not in ("gloo", "mpi"):
         total = total.to(accelerator)  # the others take no tensors on the CPU
-    torch.distributed.all_reduce(total)
-    return total.to(counts.device)
+    torch.distributed.all_reduce(total, getattr(torch.distributed.ReduceOp, operation.upper()))
+    return total.to(values.device)
 
 
-def gather(tensor: Tensor | None) -> list[Tensor]:
-    """Return the tensors of all ranks, on the CPU; shapes may differ, and ranks with None add nothing."""
+def gather(tensor: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors of all ranks, in their order, on the CPU; shapes may differ."""
     found: list[Tensor | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, None if tensor is None else tensor.cpu())
-    return [item for item in found if item is not None]
+    return found
 
 
 def piece(whole: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_prune.dataflow import norms_behind
 from lightning_prune.granularities import Granularity
 from lightning_prune.selection import Source
-from lightning_prune.shards import counts_here, flat_index, is_sharded, local, offsets, piece, sum_over_ranks, whole
+from lightning_prune.shards import counts_here, flat_index, is_sharded, local, offsets, over_ranks, piece, whole
 from lightning_prune.targets import Target, channel_dim, named_parameters
 
 Values = Callable[[Tensor], Tensor]
@@ -77,6 +77,24 @@ class Units:
         shape = [-1 if d == self.dim else 1 for d in range(self.parameter.ndim)]
         return piece(channels.view(shape).expand(self.parameter.shape), self.parameter)
 
+    def all_channels(self, values: Tensor, fill: float) -> Tensor:
+        """Return values (first dimension) of the channels of this rank's piece among those of all channels."""
+        if values.shape[0] == self.channels:
+            return values
+        everything = values.new_full((self.channels, *values.shape[1:]), fill)
+        everything[self.rows(values.shape[0])] = values
+        return everything
+
+    def rows(self, count: int) -> slice:
+        """Return which channels these are: all of them, or as many as this rank's piece has."""
+        begin = 0 if count == self.channels else offsets(self.parameter)[self.dim]
+        return slice(begin, begin + count)
+
+    @property
+    def held(self) -> int:
+        """The number of units that this rank scores."""
+        return local(self.parameter).numel() if self.split else self.size
+
     def index(self) -> Tensor:
         """Return the position (int64), in the whole target, of every unit that this rank scores."""
         if self.granularity.spans:
@@ -141,7 +159,7 @@ class Units:
         if counts_here(self.parameter):
             begin = offsets(self.parameter)[self.dim]
             whole[begin : begin + pooled.numel()] = pooled
-        return sum_over_ranks(whole)
+        return over_ranks(whole)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
