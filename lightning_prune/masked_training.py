@@ -46,7 +46,9 @@ class MaskedTraining(Callback):
         self.forget()
 
     def forget(self) -> None:
-        """Forget masks and everything else about a run."""
+        """Forget masks and everything else about a run, and let go of its model."""
+        if hasattr(self, "_holding"):
+            self._holding.release()
         self.masks = Masks()
         self._holding = Holding()
         self._model: weakref.ref[nn.Module] | None = None

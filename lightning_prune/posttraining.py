@@ -55,6 +55,7 @@ def prune(
     75
     """
     goal.check(sparsity, threshold)
+    allocator = scopes.resolve(scope)
     found = goal.find_targets(model, sparsity, targets, ignore)
     if not found:
         raise ValueError(
@@ -64,7 +65,7 @@ def prune(
     observation = Observation(criterion, units)
     if observation.needed:
         _observe(model, observation, data, loss or _default_loss)
-    allocate = goal.allocation(found, sparsity, threshold, criterion, scopes.resolve(scope))
+    allocate = goal.allocation(found, sparsity, threshold, criterion, allocator)
     masks = make_masks(units, criterion, allocate, {})
     masks.apply(model)
     return masks
@@ -81,22 +82,21 @@ def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | N
     device = next(model.parameters()).device
     model.eval()
     observation.open()
-    state = torch.get_rng_state()
     try:
-        for batch in islice(data, criterion.window):
-            batch = _to(batch, device)
-            if criterion.needs == "gradients":
-                model.zero_grad(set_to_none=True)
-                with torch.enable_grad():
-                    loss(model, batch).backward()
-                observation.gradients(ids)
-            else:
-                with torch.no_grad():
-                    model(_inputs(batch))
-            observation.step()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for batch in islice(data, criterion.window):
+                batch = _to(batch, device)
+                if criterion.needs == "gradients":
+                    model.zero_grad(set_to_none=True)
+                    with torch.enable_grad():
+                        loss(model, batch).backward()
+                    observation.gradients(ids)
+                else:
+                    with torch.no_grad():
+                        model(_inputs(batch))
+                observation.step()
         observation.finish()
     finally:
-        torch.set_rng_state(state)
         observation.close()
         for module, mode in modes.items():
             module.training = mode
