@@ -41,12 +41,12 @@ clean: ## remove .venv and everything that tools and runs left behind
 # Each stamp is a finished installation; it is made again when the dependencies or their pinned versions change.
 $(BIN)/.demo: $(INPUTS) | $(BIN)/python
 	@echo 'Installing lightning_prune and the examples into .venv (the first time takes a while: torch is large) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[examples]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[examples]'
 	@touch $@
 
 $(BIN)/.dev: $(INPUTS) | $(BIN)/python
 	@echo 'Installing lightning_prune and its tools into .venv (the first time takes a while: torch is large) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[dev]'
 	@touch $(BIN)/.demo $@
 
 $(BIN)/python:

@@ -9,6 +9,7 @@ from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
 from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
+from lightning_prune.units import Units
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "SensitivityPruning",
     "SparseEarlyStopping",
     "SparseModelCheckpoint",
+    "Units",
     "Weight",
     "prune",
     "sparsity",

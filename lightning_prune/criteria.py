@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.selection import chunks
-from lightning_prune.shards import Operation, local
+from lightning_prune.shards import Operation, local, output_rows
 from lightning_prune.units import Units
 
 OverRanks = Callable[[Tensor, Operation], Tensor]
@@ -50,6 +50,10 @@ class Criterion:
         """
         assert units.statistic is not None
         return over_ranks(units.statistic, "sum") if self.needs == "forwards" else units.statistic
+
+    def nothing(self, units: Units) -> Tensor:
+        """Return the statistic of a rank that has seen no forward pass where others have."""
+        raise NotImplementedError
 
     def merge(self, statistics: list[Tensor]) -> Tensor:
         """Return one statistic for those of several ranks, of which fewer go on after a checkpoint."""
@@ -137,7 +141,7 @@ class Entropy(Criterion):
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        values = _sample(_channels_first(output, units), self.samples // self.window).float()
+        values = _all_channels(output, units, self.samples // self.window)
         return values if units.statistic is None else torch.cat([units.statistic, values], 1)
 
     @override
@@ -146,13 +150,16 @@ class Entropy(Criterion):
 
     @override
     def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
-        assert units.statistic is not None
-        values = units.statistic
-        low = over_ranks(units.all_channels(values.amin(1), math.inf), "min")
-        high = over_ranks(units.all_channels(values.amax(1), -math.inf), "max")
-        mine = units.rows(values.shape[0])
-        counts = histogram(values, low[mine], high[mine], self.bins)
-        return entropy(over_ranks(units.all_channels(counts, 0.0), "sum"))
+        values = self.nothing(units) if units.statistic is None else units.statistic
+        unseen = values.isnan()
+        bound = values.new_full((units.channels, 1), math.inf)  # of a rank that has seen nothing
+        low = over_ranks(torch.cat([values.masked_fill(unseen, math.inf), bound], 1).amin(1), "min")
+        high = over_ranks(torch.cat([values.masked_fill(unseen, -math.inf), -bound], 1).amax(1), "max")
+        return entropy(over_ranks(histogram(values, low, high, self.bins), "sum"))
+
+    @override
+    def nothing(self, units: Units) -> Tensor:
+        return torch.empty(units.channels, 0, device=units.parameter.device)
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -168,13 +175,15 @@ class Entropy(Criterion):
 def histogram(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
     """Return how many values of each row lie in each of the equal bins between its bounds; NaN where one is infinite.
 
+    Values that are NaN count nowhere.
+
     >>> histogram(torch.tensor([[0.0, 0.5, 0.9, 1.0]]), torch.zeros(1), torch.ones(1), 2).tolist()
     [[1.0, 3.0]]
     """
     width = torch.where(high > low, high - low, 1.0)[:, None]
     place = ((values - low[:, None]) / width * bins).nan_to_num().long().clamp_(0, bins - 1)
     counts = torch.zeros(values.shape[0], bins, device=values.device)
-    counts.scatter_add_(1, place, torch.ones_like(values, dtype=counts.dtype))
+    counts.scatter_add_(1, place, (~values.isnan()).float())
     return torch.where((high - low).isfinite()[:, None], counts, torch.nan)
 
 
@@ -199,18 +208,27 @@ def _sample(values: Tensor, room: int) -> Tensor:
     return values[:, torch.arange(room, device=values.device) * step % n]
 
 
-def _channels_first(output: Any, units: Units) -> Tensor:
-    """Return the output of a module as (channels, values): of all channels, or of those of this rank's piece."""
+def _all_channels(output: Any, units: Units, room: int) -> Tensor:
+    """Return samples of a module's output as (channels, values); NaN for channels that other ranks put out.
+
+    A value that is not finite becomes infinity, so that it is not taken for one that was not seen.
+    """
     dim = -max(1, units.parameter.ndim - 1)  # linear: last; convolution: in front of the spatial ones
     output = local(output) if isinstance(output, Tensor) else output
-    possible = (units.channels, local(units.parameter).shape[units.dim])
+    mine = output_rows(units.parameter, units.dim)
+    possible = (units.channels, mine.stop - mine.start)
     if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] not in possible:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"the module of {units.name!r} must put out a channel for each of its {units.channels} rows, got {found}: "
             f"ignore it, or use a criterion that needs no forward passes"
         )
-    return output.movedim(dim, 0).flatten(1)
+    values = _sample(output.movedim(dim, 0).flatten(1), room).float().nan_to_num(math.inf, math.inf, math.inf)
+    if values.shape[0] == units.channels:
+        return values
+    everything = values.new_full((units.channels, values.shape[1]), math.nan)
+    everything[mine] = values
+    return everything
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Dataflow: which norm stands behind a layer, read from a symbolic trace where the model allows one."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from torch import nn
 from torch.fx import Node, Tracer
 from typing_extensions import override
 
-_CHANNEL_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # over the second dimension
-_LAST_NORMS = (nn.LayerNorm, nn.RMSNorm)  # over the last dimension, where only a linear layer has its channels
-_NORMS = (*_CHANNEL_NORMS, *_LAST_NORMS)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+# a linear layer has its channels in the last dimension, all others in the second one
+_BEHIND_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_BEHIND_OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # what may lie between a layer and its norm: zeros stay zeros, channels stay in their place
 _TRANSPARENT = (nn.Identity, nn.modules.dropout._DropoutNd, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
 _NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu", "dropout")
@@ -68,7 +70,7 @@ def _trace(model: nn.Module, links: list[tuple[nn.Module, nn.Module]], calls: Co
     for node in nodes:
         norm = modules[str(node.target)]
         layer = _layer_before(node, modules) if isinstance(norm, _NORMS) else None
-        if layer is not None and (isinstance(norm, _CHANNEL_NORMS) or isinstance(layer, nn.Linear)):
+        if layer is not None and isinstance(norm, _BEHIND_LINEAR if isinstance(layer, nn.Linear) else _BEHIND_OTHERS):
             links.append((layer, norm))
 
 
@@ -93,10 +95,12 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     found = [value for saved in attributes.values() for value in saved.values()]
     containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    python = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
+        random.setstate(python)
         for container, saved in containers:
             container.clear()
             container.extend(saved) if isinstance(container, list) else container.update(saved)

@@ -8,8 +8,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.masks import multiply
+from lightning_prune.masks import zero_pruned
 from lightning_prune.shards import local
+
+_ENTRYWISE = (
+    *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
+    *(torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD),
+)
 
 
 class Holding:
@@ -33,7 +38,7 @@ class Holding:
 
     def apply(self) -> None:
         """Apply the masks to all parameters, also those that no optimizer has."""
-        multiply([(local(parameter), self._masks[id(parameter)]) for parameter in self._parameters])
+        zero_pruned((local(parameter), self._masks[id(parameter)]) for parameter in self._parameters)
 
     def attach(self, optimizer: Optimizer, before: Callable[[Optimizer], None] | None = None) -> None:
         """Apply the masks after every step of this optimizer; idempotent.
@@ -61,11 +66,11 @@ class Holding:
         # its own parameters only: others may be part of a graph that is still to be differentiated. Counts nothing,
         # since it can fire twice in one step, or for a step that changed nothing.
         self.stepped = True
-        multiply([(local(parameter), mask) for parameter, mask in self._of(optimizer)])
+        zero_pruned((local(parameter), mask) for parameter, mask in self._of(optimizer))
 
     def mask_gradients(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned entries: they must not count in a norm, nor in the line search of LBFGS."""
-        multiply([(local(p.grad), mask) for p, mask in self._of(optimizer) if p.grad is not None])
+        zero_pruned((local(p.grad), m) for p, m in self._of(optimizer) if p.grad is not None and not p.grad.is_sparse)
 
     def release(self) -> None:
         """Apply the masks once more and remove every hook; idempotent."""
@@ -82,6 +87,11 @@ class Holding:
                 mask = self._masks.get(id(parameter))
                 if mask is not None:
                     yield parameter, mask
+
+
+def entrywise(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer steps every entry of a parameter by itself, whatever the gradients of the others."""
+    return type(optimizer) in _ENTRYWISE
 
 
 def forget_curvature(optimizer: Optimizer) -> None:

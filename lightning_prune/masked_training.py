@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.holding import Holding, forget_curvature
-from lightning_prune.masks import Masks, multiply, pack, unpack
+from lightning_prune.holding import Holding, entrywise, forget_curvature
+from lightning_prune.masks import Masks, pack_all, unpack_all, zero_pruned
 from lightning_prune.namespaces import Callback
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks, piece, reshard, whole
 from lightning_prune.targets import named_parameters
@@ -43,19 +44,19 @@ class MaskedTraining(Callback):
         self.targets = tuple(targets)
         self.ignore = tuple(ignore)
         self.log_layers = log_layers
+        self._holding = Holding()
         self.forget()
 
     def forget(self) -> None:
         """Forget masks and everything else about a run, and let go of its model."""
-        if hasattr(self, "_holding"):
-            self._holding.release()
+        self._holding.release()
         self.masks = Masks()
-        self._holding = Holding()
         self._model: weakref.ref[nn.Module] | None = None
         self._restored = False
         self._steps = 0
         self._levels: dict[str, float] = {}
         self._sparsity_now = 0.0
+        self._clips = True
         self._before: Callable[[Optimizer], None] | None = None
 
     @property
@@ -103,7 +104,7 @@ class MaskedTraining(Callback):
         self.masks = masks
         for average in _averages(trainer):
             copies = named_parameters(average)
-            multiply([(local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items()])
+            zero_pruned((local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items())
         self._count(parameters)
 
     def _count(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -118,8 +119,10 @@ class MaskedTraining(Callback):
         self._sparsity_now = zeros / total if total else 0.0
 
     def _place(self, pl_module: nn.Module) -> Masks:
-        """Return the restored masks on the devices, and in the pieces, of the parameters that they belong to."""
+        """Return the masks on the devices of their parameters, and restored ones in their pieces."""
         parameters = named_parameters(pl_module)
+        if not self._restored:
+            return Masks({name: mask.to(parameters[name].device) for name, mask in self.masks.items()})
         for name, mask in self.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 found = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
@@ -148,13 +151,19 @@ class MaskedTraining(Callback):
         if self._model is not None and self._model() is not pl_module and not self._restored:
             self.forget()  # the callback of an earlier fit, now with another model
         self._model = weakref.ref(pl_module)
-        if pl_module.automatic_optimization:
-            self._steps = trainer.global_step
-        masks = self._place(pl_module) if self._restored else self.masks
+        steps = trainer.global_step if pl_module.automatic_optimization else self._steps
+        # a step that was taken, and not yet counted when the checkpoint was saved
+        missed = self._restored and self._steps < steps
+        self._steps = steps
+        masks = self._place(pl_module)
         self._restored = False
         self.begin(trainer, pl_module)
+        if missed:
+            self.after_step()
         self._refuse_overlap(trainer)
-        self.masks = masks if masks else self.masks
+        self.masks = masks or self.masks
+        clips = is_overridden("configure_gradient_clipping", pl_module) or not pl_module.automatic_optimization
+        self._clips = bool(trainer.gradient_clip_val) or clips
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
             self._holding.attach(optimizer, self._before)
@@ -173,7 +182,9 @@ class MaskedTraining(Callback):
 
     def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.before_step(trainer, optimizer)
-        self._holding.mask_gradients(optimizer)
+        # weights are masked after the step; gradients only where those of pruned entries would touch others
+        if self._clips or not entrywise(optimizer):
+            self._holding.mask_gradients(optimizer)
 
     @override
     def on_train_batch_end(
@@ -224,8 +235,8 @@ class MaskedTraining(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {name: pack(self._whole(name, mask)) for name, mask in self.masks.items()}
-        return {"version": 1, "steps": self._steps, "names": list(masks), "levels": dict(self._levels), "masks": masks}
+        masks = {name: self._whole(name, mask) for name, mask in self.masks.items()}
+        return {"version": 1, "steps": self._steps, "levels": dict(self._levels), "masks": pack_all(masks)}
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
         model = self._model() if self._model is not None else None
@@ -236,15 +247,13 @@ class MaskedTraining(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"steps", "names", "levels", "masks"}.difference(state_dict)
+        missing = {"steps", "levels", "masks"}.difference(state_dict)
         if missing:
             raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
-        masks = Masks()
-        for name in state_dict["names"]:
-            try:
-                masks[name] = unpack(state_dict["masks"][name])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"the checkpoint must hold a whole mask for {name!r}, got: {error!r}") from error
+        masks = unpack_all(state_dict["masks"])
+        for name in state_dict["levels"]:
+            if name not in masks:
+                raise ValueError(f"the state of {type(self).__name__} must have a mask of {name!r}, got {list(masks)}")
         self.forget()
         self.masks, self._restored, self._steps = masks, True, state_dict["steps"]
         self._levels = dict(state_dict["levels"])

@@ -1,7 +1,7 @@
 """Masks: bool tensors, True = kept, under the names of the parameters, and how scores become masks."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion
-from lightning_prune.selection import Reduce, Scores, identity
+from lightning_prune.selection import Reduce, Scores, chunks, identity
 from lightning_prune.shards import is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Allocate = Callable[[Scores], Mapping[str, int]]
 
@@ -41,7 +43,7 @@ class Masks(dict[str, Tensor]):
         """
         parameters = named_parameters(model)
         self.check(parameters)
-        multiply([(local(parameters[name]), mask) for name, mask in self.items()])
+        zero_pruned((local(parameters[name]), mask) for name, mask in self.items())
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         """Refuse parameters that the masks do not fit.
@@ -58,17 +60,22 @@ class Masks(dict[str, Tensor]):
 
 
 @torch.no_grad()
-def multiply(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Multiply tensors by bool masks in place, at the speed of a copy and one byte a weight.
+def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Zero the pruned entries of tensors in place, at nearly the speed of a copy and one byte a weight.
 
-    >>> values = torch.tensor([1.0, -2.0])
-    >>> multiply([(values, torch.tensor([True, False]))])
-    >>> values.abs().tolist()
-    [1.0, 0.0]
+    The bits of a number are combined with those of its mask, so that minus zero, NaN and infinity become zero, too.
+
+    >>> values = torch.tensor([1.0, -2.0, float("nan")])
+    >>> zero_pruned([(values, torch.tensor([True, False, False]))])
+    >>> values.tolist()
+    [1.0, 0.0, 0.0]
     """
-    if pairs:
-        tensors, masks = zip(*pairs, strict=True)
-        torch._foreach_mul_(tensors, [mask.view(torch.int8) for mask in masks])
+    for tensor, mask in pairs:
+        bits, keep = tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8)
+        # on the CPU other types are converted first: in pieces, which stay in the cache
+        pieces = tensor.device.type == "cpu" and tensor.is_contiguous() and mask.is_contiguous()
+        for part, kept in zip(chunks(bits), chunks(keep), strict=True) if pieces else [(bits, keep)]:
+            part.bitwise_and_(kept.neg())  # one, for True, becomes minus one: all bits are set
 
 
 def pack(mask: Tensor) -> dict[str, Any]:
@@ -102,6 +109,42 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
     return flat[: shape.numel()].view(shape)
 
 
+def pack_all(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return masks by name as ``{"shapes": {name: [...]}, "bits": uint8 tensor}``; one tensor, since each has a cost.
+
+    >>> pack_all({"weight": torch.tensor([True, False, True])})
+    {'shapes': {'weight': [3]}, 'bits': tensor([160], dtype=torch.uint8)}
+    """
+    packed = {name: pack(mask) for name, mask in masks.items()}
+    bits = [part["bits"] for part in packed.values()]
+    return {
+        "shapes": {name: part["shape"] for name, part in packed.items()},
+        "bits": torch.cat(bits) if bits else torch.empty(0, dtype=torch.uint8),
+    }
+
+
+def unpack_all(packed: Mapping[str, Any]) -> Masks:
+    """Return the masks that ``pack_all`` packed.
+
+    Raises:
+        ValueError: If bits are missing, of the parameter that is named, or left over.
+
+    >>> unpack_all(pack_all({"weight": torch.tensor([True, False, True])}))
+    {'weight': tensor([ True, False,  True])}
+    """
+    masks, begin = Masks(), 0
+    for name, shape in packed["shapes"].items():
+        end = begin + -(-math.prod(shape) // 8)
+        try:
+            masks[name] = unpack({"shape": shape, "bits": packed["bits"][begin:end]})
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the state must hold a whole mask of {name!r}, got: {error}") from error
+        begin = end
+    if begin != len(packed["bits"]):
+        raise ValueError(f"the state must hold {begin} bytes of masks for {list(masks)}, got {len(packed['bits'])}")
+    return masks
+
+
 @torch.no_grad()
 def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate, held: Mapping[str, Tensor]) -> Masks:
     """Return new masks: score the units, share out what is due, select exactly that many, expand.
@@ -121,7 +164,7 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     reduce = over_ranks if several else identity
     kept = {unit.name: unit.kept(held) for unit in units}
     sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
-    _refuse_infinite(units, criterion, reduce)
+    _check_scores(units, criterion, reduce)
     bits = 64 if any(unit.parameter.dtype == torch.float64 for unit in units) else 32
     scores = Scores(sources, reduce, bits)
     found = [_pruned(kept[name]) if source.counts else 0 for name, source in sources.items()]
@@ -133,18 +176,24 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     return masks
 
 
-def _refuse_infinite(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:
-    for unit in units:
-        shape = tuple(criterion.scores(unit).shape)
-        if math.prod(shape) != unit.held:
+def _check_scores(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:
+    # all ranks learn of what one has found, since they have to raise together
+    codes = reduce(torch.tensor([_fault(unit, criterion.scores(unit)) for unit in units]))
+    for unit, code in zip(units, codes.tolist(), strict=True):
+        if code >= _WRONG_SHAPE:
             raise ValueError(
-                f"{criterion} must give one score for each of the {unit.held} units of {unit.name!r}, got the shape "
-                f"{shape}: pool with units.sum or units.mean"
+                f"{criterion} must give one score for each of the {unit.size} units of {unit.name!r}: pool what "
+                f"weights give with units.sum or units.mean"
             )
-    bad = reduce(torch.tensor([int(not _is_finite(criterion.scores(unit))) for unit in units]))
-    if bad.any():
-        names = [unit.name for unit, count in zip(units, bad.tolist(), strict=True) if count]
-        raise ValueError(f"scores must be finite, got NaN or infinity from {criterion} for {names[:5]}")
+        if code:
+            raise ValueError(f"scores must be finite, got NaN or infinity from {criterion} for {unit.name!r}")
+
+
+_WRONG_SHAPE = 1 << 31
+
+
+def _fault(unit: Units, scores: Tensor) -> int:
+    return int(not _is_finite(scores)) if scores.numel() == unit.held else _WRONG_SHAPE
 
 
 def _is_finite(scores: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria import Criterion
-from lightning_prune.shards import Operation, gather, over_ranks
+from lightning_prune.shards import Operation, gather, is_sharded, local, over_ranks
 from lightning_prune.units import Units
 
 
@@ -20,6 +20,13 @@ def always() -> bool:
 
 def _alone(values: Tensor, operation: Operation) -> Tensor:
     return values
+
+
+def _finite_gradients(units: Sequence[Units]) -> bool:
+    """Return whether all gradients are finite, on all ranks that hold pieces of them."""
+    gradients = [unit.parameter.grad for unit in units if unit.parameter.grad is not None]
+    bad = torch.tensor(sum(int(not local(gradient).isfinite().all()) for gradient in gradients))
+    return not (over_ranks(bad) if any(map(is_sharded, gradients)) else bad)
 
 
 class Observation:
@@ -93,7 +100,7 @@ class Observation:
             return
         mine = [u for u in self.units if id(u.parameter) in parameters and u.name not in self._seen]
         mine = [u for u in mine if u.parameter.grad is not None]
-        if check and not all(bool(u.parameter.grad.isfinite().all()) for u in mine if u.parameter.grad is not None):
+        if check and not _finite_gradients(mine):
             return
         for unit in mine:
             self._seen.add(unit.name)
@@ -109,7 +116,8 @@ class Observation:
 
     def step(self) -> None:
         """Count one optimizer step, if anything was seen of it."""
-        if self._seen:
+        # where a layer is not run on every rank, all count the step that some have seen
+        if self._seen or (self.several and self._handles):
             self.steps += 1
             self._seen.clear()
             for unit in self.units:
@@ -121,14 +129,18 @@ class Observation:
         Raises:
             ValueError: If nothing was seen of a unit.
         """
-        for unit in self.units if self.needed else ():
-            if unit.statistic is None:
+        if not self.needed:
+            return
+        seen = torch.tensor([int(unit.statistic is not None) for unit in self.units])
+        reduce = over_ranks if self.several else _alone
+        for unit, ranks in zip(self.units, reduce(seen, "sum").tolist(), strict=True):
+            if not ranks:
                 what = "gradient" if self.criterion.needs == "gradients" else "forward pass"
                 raise ValueError(
                     f"{type(self.criterion).__name__} needs a {what} of {unit.name!r}, got none in {self.steps} steps: "
                     f"ignore the parameter, or use a criterion that needs less"
                 )
-            unit.statistic = self.criterion.conclude(unit, over_ranks if self.several else _alone)
+            unit.statistic = self.criterion.conclude(unit, reduce)
 
     def reset(self) -> None:
         """Forget the statistics: an update has used them."""
@@ -143,6 +155,7 @@ class Observation:
         found = {unit.name: self._saved(unit) for unit in self.units}
         return {
             "steps": self.steps,
+            "seen": sorted(self._seen),
             "statistics": {name: parts for name, parts in found.items() if any(p is not None for p in parts)},
         }
 
@@ -153,7 +166,7 @@ class Observation:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the statistics of a run that is resumed; the ranks share out those of more ranks."""
-        self.steps = int(state["steps"])
+        self.steps, self._seen = int(state["steps"]), set(state["seen"])
         ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if self.several else (1, 0)
         for unit in self.units:
             parts = [part for part in state["statistics"].get(unit.name, [])[rank::ranks] if part is not None]

@@ -1,12 +1,13 @@
 """Pruning: the training callback. It says when masks change, and to what."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,6 +20,9 @@ from lightning_prune.masks import make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.shards import reshard
 from lightning_prune.units import Units, make_units
+
+# below Lightning's logger, whose handlers and level it shares, and with a name of its own to be silenced by
+_log = logging.getLogger("lightning.pytorch.lightning_prune")
 
 ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
 ScopeName = Literal["global", "local", "erk"]
@@ -102,6 +106,7 @@ class Pruning(MaskedTraining):
         self._window: tuple[int, int] | None = None  # resolved once: a longer resumed run must not move it
         self._updates: list[tuple[int, float]] = []
         self._applied = -1  # position of the last update
+        self._epochs: int | None = None  # as the user has set them
 
     @property
     @override
@@ -113,10 +118,16 @@ class Pruning(MaskedTraining):
         return [unit.name for unit in self._units]
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._epochs = trainer.max_epochs
+
+    @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._find_units(trainer, pl_module)
         self._observation.active = lambda: bool(trainer.training)
-        length = _length(trainer, self.interval)
+        length = self._length(trainer)
         self._window = self._window or self._horizon.window(length)
         self._updates = schedules.updates(self._schedule, *self._window, self.frequency)
         self._announce(length)
@@ -139,8 +150,11 @@ class Pruning(MaskedTraining):
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # looks at the state and not at events: Lightning skips some hooks when a run is resumed
         clock = trainer.current_epoch if self.interval == "epoch" else self._steps
-        due = [update for update in self._updates if self._applied < update[0] <= clock]
-        if due and self._observation.full:
+        if self._observation.full and any(self._applied < position <= clock for position, _ in self._updates):
+            # an update that had to wait may end up where the next one is due: one serves both
+            per_epoch = _steps_per_epoch(trainer) if self.interval == "epoch" else 0
+            begins = max(clock, self._steps // per_epoch) if per_epoch else clock
+            due = [update for update in self._updates if update[0] <= begins]
             self._update(trainer, pl_module, *due[-1])
         if self._observing(trainer):
             if not self._observation.steps:
@@ -198,14 +212,24 @@ class Pruning(MaskedTraining):
             self._observation.load_state_dict(self._observed)
             self._observed = None
 
+    def _length(self, trainer: Trainer) -> float:
+        """Return the length of the run in intervals; infinite where it is unknown."""
+        epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+        # stochastic weight averaging adds an epoch, in which no optimizer steps
+        added = max(0.0, epochs - self._epochs) if self._epochs not in (None, -1) and epochs < math.inf else 0.0
+        if self.interval == "epoch":
+            return epochs - added
+        steps = float(trainer.estimated_stepping_batches)
+        if added:
+            steps = min(steps, (epochs - added) * _steps_per_epoch(trainer))
+        return math.inf if steps < 0 else steps
+
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
         name = type(self).__name__
         levels = [(at, due * self.sparsity if isinstance(self.sparsity, float) else due) for at, due in self._updates]
-        rank_zero_info(
-            report.plan(name, what, {unit.name: unit.parameter for unit in self._units}, levels, self.interval)
-        )
+        _tell(report.plan(name, what, {unit.name: unit.parameter for unit in self._units}, levels, self.interval))
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if self._applied < last and last > reachable:
@@ -258,12 +282,9 @@ class Pruning(MaskedTraining):
         }
 
 
-def _length(trainer: Trainer, interval: str) -> float:
-    """Return the length of the run in intervals; infinite where it is unknown."""
-    if interval == "epoch":
-        return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = trainer.estimated_stepping_batches
-    return math.inf if steps < 0 else float(steps)
+@rank_zero_only
+def _tell(message: str) -> None:
+    _log.info(message)
 
 
 def _steps_per_epoch(trainer: Trainer) -> float:

@@ -4,9 +4,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 Operation = Literal["sum", "min", "max"]
 
@@ -27,7 +29,8 @@ def local(tensor: Tensor) -> Tensor:
     >>> local(weight).data_ptr() == weight.data_ptr()
     True
     """
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (piece.wait() if isinstance(piece, AsyncCollectiveTensor) else piece).detach()
 
 
 def offsets(tensor: Tensor) -> tuple[int, ...]:
@@ -39,6 +42,21 @@ def offsets(tensor: Tensor) -> tuple[int, ...]:
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
+def output_rows(tensor: Tensor, dim: int) -> slice:
+    """Return which output channels the module of this weight puts out on this rank, ``dim`` being their dimension.
+
+    Tensor parallelism leaves it a part of them. What FSDP2 cuts off such a part is marked, and put back for a forward.
+
+    >>> output_rows(torch.zeros(2, 3), 0)
+    slice(0, 2, None)
+    """
+    if not isinstance(tensor, DTensor):
+        return slice(0, tensor.shape[dim])
+    placements = [Replicate() if isinstance(place, _StridedShard) else place for place in tensor.placements]
+    length, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    return slice(begin[dim], begin[dim] + length[dim])
 
 
 def counts_here(tensor: Tensor) -> bool:

@@ -77,19 +77,6 @@ class Units:
         shape = [-1 if d == self.dim else 1 for d in range(self.parameter.ndim)]
         return piece(channels.view(shape).expand(self.parameter.shape), self.parameter)
 
-    def all_channels(self, values: Tensor, fill: float) -> Tensor:
-        """Return values (first dimension) of the channels of this rank's piece among those of all channels."""
-        if values.shape[0] == self.channels:
-            return values
-        everything = values.new_full((self.channels, *values.shape[1:]), fill)
-        everything[self.rows(values.shape[0])] = values
-        return everything
-
-    def rows(self, count: int) -> slice:
-        """Return which channels these are: all of them, or as many as this rank's piece has."""
-        begin = 0 if count == self.channels else offsets(self.parameter)[self.dim]
-        return slice(begin, begin + count)
-
     @property
     def held(self) -> int:
         """The number of units that this rank scores."""

@@ -1,0 +1,15 @@
+"""Every test starts from the same generators and leaves no thread count or process group behind."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,76 @@
+"""Prunes under the namespace that is named on the command line, in a Trainer and through LightningCLI.
+
+A process of its own, since what this package inherits from is settled when it is imported.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from yaml import safe_dump
+
+namespace = importlib.import_module(sys.argv[1])
+boring = importlib.import_module(f"{sys.argv[1]}.demos.boring_classes").BoringModel
+cli = importlib.import_module(f"{sys.argv[1]}.cli").LightningCLI
+
+import lightning_prune as lp  # noqa: E402 - after the namespace that it is to serve
+
+RUN = {
+    **{"accelerator": "cpu", "devices": 1, "max_epochs": 5, "limit_train_batches": 3, "limit_val_batches": 1},
+    **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+}
+
+
+class Worsening(boring):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("val_loss", float(self.current_epoch))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(6, 32), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+
+def check_classes() -> None:
+    callbacks = [item for item in vars(lp).values() if isinstance(item, type) and hasattr(item, "on_train_start")]
+    assert len(callbacks) >= 8
+    assert all(issubclass(callback, namespace.Callback) for callback in callbacks)
+    assert issubclass(lp.SparseModelCheckpoint, namespace.callbacks.ModelCheckpoint)
+    assert issubclass(lp.SparseEarlyStopping, namespace.callbacks.EarlyStopping)
+
+
+def check_trainer(folder: Path) -> None:
+    pruning = lp.MagnitudePruning(0.9, start=0, end=2, interval="epoch")
+    checkpoint = lp.SparseModelCheckpoint(dirpath=folder, monitor="val_loss", filename="{epoch}")
+    stopping = lp.SparseEarlyStopping("val_loss", patience=1)
+    trainer = namespace.Trainer(**RUN, callbacks=[pruning, checkpoint, stopping])
+    model = Worsening()
+    trainer.fit(model)
+    assert int((model.layer.weight == 0).sum()) == round(0.9 * 64)
+    assert [path.name for path in folder.iterdir()] == ["epoch=2.ckpt"]  # the first epoch at the target is the best
+    assert trainer.current_epoch == 4  # patience 1 counts from there: epochs 2, 3 and no more
+    saved = torch.load(folder / "epoch=2.ckpt", weights_only=True)
+    assert int((saved["state_dict"]["layer.weight"] == 0).sum()) == round(0.9 * 64)
+    assert sum("Checkpoint" in type(callback).__name__ for callback in trainer.callbacks) == 1
+
+
+def check_command_line(file: Path) -> None:
+    callbacks = [
+        {"class_path": "lightning_prune.MagnitudePruning", "init_args": {"sparsity": 0.75, "start": 0, "end": 4}},
+        {"class_path": "lightning_prune.SparseEarlyStopping", "init_args": {"monitor": "val_loss"}},
+    ]
+    file.write_text(safe_dump({"trainer": {**RUN, "callbacks": callbacks, "enable_checkpointing": False}}))
+    done = cli(Worsening, args=["fit", "--config", str(file)], save_config_callback=None)
+    assert int((done.model.layer.weight == 0).sum()) == 48
+    # short names of Lightning's own callbacks are still theirs
+    more = ["fit", "--config", str(file), "--trainer.callbacks+=ModelCheckpoint", "--trainer.enable_checkpointing=true"]
+    done = cli(Worsening, args=[*more, "--trainer.max_epochs=0"], save_config_callback=None)
+    assert type(done.trainer.callbacks[-1]) is namespace.callbacks.ModelCheckpoint
+
+
+if __name__ == "__main__":
+    check_classes()
+    check_trainer(Path(sys.argv[2], "checkpoints"))
+    check_command_line(Path(sys.argv[2], "run.yaml"))

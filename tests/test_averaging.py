@@ -1,0 +1,245 @@
+"""Averaged weights are as sparse as the model, and only a model at its target sparsity is judged."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from models import fit
+from modes import KINDS, SGD, Probe, Regression, StatefulLoader, assert_nothing_left, assert_pruned, mlp
+from torch import Tensor, nn
+
+from lightning_prune import (
+    ConstantSparsity,
+    MagnitudePruning,
+    Pruning,
+    SparseEarlyStopping,
+    SparseModelCheckpoint,
+    prune,
+)
+
+# resumed runs save nothing, so the callbacks that saved are not among theirs
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+
+
+class ByEpoch(WeightAveraging):
+    """Averages at the ends of epochs."""
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return epoch_idx is not None
+
+
+AVERAGES: dict[str, Callable[[], Callback]] = {
+    "swa": partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),
+    "swa-late": partial(StochasticWeightAveraging, 0.05, swa_epoch_start=3),
+    "mean": WeightAveraging,
+    "mean-by-epoch": ByEpoch,
+    "ema": partial(EMAWeightAveraging, decay=0.9),
+    "ema-late": partial(EMAWeightAveraging, decay=0.9, update_every_n_steps=2, update_starting_at_step=9),
+    "ema-without-buffers": partial(EMAWeightAveraging, decay=0.9, use_buffers=False),
+}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": mlp,
+    "plain": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "early": {"schedule": "linear", "start": 2, "end": 8, "frequency": 2},
+    "to the last step": {"schedule": "linear", "start": 0.0, "end": 1.0, "frequency": 4},
+    "epochs": {"schedule": "linear", "start": 0, "end": 3, "interval": "epoch"},
+}
+EPOCHS = 4
+
+
+def masks_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the masks that a checkpoint of a ``Pruning`` holds."""
+    callback = Pruning(0.5)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("Pruning"))
+    callback.load_state_dict(state)
+    return callback.masks
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("first", [True, False], ids=["pruning first", "averaging first"])
+def test_averaged_weights_are_validated_and_saved_at_their_sparsity(
+    first: bool, average: str, net: str, window: str, tmp_path: Path
+) -> None:
+    model = Regression(NETS[net](), optimizer=SGD)
+    keys = list(model.state_dict())
+    callback = Pruning(0.5, **KINDS["weights"], **WINDOWS[window])
+    callbacks = [callback, AVERAGES[average]()] if first else [AVERAGES[average](), callback]
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
+    with Probe(model, callback) as probe:
+        trainer = fit(model, *callbacks, saver, max_epochs=EPOCHS, enable_checkpointing=True)
+    probe.assert_sparse()
+    assert_pruned(model, callback)
+    assert_nothing_left(trainer, model, keys)
+    saved = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
+    assert len(saved) >= EPOCHS
+    for checkpoint in saved:
+        masks = masks_of(checkpoint)
+        for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
+            assert not [name for name in masks if name in weights and weights[name][~masks[name]].any()]
+    last = max(saved, key=lambda checkpoint: checkpoint["global_step"])
+    zeros = sum(int((weight == 0).sum()) for weight in last["state_dict"].values() if weight.ndim == 2)
+    assert zeros == 72
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("kind", ["gradients", "forwards"])
+def test_averaging_serves_criteria_that_observe(kind: str, average: str) -> None:
+    model = Regression(mlp(), optimizer=SGD)
+    callback = Pruning(0.5, **KINDS[kind], **WINDOWS["early"])
+    with Probe(model, callback) as probe:
+        fit(model, AVERAGES[average](), callback, max_epochs=EPOCHS)
+    probe.assert_sparse()
+    assert_pruned(model, callback)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("average", AVERAGES)
+def test_an_average_of_sparse_weights_stays_sparse(average: str, net: str) -> None:
+    model = Regression(NETS[net](), optimizer=SGD)
+    prune(model, 0.75)
+    callback = ConstantSparsity()
+    with Probe(model, callback) as probe:
+        fit(model, AVERAGES[average](), callback, max_epochs=EPOCHS)
+    probe.assert_sparse(updates=0)
+    assert_pruned(model, callback, 0.75)
+
+
+class Resumable(Regression):
+    def train_dataloader(self) -> StatefulLoader:
+        return StatefulLoader(self.size)
+
+
+@pytest.mark.parametrize("average", ["mean", "ema", "ema-late"])
+def test_an_averaged_run_resumes_exactly(average: str, tmp_path: Path) -> None:
+    def run(model: LightningModule, *others: Callback, **kwargs: Any) -> tuple[dict[str, Tensor], Pruning]:
+        callback = Pruning(0.5, **KINDS["forwards"], **WINDOWS["early"])
+        fit(model, AVERAGES[average](), callback, *others, max_epochs=EPOCHS, **kwargs)
+        return model.state_dict(), callback
+
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    expected, callback = run(Resumable(mlp()), saver, enable_checkpointing=True)
+    paths = list(tmp_path.glob("*.ckpt"))
+    wrong = []
+    for path in paths:
+        found, again = run(Resumable(mlp()), ckpt_path=str(path))
+        same = all(torch.equal(found[key], expected[key]) for key in expected)
+        if not same or any(not torch.equal(again.masks[name], mask) for name, mask in callback.masks.items()):
+            wrong.append(path.name)
+    assert len(paths) == 4 * EPOCHS
+    assert not wrong
+
+
+# ------------------------------------------------------------------------------------------- what is judged
+
+
+class Worse(Regression):
+    """Its metric is worse every epoch, so that the dense model of the first epoch looks best."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.log("metric", float(self.current_epoch), on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_metric", float(self.current_epoch))
+
+
+def sparse_from(epoch: int, **kwargs: Any) -> MagnitudePruning:
+    return MagnitudePruning(0.5, start=0, end=epoch, interval="epoch", frequency=1, **kwargs)
+
+
+@pytest.mark.parametrize("monitor", ["metric", "val_metric"])
+@pytest.mark.parametrize(("saver", "best"), [(ModelCheckpoint, 0), (SparseModelCheckpoint, 2)])
+def test_the_best_checkpoint_is_at_the_target(
+    saver: type[ModelCheckpoint], best: int, monitor: str, tmp_path: Path
+) -> None:
+    saver = saver(tmp_path, "{epoch}", monitor=monitor, save_on_train_epoch_end=monitor == "metric")
+    fit(Worse(), sparse_from(2), saver, max_epochs=5, enable_checkpointing=True)
+    assert Path(saver.best_model_path).name == f"epoch={best}.ckpt"
+    assert saver.best_model_score == best
+    weights = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values() if weight.ndim == 2)
+    assert (zeros == 72) == (saver.monitor is not None and type(saver) is SparseModelCheckpoint)
+
+
+@pytest.mark.parametrize("monitor", ["metric", "val_metric"])
+@pytest.mark.parametrize(("stopper", "epochs"), [(EarlyStopping, 3), (SparseEarlyStopping, 5)])
+def test_patience_begins_at_the_target(stopper: type[EarlyStopping], epochs: int, monitor: str) -> None:
+    model, callback = Worse(), sparse_from(2)
+    stop = stopper(monitor, patience=2, check_on_train_epoch_end=monitor == "metric")
+    if epochs < 4:  # stopped before the last update: the callback says so
+        with pytest.warns(UserWarning, match="stopped before the last update"):
+            trainer = fit(model, sparse_from(4), stop, max_epochs=9)
+    else:
+        trainer = fit(model, callback, stop, max_epochs=9)
+        assert_pruned(model, callback)
+    assert trainer.current_epoch == epochs
+    assert stop.best_score == epochs - 3
+
+
+def test_all_callbacks_have_to_reach_their_targets(tmp_path: Path) -> None:
+    saver = SparseModelCheckpoint(tmp_path, "{epoch}", monitor="val_metric")
+    pruning = [sparse_from(1, targets=("net.0.*",)), sparse_from(3, targets=("net.3.*",))]
+    fit(Worse(), pruning[0], saver, pruning[1], max_epochs=5, enable_checkpointing=True)
+    assert Path(saver.best_model_path).name == "epoch=3.ckpt"
+
+
+def test_constant_sparsity_is_judged_from_the_start(tmp_path: Path) -> None:
+    model = Worse()
+    prune(model, 0.5)
+    saver = SparseModelCheckpoint(tmp_path, "{epoch}", monitor="val_metric")
+    fit(model, ConstantSparsity(), saver, SparseEarlyStopping("val_metric", patience=2), enable_checkpointing=True)
+    assert Path(saver.best_model_path).name == "epoch=0.ckpt"
+
+
+def test_nothing_is_saved_before_the_target(tmp_path: Path) -> None:
+    saver = SparseModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callback = MagnitudePruning(0.5, schedule="linear", start=0, end=8)
+    fit(Worse(), callback, saver, enable_checkpointing=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step={step}.ckpt" for step in (10, 11, 12, 8, 9)]
+    saver = SparseModelCheckpoint(tmp_path / "none", "{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.warns(UserWarning, match="will not reach"), pytest.warns(UserWarning, match="before the last update"):
+        fit(Worse(), MagnitudePruning(0.5, start=0, end=99), saver, enable_checkpointing=True)
+    assert not list(tmp_path.glob("none/*"))
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_what_was_judged_is_known_after_a_resume(epoch: int, tmp_path: Path) -> None:
+    def callbacks() -> list[Callback]:
+        best = SparseModelCheckpoint(tmp_path / "best", "{epoch}", monitor="val_metric")
+        return [sparse_from(2), best, SparseEarlyStopping("val_metric", patience=2)]
+
+    everything = ModelCheckpoint(tmp_path / "all", "{epoch}", every_n_epochs=1, save_top_k=-1)
+    fit(Worse(), *callbacks(), everything, max_epochs=epoch + 1, enable_checkpointing=True) if epoch > 1 else None
+    if epoch < 2:
+        with pytest.warns(UserWarning, match="not reach"), pytest.warns(UserWarning, match="before the last update"):
+            fit(Worse(), *callbacks(), everything, max_epochs=epoch + 1, enable_checkpointing=True)
+    pruning, best, stop = callbacks()
+    path = str(tmp_path / "all" / f"epoch={epoch}.ckpt")
+    trainer = fit(Worse(), pruning, best, stop, ckpt_path=path, max_epochs=9, enable_checkpointing=True)
+    assert trainer.current_epoch == 5
+    assert Path(best.best_model_path).name == "epoch=2.ckpt"
+    assert best.best_model_score == stop.best_score == 2
+
+
+def test_a_sparse_model_is_judged_without_a_pruning_callback(tmp_path: Path) -> None:
+    saver = SparseModelCheckpoint(tmp_path, "{epoch}", monitor="val_metric")
+    fit(Worse(), saver, enable_checkpointing=True)
+    assert Path(saver.best_model_path).name == "epoch=0.ckpt"

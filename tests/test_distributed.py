@@ -1,0 +1,649 @@
+"""Several ranks: every one of them has the masks that a single process chooses, and sends no more than counters."""
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from distributed import BATCH, Layout, Net, build, fit, rank, ranks, reshard, result, run
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from models import QUIET, On
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune import (
+    Channel,
+    ConstantSparsity,
+    Criterion,
+    Entropy,
+    EntropyPruning,
+    Magnitude,
+    MagnitudePruning,
+    Pruning,
+    Random,
+    Sensitivity,
+    SensitivityPruning,
+    Weight,
+    prune,
+    sparsity,
+)
+from lightning_prune.masks import make_masks
+from lightning_prune.scopes import global_
+from lightning_prune.targets import find
+from lightning_prune.units import Units, make_units
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Magnitude(),
+    "random": Random(seed=3),
+    "sensitivity": Sensitivity(window=2),
+    "entropy-high": Entropy("high", bins=8, window=2),
+    "entropy-low": Entropy("low", bins=8, window=2),
+}
+GRANULARITIES = {"weight": Weight(), "channel": Channel()}
+# what is pruned: by every criterion all layers together, and by the magnitude in every other way to share out
+GOALS: dict[str, dict[str, Any]] = {
+    **{name: {"sparsity": 0.6, "criterion": criterion} for name, criterion in CRITERIA.items()},
+    "local": {"sparsity": 0.6, "scope": "local"},
+    "erk": {"sparsity": 0.6, "scope": "erk"},
+    "per-layer": {"sparsity": {"net.0.*": 0.3, "net.[2-6].*": 0.7}},
+    "threshold": {"threshold": 0.25},
+}
+# three updates of eight steps, each after a window of two
+GRADUAL: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 6, "frequency": 2}
+
+distributed = pytest.mark.distributed
+
+
+def pruning(goal: str, granularity: str) -> Pruning:
+    return Pruning(**GRADUAL, **GOALS[goal], granularity=GRANULARITIES[granularity])
+
+
+def outcome(model: Net, callback: Any) -> dict[str, Any]:
+    """Weights and masks of all ranks, and how sparse this rank says that the model is."""
+    return {**result(model, callback.masks), "sparsity": (callback.sparsity_now, sparsity(model, callback.targets))}
+
+
+def train(layout: Layout, tensors: bool, cases: list[tuple[str, str]], **trainer_kwargs: Any) -> list[dict[str, Any]]:
+    """Train once for each goal and granularity, every rank with random numbers of its own."""
+    outcomes = []
+    for case in cases:
+        model, callback = Net(layout, tensors), pruning(*case)
+        torch.manual_seed(100 + rank())
+        fit(model, callback, **trainer_kwargs)
+        outcomes.append(outcome(model, callback))
+    return outcomes
+
+
+def zeros(tensors: dict[str, Tensor]) -> int:
+    return sum(int((tensor == 0).sum()) for tensor in tensors.values() if tensor.ndim >= 2)
+
+
+def size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.ndim >= 2)
+
+
+def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """All ranks have exactly these masks, zeros where they say so, nearly these weights, and know how sparse it is."""
+    assert zeros(expected["masks"]) > 0
+    for outcome in found:
+        masks, weights = outcome["masks"], outcome["weights"]
+        assert masks.keys() == expected["masks"].keys()
+        for name, mask in expected["masks"].items():
+            assert torch.equal(masks[name], mask), name
+            assert not weights[name][~mask].any()
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
+        assert zeros(weights) == zeros(masks)
+        assert outcome["sparsity"] == pytest.approx([zeros(masks) / size(masks)] * 2)
+
+
+def assert_like_alone(layout: Layout, ranks: int, cases: list[tuple[str, str]], **trainer_kwargs: Any) -> list[Any]:
+    """All ranks end like one process that sees the batches of all of them; return what they came to."""
+    tensors = "tp" in layout
+    found = run(partial(train, **trainer_kwargs), ranks, layout, tensors, cases)
+    for number, expected in enumerate(train("one", tensors, cases, **trainer_kwargs)):
+        assert_same([outcomes[number] for outcomes in found], expected)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ DDP
+
+
+@distributed
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_with_ddp_every_rank_has_the_masks_of_one_process(criterion: str) -> None:
+    assert_like_alone("ddp", 2, [(criterion, granularity) for granularity in GRANULARITIES])
+
+
+@distributed
+def test_with_ddp_accumulated_gradients_are_those_of_one_process() -> None:
+    cases = [("sensitivity", granularity) for granularity in GRANULARITIES]
+    assert_like_alone("ddp", 2, cases, accumulate_grad_batches=2, max_epochs=2)
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+@distributed
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_with_shards_every_rank_has_its_pieces_of_the_masks_of_one_process(layout: Layout, goal: str) -> None:
+    found = assert_like_alone(layout, 2, [(goal, granularity) for granularity in GRANULARITIES])
+    if goal in CRITERIA:
+        masks = found[0][0]["masks"]
+        assert zeros(masks) == round(0.6 * size(masks))
+
+
+@distributed
+def test_with_shards_in_two_dimensions_every_rank_has_its_pieces() -> None:
+    goals = ("magnitude", "random", "sensitivity", "entropy-low")
+    assert_like_alone("fsdp+tp", 4, [(goal, granularity) for goal in goals for granularity in GRANULARITIES])
+
+
+LEVELS = (0.01, 0.5, 0.77, 0.99)
+
+
+def prune_often(layout: Layout, tensors: bool, dtype: torch.dtype, coarse: bool) -> list[dict[str, Tensor]]:
+    """Prune new models to many levels; coarse weights are multiples of 1/4, so that most of them have equals."""
+    torch.set_default_dtype(dtype)
+    masks = []
+    for granularity, scope, level in product(GRANULARITIES.values(), ("global", "local"), LEVELS):
+        model = build(layout, tensors)
+        for weight in model.parameters() if coarse else ():
+            piece = weight.detach().to_local() if isinstance(weight, DTensor) else weight.detach()
+            piece.mul_(4).round_().div_(4)
+        pruned = prune(model, level, scope=scope, granularity=granularity)
+        masks.append(result(model, pruned)["masks"])
+    return masks
+
+
+@distributed
+@pytest.mark.parametrize(
+    ("layout", "dtype", "coarse"),
+    [
+        ("fsdp", torch.float32, False),
+        ("fsdp", torch.float32, True),
+        ("fsdp", torch.float64, False),
+        ("fsdp", torch.bfloat16, True),
+        ("tp", torch.float32, True),
+        ("fsdp+tp", torch.float32, True),
+    ],
+)
+def test_exactly_k_units_go_and_equal_ones_in_the_order_of_the_whole(
+    layout: Layout, dtype: torch.dtype, coarse: bool
+) -> None:
+    tensors = "tp" in layout
+    (expected,) = run(prune_often, 1, "one", tensors, dtype, coarse)
+    assert [zeros(masks) for masks in expected[: len(LEVELS)]] == [round(level * size(expected[0])) for level in LEVELS]
+    for found in run(prune_often, 4 if layout == "fsdp+tp" else 2, layout, tensors, dtype, coarse):
+        for masks, others in zip(found, expected, strict=True):
+            assert masks.keys() == others.keys()
+            assert all(torch.equal(masks[name], mask) for name, mask in others.items())
+
+
+def prune_equals(layout: Layout) -> dict[str, Any]:
+    model = build(layout)
+    for weight in model.parameters():
+        nn.init.constant_(weight, 0.5)
+    return outcome_of(model, prune(model, 0.6))
+
+
+def outcome_of(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Any]:
+    return {**result(model, masks), "sparsity": sparsity(model)}
+
+
+@distributed
+def test_of_equal_weights_on_all_ranks_the_first_go() -> None:
+    for outcome in run(prune_equals, 2, "fsdp"):
+        flat = torch.cat([weight.flatten() for weight in outcome["weights"].values() if weight.ndim >= 2])
+        assert torch.equal(flat == 0, torch.arange(75) < 45)
+        assert outcome["sparsity"] == pytest.approx(0.6)
+
+
+def prune_part() -> dict[str, Any]:
+    """Prune rows that lie on ranks 0 and 1, and once more on ranks 2 and 3, beside a weight that every rank has."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    weight = torch.arange(1.0, 17.0).view(4, 4)
+    model[0].weight = nn.Parameter(distribute_tensor(weight, mesh["tensor"], [Shard(0)]))
+    model[1].weight = nn.Parameter(weight + 0.5)
+    outcomes = {}
+    for name, granularity in GRANULARITIES.items():
+        pruned = copy.deepcopy(model)
+        outcomes[name] = outcome_of(pruned, prune(pruned, 0.5, granularity=granularity))
+    return outcomes
+
+
+@distributed
+def test_weights_on_a_part_of_the_ranks_count_once() -> None:
+    for outcomes in run(prune_part, 4):
+        for outcome in outcomes.values():
+            first, second = outcome["weights"].values()
+            assert torch.equal(first == 0, torch.tensor([True, True, False, False])[:, None].expand(4, 4))
+            assert torch.equal(second == 0, first == 0)
+            assert outcome["sparsity"] == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------ between the steps
+
+
+class Watch:
+    """Counts the zeros that the forward passes of validation see in the weights of all layers.
+
+    Attributes:
+        seen: For each validation batch, the number of zeros, and the number that the callback's masks have.
+    """
+
+    def __init__(self, model: LightningModule, callback: Any) -> None:
+        self.model = model
+        self.callback = callback
+        self.seen: list[tuple[int, int]] = []
+        self._zeros = 0
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self._zeros = 0
+
+    def look(self, module: nn.Module, inputs: Any) -> None:
+        self._zeros += int((module.weight == 0).sum())  # put together by FSDP2 before this hook
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.seen.append((self._zeros, round(self.callback.sparsity_now * 75)))
+
+
+def validate_between(interval: str) -> list[dict[str, Any]]:
+    model, start = Net("fsdp", samples=2 * BATCH), 0 if interval == "epoch" else 2
+    callback = MagnitudePruning(0.6, schedule="linear", start=start, end=start + 4, frequency=1, interval=interval)
+    watch = Watch(model, callback)
+
+    def attach(*args: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(watch.look)
+
+    on = On(
+        on_sanity_check_start=attach,
+        on_validation_batch_start=watch.on_validation_batch_start,
+        on_validation_batch_end=watch.on_validation_batch_end,
+    )
+    fit(model, callback, on, max_epochs=5, limit_val_batches=1, num_sanity_val_steps=1)
+    return [outcome(model, callback), watch.seen]
+
+
+@distributed
+@pytest.mark.parametrize(("interval", "levels"), [("step", [0, 0, 22, 45, 45, 45]), ("epoch", [0, 0, 11, 22, 34, 45])])
+def test_weights_that_validation_has_put_together_are_masked_too(interval: str, levels: list[int]) -> None:
+    for outcome, seen in run(validate_between, 2, interval):
+        assert seen == [(pruned, pruned) for pruned in levels]  # the first one in the sanity check
+        assert zeros(outcome["weights"]) == 45
+        assert outcome["sparsity"] == pytest.approx([0.6, 0.6])
+
+
+def keep_zeros(layout: Layout, tensors: bool) -> dict[str, Any]:
+    model, callback = Net(layout, tensors), ConstantSparsity()
+    model.configure_model = partial(_configure_sparse, model)
+    fit(model, callback)
+    return outcome(model, callback)
+
+
+def _configure_sparse(model: Net) -> None:
+    if model.net is None:
+        Net.configure_model(model)
+        prune(model, 0.6)
+
+
+@distributed
+@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("fsdp", 2), ("tp", 2), ("fsdp+tp", 4)])
+def test_zeros_that_are_there_stay_on_every_rank(layout: Layout, size: int) -> None:
+    tensors = "tp" in layout
+    expected = keep_zeros("one", tensors)
+    assert zeros(expected["weights"]) == round(0.6 * sum(w.numel() for w in expected["weights"].values() if w.ndim > 1))
+    assert_same(run(keep_zeros, size, layout, tensors), expected)
+
+
+# ------------------------------------------------------------------------------------------------ what is sent and held
+
+
+class Sent(TorchDispatchMode):
+    """While it is on, notes every collective operation: its name, and the number and kind of the numbers it sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, int, bool]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # what it does with its pieces is seen, too
+        if function.namespace in ("c10d", "_c10d_functional"):
+            tensors = _tensors(args)
+            whole = not any(tensor.is_floating_point() for tensor in tensors)
+            name = function.overloadpacket.__name__.rstrip("_")
+            self.operations.append((name, max((tensor.numel() for tensor in tensors), default=0), whole))
+        return function(*args, **(kwargs or {}))
+
+
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
+    lists = (arg if isinstance(arg, list | tuple) else [arg] for arg in args)
+    return [tensor for items in lists for item in items for tensor in _flat(item) if isinstance(tensor, Tensor)]
+
+
+def _flat(item: Any) -> list[Any]:
+    return list(item) if isinstance(item, list | tuple) else [item]
+
+
+def update_watched(layout: Layout, goals: Iterable[str]) -> dict[str, list[tuple[str, int, bool]]]:
+    found = {}
+    for goal, granularity in product(goals, GRANULARITIES):
+        model, callback, sent = Net(layout, "tp" in layout), pruning(goal, granularity), Sent()
+        advance = callback.advance
+
+        def watched(*args: Any, advance: Callable[..., None] = advance, sent: Sent = sent) -> None:
+            with sent:
+                advance(*args)
+
+        callback.advance = watched
+        fit(model, callback)
+        assert callback.sparsity_now > 0
+        found[f"{goal} {granularity}"] = sent.operations
+    with Sent() as sent:
+        if isinstance(model.net[0].weight, DTensor):
+            model.net[0].weight.full_tensor()
+            found["gathered"] = sent.operations
+    return found
+
+
+@distributed
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_no_rank_gathers_anything_to_choose_masks(layout: Layout) -> None:
+    bins, channels = 8, 8
+    goals = ["magnitude", "random", "sensitivity", "entropy-low", "local", "threshold"]
+    for found in run(update_watched, 2, layout, goals):
+        if layout != "ddp":
+            assert "all_gather_into_tensor" in {name for name, _, _ in found.pop("gathered")}  # it would be seen
+        for case, operations in found.items():
+            assert {name for name, _, _ in operations} <= {"allreduce"}, case
+            counters = max((count for _, count, whole in operations if whole), default=0)
+            if layout != "ddp":
+                assert counters == 2**16, case
+            else:  # whether anything was seen of each of the four layers
+                assert counters == (4 if "entropy" in case else 0), case
+            # other numbers: one for each channel, or for each bin of its histogram
+            most = channels * bins if "entropy" in case else channels if "channel" in case else 0
+            assert all(count <= most for _, count, whole in operations if not whole), case
+
+
+class Held(TorchDispatchMode):
+    """While it is on, counts the bytes of the tensors that come and go.
+
+    Attributes:
+        peak: The most bytes that there were at one time.
+        largest: The most entries that one of the tensors had.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.largest = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors([*args, *(kwargs or {}).values()])}
+        results = function(*args, **(kwargs or {}))
+        for tensor in _tensors([results]):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return results
+
+
+SIZES = ((4096, 1), (8192, 1), (4096, 3))  # rows of 1024 weights, and layers
+
+
+def hold() -> list[tuple[int, int]]:
+    """Return the most bytes held, and the entries of the largest tensor, in an update of models of several sizes."""
+    mesh, found = init_device_mesh("cpu", (ranks(),)), []
+    for rows, layers in SIZES:
+        model = nn.Sequential(*(nn.Linear(1024, 1, bias=False) for _ in range(layers)))
+        for layer in model:
+            # all equal: to tell equal weights apart takes more than to compare others
+            weight = torch.ones(rows, 1024)
+            layer.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None))
+        units = make_units(find(model), model, Weight())
+        held = make_masks(units, Magnitude(), partial(_allocate, 0.3), {})
+        with Held() as counter:
+            make_masks(units, Magnitude(), partial(_allocate, 0.6), held)
+        found.append((counter.peak, counter.largest))
+    return found
+
+
+def _allocate(level: float, scores: Any) -> Any:
+    return global_(scores, level)
+
+
+@distributed
+def test_an_update_holds_a_constant_and_some_bytes_for_each_weight_of_the_own_piece() -> None:
+    piece = 4096 * 1024 // 2  # weights
+    found = run(hold, 2)
+    small, large, many = (max(peaks) for peaks in zip(*([peak for peak, _ in sizes] for sizes in found), strict=True))
+    assert large - small <= 32 * piece  # bytes for each weight of the largest layer
+    assert many - small <= 1.01 * 2 * piece  # bytes for each weight of the others: their masks
+    assert small - (large - small) <= 2**25  # what does not grow
+    assert [[largest for _, largest in sizes] for sizes in found] == [[piece, 2 * piece, piece]] * 2  # never the whole
+
+
+# ------------------------------------------------------------------------------------------------ what one rank sees
+
+
+class Broken(Criterion):
+    """The scores of one layer are NaN, on the last rank only."""
+
+    def scores(self, units: Units) -> Tensor:
+        scores = units.mean(torch.abs)
+        return scores * torch.nan if units.name == "net.3.weight" and rank() == ranks() - 1 else scores
+
+
+def meet_nan(layout: Layout) -> dict[str, int]:
+    for name, number in (("net.0.weight", 1), ("net.2.weight", 0)):  # the second is empty on rank 1
+        for granularity in GRANULARITIES.values():
+            model = build(layout)
+            if rank() == number:
+                model.get_parameter(name).detach().to_local()[0, 0] = torch.nan
+            with pytest.raises(ValueError, match=f"scores must be finite.*{name}"):
+                prune(model, 0.5, granularity=granularity)
+    model, callback = Net(layout), Pruning(0.5, Broken(), schedule="one_shot", start=3)
+    trainers: list[Trainer] = []
+    with pytest.raises(ValueError, match=r"scores must be finite.*net\.3\.weight"):
+        fit(model, callback, On(on_fit_start=lambda trainer, *args: trainers.append(trainer)))
+    return {"step": trainers[0].global_step, "masks": len(callback.masks)}
+
+
+@distributed
+def test_a_score_that_is_nan_on_one_rank_stops_all_of_them() -> None:
+    assert run(meet_nan, 2, "fsdp") == [{"step": 3, "masks": 0}] * 2
+
+
+def overflow() -> dict[str, Any]:
+    model = Net("fsdp")
+    plain = model.training_step
+
+    def training_step(batch: list[Tensor], batch_idx: int) -> Tensor:
+        # an infinite gradient for the first row of the last layer, of which rank 1 has no part
+        return plain(batch, batch_idx) + (model(batch[0])[:, 0].sum() * torch.inf if batch_idx == 3 else 0.0)
+
+    model.training_step = training_step
+    last = "net.6.weight"
+    callback = SensitivityPruning(0.5, window=2, schedule="one_shot", start=5, targets=(last,), granularity=Weight())
+    steps: list[int] = []
+    on = On(on_train_batch_end=lambda *args: steps.append(int(callback.sparsity_now > 0)))
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    fit(model, callback, on, plugins=[plugin])
+    return {**result(model, callback.masks), "steps": steps}
+
+
+@distributed
+def test_a_gradient_that_overflows_on_one_rank_is_left_out_by_all_of_them() -> None:
+    for outcome in run(overflow, 2):
+        assert zeros(outcome["masks"]) == zeros(outcome["weights"]) == 12
+        assert outcome["steps"] == [0, 0, 0, 0, 0, 1, 1, 1]  # the step that was skipped does not fill the window
+
+
+class Branch(Net):
+    """Has a layer that only the first rank runs."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "branch"):
+            self.branch = nn.Linear(8, 4)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.branch(batch[0]).square().mean() if rank() == 0 else 0.0)
+
+
+def run_branch(targets: tuple[str, ...]) -> dict[str, Any]:
+    model = Branch("ddp")
+    callback = Pruning(0.5, Entropy(bins=8, window=2), Channel(), schedule="one_shot", start=4, targets=targets)
+    fit(model, callback, strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=True))
+    return outcome(model, callback)
+
+
+@distributed
+@pytest.mark.parametrize("targets", [(), ("branch.weight",)], ids=["all", "branch"])
+def test_a_layer_that_only_one_rank_runs_is_judged_by_what_that_rank_sees(targets: tuple[str, ...]) -> None:
+    first, second = run(run_branch, 2, targets)
+    assert_same([second], first)
+    assert "branch.weight" in first["masks"]
+
+
+def copy_alone() -> dict[str, Any]:
+    model, callback = Net("ddp"), EntropyPruning(0.5, window=2, schedule="one_shot", start=4)
+    copies: list[EntropyPruning] = []
+
+    def make_copy(trainer: Trainer, *args: Any) -> None:
+        if rank() == 1 and trainer.global_step == 3:  # inside the window
+            copies.append(copy.deepcopy(callback))
+
+    fit(model, callback, On(on_train_batch_end=make_copy))
+    assert len(copies) == rank()
+    return outcome(model, callback)
+
+
+@distributed
+def test_a_copy_of_the_callback_asks_no_other_rank() -> None:
+    first, second = run(copy_alone, 2)
+    assert_same([second], first)
+
+
+# ------------------------------------------------------------------------------------------------ strategies
+
+
+def strategy_named(name: str, *bases: type) -> SingleDeviceStrategy:
+    return type(name, (*bases, SingleDeviceStrategy), {})(device="cpu")
+
+
+@pytest.mark.parametrize("callback", [MagnitudePruning(0.5), ConstantSparsity()])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"])
+def test_strategies_that_flatten_parameters_are_refused(name: str, callback: Any) -> None:
+    parent = type(strategy_named(name))
+    for strategy in (strategy_named(name), type("Mine", (parent,), {})(device="cpu")):
+        trainer = Trainer(**{**QUIET, "strategy": strategy, "devices": "auto"}, callbacks=[callback])
+        with pytest.raises(ValueError, match=f"got {name}, which flattens.*ModelParallelStrategy.*fully_shard"):
+            trainer.fit(Net())
+        assert trainer.global_step == 0
+        trainer.validate(Net(), verbose=False)  # there is nothing to prune in it
+
+
+def test_the_name_that_is_refused_is_that_of_lightning() -> None:
+    trainer = Mock(strategy=FSDPStrategy())  # a Trainer takes it on GPUs only
+    with pytest.raises(ValueError, match="got FSDPStrategy, which flattens"):
+        MagnitudePruning(0.5).setup(trainer, Net(), "fit")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "sensitivity": {"criterion": Sensitivity(window=2)},
+    "entropy": {"criterion": Entropy(bins=8, window=2), "granularity": Channel()},
+    "entropy-epochs": {"criterion": Entropy(bins=8, window=2), "granularity": Channel(), "interval": "epoch"},
+}
+
+
+def resumed(case: str) -> Pruning:
+    """Return a callback with updates at the steps 2, 4, 6, 8 of 9, or before the epochs 1 and 2 of 3."""
+    end, frequency = (2, 1) if RESUMED[case].get("interval") == "epoch" else (8, 2)
+    axes = {"sparsity": 0.6, "schedule": "linear", "start": 0, "end": end, "frequency": frequency}
+    return Pruning(**axes, **RESUMED[case])
+
+
+def train_on(
+    layout: Layout, tensors: bool, load: Path | None, save: Path | None, sharded: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Train three epochs of three batches, from a checkpoint on or so that one is saved after the first."""
+    found = {}
+    for case in RESUMED:
+        model, callback = Net(layout, tensors, samples=3 * BATCH), resumed(case)
+        levels: list[float] = []
+
+        def note(trainer: Trainer, *args: Any, model: Net = model, levels: list[float] = levels) -> None:
+            reshard(model)
+            levels.append(sparsity(model))
+
+        def keep(trainer: Trainer, *args: Any, case: str = case) -> None:
+            if save is not None and trainer.current_epoch == 0:
+                trainer.save_checkpoint(save / case)
+
+        on = On(on_train_batch_start=note, on_train_epoch_end=keep)
+        path = None if load is None else load / case
+        fit(model, callback, on, max_epochs=3, ckpt_path=path, sharded=sharded)
+        found[case] = {**outcome(model, callback), "levels": levels}
+    return found
+
+
+def assert_goes_on(found: list[dict[str, dict[str, Any]]], expected: dict[str, dict[str, Any]]) -> None:
+    """All ranks have, from the fourth batch on, what one process has that was never interrupted."""
+    for case, one in expected.items():
+        assert_same([outcomes[case] for outcomes in found], one)
+        for outcomes in found:
+            assert outcomes[case]["levels"] == pytest.approx(one["levels"][3:])
+
+
+@distributed
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("ddp 2", "ddp 2"),
+        ("ddp 2", "one 1"),
+        ("one 1", "ddp 2"),
+        ("ddp 2", "ddp 4"),
+        ("fsdp 2", "fsdp 2"),
+        ("fsdp 2", "fsdp 1"),
+        ("fsdp 1", "fsdp 2"),
+        ("fsdp 2 full", "fsdp 2"),
+        ("fsdp 2 full", "one 1"),
+        ("one 1", "fsdp 2"),
+        ("tp 2", "tp 2"),
+        ("tp 2 full", "one 1"),
+        ("one 1", "tp 2"),
+    ],
+)
+def test_a_resumed_run_goes_on_whatever_the_number_of_ranks(before: str, after: str, tmp_path: Path) -> None:
+    tensors = "tp" in before + after
+    expected = train_on("one", tensors, None, None)
+    layout, number, *full = before.split()
+    run(train_on, int(number), layout, tensors, None, tmp_path, not full)
+    layout, number = after.split()
+    assert_goes_on(run(train_on, int(number), layout, tensors, tmp_path, None), expected)

@@ -1,0 +1,129 @@
+"""Goals: a sparsity, a sparsity per layer, or a threshold, and what each of them asks of the scores."""
+
+import math
+import re
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import goal, scopes
+from lightning_prune.criteria import Entropy, Magnitude
+from lightning_prune.scopes import Scope
+from lightning_prune.selection import Scores
+from lightning_prune.targets import find
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0, 0.5, 0.999999, {"*": 0.0}, {"0.*": 0.5, "*": 0.9}])
+def test_a_sparsity_in_range_is_taken(sparsity: goal.Sparsity) -> None:
+    goal.check(sparsity, None)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, -2.0, 5])
+def test_a_threshold_is_taken(threshold: float) -> None:
+    goal.check(None, threshold)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "threshold", "message"),
+    [
+        (None, None, "give either sparsity or threshold, got sparsity=None and threshold=None"),
+        (0.5, 0.1, "give either sparsity or threshold, got sparsity=0.5 and threshold=0.1"),
+        ({"*": 0.5}, 0.1, "give either sparsity or threshold"),
+        (1.0, None, "sparsity must be in [0, 1), got 1.0"),
+        (1, None, "sparsity must be in [0, 1), got 1"),
+        (-0.1, None, "sparsity must be in [0, 1), got -0.1"),
+        (95, None, "sparsity must be in [0, 1), got 95"),
+        (math.nan, None, "sparsity must be in [0, 1), got nan"),
+        (True, None, "sparsity must be in [0, 1), got True"),
+        ("0.5", None, "sparsity must be in [0, 1), got 0.5"),
+        ({}, None, "sparsity must map at least one pattern to a fraction"),
+        ({"a": 0.5, "b.*": 1.5}, None, "sparsity['b.*'] must be in [0, 1), got 1.5"),
+        (None, math.nan, "threshold must be"),
+    ],
+)
+def test_a_goal_that_is_none_is_refused(sparsity: Any, threshold: float | None, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        goal.check(sparsity, threshold)
+
+
+# ------------------------------------------------------------------------------------------------ targets of a goal
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "targets", "ignore", "expected"),
+    [
+        (0.5, (), (), ["0.weight", "2.weight"]),
+        (None, (), (), ["0.weight", "2.weight"]),
+        (0.5, ("2.*",), (), ["2.weight"]),
+        ({"0.weight": 0.5}, (), (), ["0.weight"]),
+        ({"*": 0.5}, (), ("0.*",), ["2.weight"]),
+        ({"*": 0.5}, ("0.*",), (), ["0.weight"]),
+        ({"0.*": 0.5}, ("*",), (), ["0.weight"]),
+    ],
+)
+def test_targets(
+    sparsity: goal.Sparsity | None, targets: tuple[str, ...], ignore: tuple[str, ...], expected: list[str]
+) -> None:
+    assert [target.name for target in goal.find_targets(net(), sparsity, targets, ignore)] == expected
+
+
+def test_a_layer_pattern_that_matches_nothing_is_refused_with_close_names() -> None:
+    with pytest.raises(ValueError, match=r"got '0\.wieght'; close names: \['0\.weight'"):
+        goal.find_targets(net(), {"0.wieght": 0.5}, (), ())
+
+
+def test_a_layer_pattern_to_which_earlier_ones_leave_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got '0\.\*', which matches nothing that an earlier pattern left"):
+        goal.find_targets(net(), {"*": 0.5, "0.*": 0.9}, (), ())
+
+
+# ------------------------------------------------------------------------------------------------ allocation
+
+SCORES = {"0.weight": torch.arange(10.0).view(5, 2), "2.weight": torch.arange(10.0, 20.0).view(2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "scope", "due", "expected"),
+    [
+        (0.5, scopes.local, 1.0, {"0.weight": 5, "2.weight": 5}),
+        (0.5, scopes.global_, 1.0, {"0.weight": 0, "2.weight": 10}),
+        (0.6, scopes.global_, 0.5, {"0.weight": 4, "2.weight": 10}),  # 0.3 of 20 are due
+        (0.6, scopes.local, 0.0, {"0.weight": 10, "2.weight": 10}),
+        ({"0.*": 0.8, "*": 0.2}, scopes.global_, 1.0, {"0.weight": 2, "2.weight": 8}),
+        ({"0.*": 0.8, "*": 0.2}, scopes.global_, 0.5, {"0.weight": 6, "2.weight": 9}),
+    ],
+)
+def test_a_sparsity_becomes_units_to_keep(
+    sparsity: goal.Sparsity, scope: Scope, due: float, expected: dict[str, int]
+) -> None:
+    allocate = goal.allocation(find(net()), sparsity, None, Magnitude(), scope, due)
+    assert allocate(Scores.of(SCORES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("due", "expected"),
+    [(1.0, {"0.weight": 0, "2.weight": 8}), (0.5, {"0.weight": 4, "2.weight": 10})],  # 12 below, of which 6 are due
+)
+def test_a_threshold_becomes_units_to_keep(due: float, expected: dict[str, int]) -> None:
+    allocate = goal.allocation(find(net()), None, 12.0, Magnitude(), scopes.local, due)
+    assert allocate(Scores.of(SCORES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("prune", "threshold", "kept"),
+    # entropies 0.5, 1, 1.5, 1; exactly at the threshold is neither above nor below it
+    [("high", 1.0, 3), ("high", 0.9, 1), ("high", 2.0, 4), ("low", 1.0, 3), ("low", 1.2, 1), ("low", 0.1, 4)],
+)
+def test_a_threshold_on_entropy_is_a_bound_from_above_or_below(
+    prune: Literal["high", "low"], threshold: float, kept: int
+) -> None:
+    entropies = torch.tensor([0.5, 1.0, 1.5, 1.0])
+    scores = Scores.of({"w": -entropies if prune == "high" else entropies})
+    allocate = goal.allocation([], None, threshold, Entropy(prune), scopes.local)
+    assert allocate(scores) == {"w": kept}

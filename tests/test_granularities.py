@@ -1,0 +1,227 @@
+"""Granularities: how weights form units, and what is pruned together with a unit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import Channel, Granularity, Weight, prune
+from lightning_prune.targets import find
+from lightning_prune.units import Units, make_units
+
+SHAPES = [(3, 4), (4, 2, 3), (2, 3, 2, 2), (1, 5), (5, 1)]
+
+
+def one(layer: nn.Module, granularity: Granularity) -> Units:
+    return make_units(find(layer), layer, granularity)[0]
+
+
+# ------------------------------------------------------------------------------------------------ pooling
+
+
+def test_single_weights_are_not_pooled() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert Weight().pool(values, 0).tolist() == values.tolist()
+    assert Weight().count(torch.Size([4, 3, 2]), 0) == 24
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(0, [6.0, 15.0]), (1, [5.0, 7.0, 9.0])])
+def test_a_channel_is_summed_over_all_other_dimensions(dim: int, expected: list[float]) -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert Channel().pool(values, dim).tolist() == expected
+    assert Channel().pool(values[..., None, None].expand(2, 3, 2, 2), dim).tolist() == [4 * e for e in expected]
+    assert Channel().count(values.shape, dim) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("dim", "keep", "expected"),
+    [
+        (0, [True, False], [[True, True, True], [False, False, False]]),
+        (1, [False, True, False], [[False, True, False], [False, True, False]]),
+    ],
+)
+def test_a_decision_on_channels_reaches_all_their_weights(dim: int, keep: list[bool], expected: list[Tensor]) -> None:
+    assert Channel().expand(torch.tensor(keep), torch.Size([2, 3]), dim).tolist() == expected
+    kernel = Channel().expand(torch.tensor(keep), torch.Size([2, 3, 2, 2]), dim)
+    assert kernel.shape == (2, 3, 2, 2)
+    assert kernel.float().mean((2, 3)).bool().tolist() == expected
+
+
+@pytest.mark.parametrize("granularity", [Weight(), Channel()])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_pooling_an_expanded_decision_gives_it_back(granularity: Granularity, shape: tuple[int, ...], dim: int) -> None:
+    torch.manual_seed(0)
+    size = torch.Size(shape)
+    units = granularity.count(size, dim)
+    keep = torch.rand(granularity.pool(torch.zeros(size), dim).shape) > 0.5
+    assert keep.numel() == units
+    mask = granularity.expand(keep, size, dim)
+    assert (mask.shape, mask.dtype) == (size, torch.bool)
+    pooled = granularity.pool(mask.float(), dim)
+    assert torch.equal(pooled * units / size.numel(), keep.float())  # all of a unit, or nothing
+
+
+@pytest.mark.parametrize("granularity", [Weight(), Channel()])
+def test_granularities_compare_by_value(granularity: Granularity) -> None:
+    assert granularity == type(granularity)()
+    assert repr(granularity) == f"{type(granularity).__name__}()"
+
+
+# ------------------------------------------------------------------------------------------------ units of a layer
+
+
+def test_units_of_a_layer() -> None:
+    layer = nn.Linear(3, 2)
+    layer.weight.data = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.5, -0.5]])
+    rows, weights = one(layer, Channel()), one(layer, Weight())
+    assert (rows.size, weights.size) == (2, 6)
+    assert rows.sum(torch.abs).tolist() == [6.0, 1.0]
+    assert rows.mean(torch.square).tolist() == pytest.approx([14 / 3, 0.5 / 3])
+    assert weights.sum(torch.abs).tolist() == weights.mean(torch.abs).tolist() == layer.weight.abs().tolist()
+    assert rows.index().tolist() == [0, 1]
+    assert weights.index().tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert rows.spread(torch.tensor([7.0, 8.0])).tolist() == [[7.0] * 3, [8.0] * 3]
+
+
+def test_units_of_a_transposed_convolution_are_its_output_channels() -> None:
+    layer = nn.ConvTranspose2d(2, 3, 2)
+    units = one(layer, Channel())
+    assert (units.size, units.channels) == (3, 3)
+    assert torch.allclose(units.sum(torch.square), layer.weight.square().sum((0, 2, 3)))
+    masks = units.masks(torch.tensor([True, False, True]))
+    assert masks["weight"].sum((0, 2, 3)).tolist() == [8, 0, 8]
+    assert masks["bias"].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_criterion_sees_weights_of_at_least_single_precision(dtype: torch.dtype) -> None:
+    layer = nn.Linear(2, 2, dtype=dtype)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    weight = one(layer, Weight()).weight()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert weight.grad is not None
+    assert (weight.dtype, weight.grad.dtype, weight.requires_grad) == (wide, wide, False)
+
+
+def test_masks_are_of_the_shape_of_their_parameters_and_do_not_share_memory() -> None:
+    layer = nn.Linear(3, 2)
+    keep = torch.tensor([True, False])
+    masks = one(layer, Channel()).masks(keep)
+    assert {name: mask.shape for name, mask in masks.items()} == {"weight": (2, 3), "bias": (2,)}
+    masks["weight"][0, 0] = False
+    masks["bias"][1] = True
+    assert masks["weight"].tolist() == [[False, True, True], [False] * 3]
+    assert keep.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    # a row of which something is left counts as kept
+    [
+        ([[True, True], [False, False], [True, True]], [True, False, True]),
+        ([[False, True], [False, False], [True, False]], [True, False, True]),
+    ],
+)
+def test_units_read_from_a_mask(mask: list[list[bool]], kept: list[bool]) -> None:
+    found = one(nn.Linear(2, 3), Channel()).kept({"weight": torch.tensor(mask)})
+    assert found is not None
+    assert found.tolist() == kept
+    assert one(nn.Linear(2, 3), Weight()).kept({"weight": torch.tensor(mask)}).tolist() == mask  # type: ignore[union-attr]
+    assert one(nn.Linear(2, 3), Channel()).kept({}) is None
+
+
+# ------------------------------------------------------------------------------------------------ what follows
+
+
+def followers(model: nn.Module, granularity: Granularity = Channel()) -> dict[str, list[str]]:  # noqa: B008 - frozen
+    return {unit.name: list(unit.followers) for unit in make_units(find(model), model, granularity)}
+
+
+def test_nothing_follows_a_single_weight() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    assert followers(model, Weight()) == {"0.weight": []}
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Linear(2, 3), {"weight": ["bias"]}),
+        (nn.Linear(2, 3, bias=False), {"weight": []}),
+        (nn.Conv2d(2, 3, 1), {"weight": ["bias"]}),
+        (nn.ConvTranspose1d(2, 3, 1), {"weight": ["bias"]}),
+        (nn.LSTM(2, 3), {"weight_ih_l0": ["bias_ih_l0"], "weight_hh_l0": ["bias_hh_l0"]}),
+        (nn.GRUCell(2, 3), {"weight_ih": ["bias_ih"], "weight_hh": ["bias_hh"]}),
+        (
+            nn.MultiheadAttention(4, 2),
+            {"in_proj_weight": ["in_proj_bias"], "out_proj.weight": ["out_proj.bias"]},
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_the_bias_of_the_layer_follows(layer: nn.Module, expected: dict[str, list[str]]) -> None:
+    assert followers(layer) == expected
+
+
+def test_weight_and_bias_of_the_norm_behind_follow() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    assert followers(model) == {"0.weight": ["1.weight", "1.bias"], "3.weight": ["3.bias"]}
+
+
+def test_a_norm_without_parameters_or_bias() -> None:
+    model = nn.Sequential(
+        *(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2), nn.LayerNorm(2, bias=False)),
+        *(nn.Linear(2, 4), nn.RMSNorm(4)),
+    )
+    assert followers(model) == {
+        "0.weight": ["0.bias"],
+        "2.weight": ["2.bias", "3.weight"],
+        "4.weight": ["4.bias", "5.weight"],
+    }
+
+
+def test_what_is_frozen_does_not_follow() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model[0].bias.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    assert followers(model) == {"0.weight": ["1.weight"]}
+
+
+def test_biases_of_all_layers_that_share_a_weight_follow() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    assert followers(model) == {"0.weight": ["0.bias", "2.bias"]}
+
+
+def test_a_pruned_channel_puts_out_zero_whatever_goes_in() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    model[1].running_mean.data.uniform_(-1, 1)
+    nn.init.uniform_(model[1].bias, 1.0, 2.0)
+    masks = prune(model, 0.5, granularity=Channel())
+    gone = ~masks["0.bias"]
+    assert torch.equal(gone, ~masks["1.weight"])
+    assert torch.equal(gone, ~masks["1.bias"])
+    hidden = model[:3](torch.randn(4, 2, 5, 5))
+    assert (hidden[:, gone] == 0).all()
+    assert (hidden[:, ~gone] != 0).any(dim=3).all()
+    assert (model(torch.randn(4, 2, 5, 5))[:, ~masks["3.bias"]] == 0).all()
+
+
+def test_other_granularities_of_ones_own_fit_in() -> None:
+    class Column(Granularity):
+        """All weights that read one input."""
+
+        def pool(self, values: Tensor, dim: int) -> Tensor:
+            return values.sum(0)
+
+        def expand(self, keep: Tensor, shape: torch.Size, dim: int) -> Tensor:
+            return keep.expand(shape)
+
+        def count(self, shape: torch.Size, dim: int) -> int:
+            return shape[1]
+
+    layer = nn.Linear(3, 2)
+    layer.weight.data = torch.tensor([[1.0, 3.0, 2.0], [1.0, -4.0, 0.0]])
+    masks = prune(layer, 1 / 3, granularity=Column())
+    assert list(masks) == ["weight"]
+    assert layer.weight.tolist() == [[0.0, 3.0, 2.0], [0.0, -4.0, 0.0]]

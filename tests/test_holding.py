@@ -1,0 +1,338 @@
+"""Holding: zeros survive every step of every kind of optimizer, and nothing stays behind afterwards."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from lightning_prune.holding import Holding, forget_curvature
+
+MASK = torch.tensor([[True, False], [False, True]])
+
+
+def layer() -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    linear.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    linear.bias.data = torch.tensor([5.0, 6.0])
+    return linear
+
+
+def held(model: nn.Module, optimizer: Optimizer | None = None, **masks: Tensor) -> Holding:
+    holding = Holding()
+    holding.hold(dict(model.named_parameters()), masks or {"weight": MASK})
+    if optimizer is not None:
+        holding.attach(optimizer)
+    return holding
+
+
+def step(optimizer: Optimizer, model: nn.Module) -> None:
+    optimizer.zero_grad()
+    (model(torch.ones(1, 2)) - 20.0).square().sum().backward()
+    optimizer.step()
+
+
+def hooks(optimizer: Optimizer) -> int:
+    return len(optimizer._optimizer_step_post_hooks) + len(optimizer._optimizer_step_pre_hooks)
+
+
+# ------------------------------------------------------------------------------------------------ zeros stay
+
+
+def test_holding_applies_the_masks_at_once() -> None:
+    linear = layer()
+    held(linear)
+    assert linear.weight.tolist() == [[1.0, 0.0], [0.0, 4.0]]
+    assert linear.bias.tolist() == [5.0, 6.0]
+
+
+OPTIMIZERS: list[Any] = [
+    pytest.param(lambda ps: SGD(ps, 0.1, momentum=0.9, weight_decay=0.1), id="SGD"),
+    pytest.param(lambda ps: SGD(ps, 0.1, momentum=0.9, nesterov=True, foreach=True), id="SGD foreach"),
+    pytest.param(lambda ps: SGD(ps, 0.1, momentum=0.9, fused=True), id="SGD fused"),
+    pytest.param(lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1), id="Adam"),
+    pytest.param(lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True), id="AdamW"),
+    pytest.param(lambda ps: torch.optim.AdamW(ps, 0.1, fused=True), id="AdamW fused"),
+    pytest.param(lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.9), id="RMSprop"),
+    pytest.param(lambda ps: torch.optim.Adagrad(ps, 0.1), id="Adagrad"),
+    pytest.param(lambda ps: torch.optim.Rprop(ps, 0.1), id="Rprop"),
+]
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS)
+def test_zeros_stay_after_every_step(build: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
+    linear = layer()
+    optimizer = build(linear.parameters())
+    for _ in range(3):
+        step(optimizer, linear)  # momentum that was gathered before there were masks must not bring weights back
+    holding = held(linear, optimizer)
+    before = linear.weight.detach().clone()
+    for _ in range(4):
+        step(optimizer, linear)
+        assert (linear.weight[~MASK] == 0).all()
+    assert (linear.weight[MASK] != before[MASK]).all()
+    assert holding.stepped
+
+
+def test_kept_weights_move_as_without_masks() -> None:
+    # the masked weights are zero, so the outputs are those of a layer that never had them
+    linear = layer()
+    linear.weight.data *= MASK
+    free = nn.ParameterList([torch.tensor([1.0, 4.0]), torch.tensor([5.0, 6.0])])
+    one, two = (SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01) for model in (linear, free))
+    held(linear, one)
+    for _ in range(3):
+        step(one, linear)
+        two.zero_grad()
+        (free[0] + free[1] - 20.0).square().sum().backward()
+        two.step()
+    assert linear.weight.diagonal().tolist() == pytest.approx(free[0].tolist())
+    assert linear.bias.tolist() == pytest.approx(free[1].tolist())
+
+
+def test_a_step_with_a_closure() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    held(linear, optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (linear(torch.ones(1, 2)) - 10.0).square().sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    # row sums 1 + 5 and 4 + 6: (6 - 10)^2 + (10 - 10)^2
+    assert loss == 16.0  # type: ignore[comparison-overlap]
+    assert linear.weight[0].tolist() == pytest.approx([1.8, 0.0])  # 1 - 0.1 * 2 * (6 - 10)
+
+
+class Outer(SGD):
+    """Steps as SGD does, and then moves every parameter once more."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(1.0)
+        return loss
+
+
+def test_an_optimizer_that_calls_the_step_of_its_base() -> None:
+    linear = layer()
+    optimizer = Outer(linear.parameters(), lr=0.0)
+    held(linear, optimizer)
+    step(optimizer, linear)
+    assert linear.weight.tolist() == [[2.0, 0.0], [0.0, 5.0]]
+
+
+def test_parameter_groups_that_are_added_later_are_held() -> None:
+    model = nn.Sequential(layer(), layer())
+    optimizer = SGD(model[0].parameters(), 0.1)
+    held(model, optimizer, **{"0.weight": MASK, "1.weight": ~MASK})
+    optimizer.add_param_group({"params": model[1].parameters()})
+    step(optimizer, model)
+    assert (model[0].weight[~MASK] == 0).all()
+    assert (model[1].weight[MASK] == 0).all()
+    assert (model[1].weight[~MASK] != 0).all()
+
+
+def test_new_masks_replace_the_old_ones() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    holding = held(linear, optimizer)
+    holding.hold(dict(linear.named_parameters()), {"weight": torch.tensor([[False, True], [True, True]])})
+    assert linear.weight.tolist() == [[0.0, 0.0], [0.0, 4.0]]
+    step(optimizer, linear)
+    assert linear.weight[0, 0] == 0
+    assert (linear.weight[[0, 1], [1, 0]] != 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ its own only
+
+
+def test_an_optimizer_holds_its_own_parameters_only() -> None:
+    a, b = layer(), layer()
+    model = nn.ModuleDict({"a": a, "b": b})
+    first, second = SGD(a.parameters(), 0.1), SGD(b.parameters(), 0.1)
+    holding = held(model, first, **{"a.weight": MASK, "b.weight": MASK})
+    holding.attach(second)
+    b.weight.data.fill_(1.0)  # as if it were in the middle of something
+    version = b.weight._version
+    step(first, a)
+    assert b.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert b.weight._version == version
+    step(second, b)
+    assert (b.weight[~MASK] == 0).all()
+
+
+def test_a_graph_of_other_parameters_can_still_be_differentiated() -> None:
+    # as a generator and its discriminator do: both forwards first, then step after step
+    a, b = layer(), layer()
+    first, second = SGD(a.parameters(), 0.1), SGD(b.parameters(), 0.1)
+    holding = held(nn.ModuleDict({"a": a, "b": b}), first, **{"a.weight": MASK, "b.weight": MASK})
+    holding.attach(second)
+    x = torch.ones(1, 2, requires_grad=True)
+    loss_a, loss_b = a(x).sum(), b(x).sum()
+    loss_a.backward()
+    first.step()
+    loss_b.backward()
+    second.step()
+    assert (a.weight[~MASK] == 0).all()
+    assert (b.weight[~MASK] == 0).all()
+
+
+def test_parameters_that_no_optimizer_has_are_held_on_demand() -> None:
+    linear = layer()
+    holding = held(linear)
+    linear.weight.data.fill_(1.0)
+    holding.apply()
+    assert linear.weight.tolist() == MASK.float().tolist()
+
+
+# ------------------------------------------------------------------------------------------------ attach, release
+
+
+def test_attaching_twice_is_attaching_once() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    holding = held(linear, optimizer)
+    holding.attach(optimizer)
+    assert hooks(optimizer) == 1
+
+
+def test_after_release_no_hook_remains_and_weights_move_freely() -> None:
+    linear = layer()
+    optimizers = [SGD([linear.weight], 0.1), SGD([linear.bias], 0.1)]
+    holding = held(linear, optimizers[0])
+    holding.attach(optimizers[1], before=lambda optimizer: None)
+    assert [hooks(optimizer) for optimizer in optimizers] == [1, 2]
+    holding.release()
+    assert [hooks(optimizer) for optimizer in optimizers] == [0, 0]
+    step(optimizers[0], linear)
+    assert (linear.weight[0] != 0).all()
+
+
+def test_release_applies_the_masks_once_more_and_may_be_repeated() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    holding = held(linear, optimizer)
+    linear.weight.data.fill_(1.0)
+    holding.release()
+    assert linear.weight.tolist() == MASK.float().tolist()
+    linear.weight.data.fill_(1.0)
+    holding.release()
+    assert linear.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_what_was_released_can_hold_again() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    holding = held(linear, optimizer)
+    holding.release()
+    holding.hold(dict(linear.named_parameters()), {"weight": MASK})
+    holding.attach(optimizer)
+    step(optimizer, linear)
+    assert (linear.weight[~MASK] == 0).all()
+    assert hooks(optimizer) == 1
+
+
+def test_other_hooks_of_an_optimizer_are_left_alone() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    seen: list[str] = []
+    optimizer.register_step_post_hook(lambda *args: seen.append("after"))
+    optimizer.register_step_pre_hook(lambda *args: seen.append("before"))  # type: ignore[arg-type, func-returns-value]
+    held(linear, optimizer).release()
+    step(optimizer, linear)
+    assert seen == ["before", "after"]
+
+
+def test_what_is_to_be_done_before_a_step_sees_gradients_and_old_weights() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    seen: list[Any] = []
+
+    def before(stepping: Optimizer) -> None:
+        seen.append((stepping, linear.weight.grad is not None, linear.weight.tolist()))
+
+    holding = Holding()
+    holding.hold(dict(linear.named_parameters()), {"weight": MASK})
+    holding.attach(optimizer, before)
+    step(optimizer, linear)
+    assert seen == [(optimizer, True, [[1.0, 0.0], [0.0, 4.0]])]
+
+
+def test_an_optimizer_says_that_it_has_stepped() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    holding = held(linear, optimizer)
+    assert not holding.stepped
+    step(optimizer, linear)
+    assert holding.stepped
+    holding.stepped = False
+    step(optimizer, linear)
+    assert holding.stepped
+
+
+class Bare(Optimizer):
+    """An optimizer that was not set up as one."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self.param_groups = [{"params": list(params)}]
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_an_optimizer_without_the_set_up_of_torch_is_refused() -> None:
+    linear = layer()
+    with pytest.raises(TypeError, match=r"set up by torch\.optim\.Optimizer\.__init__, got Bare without it"):
+        Holding().attach(Bare(linear.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def test_gradients_of_pruned_weights_are_zeroed() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1)
+    holding = held(linear, optimizer)
+    linear.weight.grad = torch.tensor([[3.0, 100.0], [-100.0, 4.0]])
+    linear.bias.grad = torch.ones(2)
+    holding.mask_gradients(optimizer)
+    assert linear.weight.grad.tolist() == [[3.0, 0.0], [0.0, 4.0]]
+    assert linear.bias.grad.tolist() == [1.0, 1.0]
+    assert nn.utils.get_total_norm([linear.weight.grad]) == 5.0
+
+
+def test_gradients_that_are_missing_or_not_its_own_are_left() -> None:
+    model = nn.ModuleDict({"a": layer(), "b": layer()})
+    optimizer = SGD(model["a"].parameters(), 0.1)
+    holding = held(model, optimizer, **{"a.weight": MASK, "b.weight": MASK})
+    model["b"].weight.grad = torch.ones(2, 2)
+    holding.mask_gradients(optimizer)
+    assert model["a"].weight.grad is None
+    assert model["b"].weight.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+# ------------------------------------------------------------------------------------------------ LBFGS
+
+
+def test_lbfgs_forgets_steps_under_other_masks() -> None:
+    linear = layer()
+    optimizer = torch.optim.LBFGS(linear.parameters())
+    optimizer.state[linear.weight]["old_dirs"] = [torch.ones(6)]
+    forget_curvature(optimizer)
+    assert not optimizer.state
+
+
+def test_other_optimizers_keep_their_state() -> None:
+    linear = layer()
+    optimizer = SGD(linear.parameters(), 0.1, momentum=0.9)
+    step(optimizer, linear)
+    forget_curvature(optimizer)
+    assert optimizer.state[linear.weight]["momentum_buffer"].shape == (2, 2)

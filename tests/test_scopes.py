@@ -1,0 +1,172 @@
+"""Scopes: how many units each target keeps, worked out by hand."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_prune import scopes
+from lightning_prune.scopes import SCOPES
+from lightning_prune.selection import Scores, Source
+
+
+def ranked(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Scores:
+    torch.manual_seed(seed)
+    return Scores.of({name: torch.randn(shape) for name, shape in shapes.items()})
+
+
+def in_rows(shapes: Mapping[str, tuple[int, int]]) -> Scores:
+    """Return scores with one unit for each row of the weights."""
+    return Scores({n: Source(lambda rows=s[0]: torch.rand(rows), s[0], s) for n, s in shapes.items()})  # type: ignore[misc]
+
+
+def test_local_keeps_the_same_fraction_everywhere() -> None:
+    # 10 - round(7.5) = 10 - 8, 4 - 3, 3 - round(2.25), 1 - round(0.75)
+    scores = ranked({"a": (10,), "b": (2, 2), "c": (3,), "d": (1,)})
+    assert scopes.local(scores, 0.75) == {"a": 2, "b": 1, "c": 1, "d": 0}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    # sorted: a -3, b -1, b 0, a 0.5, b 0.5, a 2, of which round(6 * sparsity) go
+    [
+        (0.0, {"a": 3, "b": 3}),
+        (0.2, {"a": 2, "b": 3}),
+        (1 / 3, {"a": 2, "b": 2}),
+        (0.5, {"a": 2, "b": 1}),
+        (2 / 3, {"a": 1, "b": 1}),
+        (0.83, {"a": 1, "b": 0}),
+        (0.99, {"a": 0, "b": 0}),
+    ],
+)
+def test_global_ranks_all_targets_together(sparsity: float, expected: dict[str, int]) -> None:
+    scores = Scores.of({"a": torch.tensor([2.0, -3.0, 0.5]), "b": torch.tensor([0.5, -1.0, 0.0])})
+    assert scopes.global_(scores, sparsity) == expected
+
+
+def test_global_breaks_ties_in_the_order_of_the_targets() -> None:
+    scores = Scores.of({"z": torch.ones(3), "a": torch.ones(3)})
+    assert scopes.global_(scores, 2 / 3) == {"z": 0, "a": 2}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    # A target of shape s gets density c * sum(s) / prod(s), so it keeps c * sum(s): 9 c of 20 in a, 5 c of 6 in b.
+    [
+        # keep 13: c = 13/14; a 8.36, b 4.64: the larger remainder is rounded up
+        (0.5, {"a": 8, "b": 5}),
+        # keep 26 - round(6.5) = 20: c = 20/14 would keep 7.1 of the 6 of b, so b is dense and a gets the rest
+        (0.25, {"a": 14, "b": 6}),
+        # keep 16: c = 16/14; a 10.29, b 5.71
+        (0.4, {"a": 10, "b": 6}),
+        # keep 3: c = 3/14; a 1.93, b 1.07
+        (0.9, {"a": 2, "b": 1}),
+        (0.0, {"a": 20, "b": 6}),
+    ],
+)
+def test_erk_of_two_layers(sparsity: float, expected: dict[str, int]) -> None:
+    assert scopes.erk(ranked({"a": (4, 5), "b": (2, 3)}), sparsity) == expected
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    # sum(s): a 9, b 5, c 20; sizes 20, 6, 100
+    [
+        # keep 63: c = 63/34 fills b (9.3 > 6); then c = 57/29: a 17.69, c 39.31
+        (0.5, {"a": 18, "b": 6, "c": 39}),
+        # keep 126 - round(37.8) = 88: c = 88/34 fills a (23.3 > 20) and b (12.9 > 6), c gets 62
+        (0.3, {"a": 20, "b": 6, "c": 62}),
+        # keep 126 - round(52.92) = 73: c = 73/34 fills b (10.7 > 6) but not a (19.3); then c = 67/29 fills a too (20.8)
+        (0.42, {"a": 20, "b": 6, "c": 47}),
+    ],
+)
+def test_erk_fills_layers_one_after_the_other(sparsity: float, expected: dict[str, int]) -> None:
+    assert scopes.erk(ranked({"a": (4, 5), "b": (2, 3), "c": (10, 10)}), sparsity) == expected
+
+
+def test_erk_counts_the_kernel_of_a_convolution() -> None:
+    # sum(s): conv 4 + 2 + 3 + 3 = 12 of 72, fc 8 + 6 = 14 of 48; keep 26 of 120, c = 1
+    assert scopes.erk(ranked({"conv": (4, 2, 3, 3), "fc": (8, 6)}), 94 / 120) == {"conv": 12, "fc": 14}
+
+
+def test_erk_takes_the_density_from_the_weight_and_the_amount_from_the_units() -> None:
+    # densities 9/20 and 5/6 over 4 and 2 rows; keep 4 of 6: c = 4 / (1.8 + 1.667) = 1.154; a 2.08, b 1.92
+    assert scopes.erk(in_rows({"a": (4, 5), "b": (2, 3)}), 1 / 3) == {"a": 2, "b": 2}
+
+
+def test_erk_breaks_equal_remainders_in_the_order_of_the_targets() -> None:
+    # keep 7 of 3 * 9, all alike: 2.33 each, and the first one gets the one that is left
+    assert scopes.erk(ranked({"z": (3, 3), "m": (3, 3), "a": (3, 3)}), 20 / 27) == {"z": 3, "m": 2, "a": 2}
+
+
+@pytest.mark.parametrize("scope", ["global", "erk"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.013, 0.1, 1 / 3, 0.5, 0.77, 0.9, 0.98, 0.999])
+def test_the_total_is_exact(scope: str, sparsity: float) -> None:
+    shapes = {"conv": (8, 3, 3, 3), "fc": (10, 72), "head": (3, 10), "tiny": (1, 2)}  # 216 + 720 + 30 + 2 = 968
+    scores = ranked(shapes)
+    keep = SCOPES[scope](scores, sparsity)
+    assert sum(keep.values()) == 968 - round(sparsity * 968)
+    assert all(0 <= keep[name] <= scores.sizes[name] for name in shapes)
+    assert all(type(count) is int for count in keep.values())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_more_sparsity_keeps_no_more_in_total(scope: str) -> None:
+    scores = ranked({"a": (7, 5), "b": (3, 4), "c": (2, 2)})
+    totals = [sum(SCOPES[scope](scores, s / 100).values()) for s in range(100)]
+    assert totals[0] == 51
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("due", "expected"),
+    # a: 0.9 of 10, b: 0.5 of 4, c: nothing; at one half: round(4.5) = 4 (half to even) and 1 are gone
+    [(1.0, {"a": 1, "b": 2, "c": 3}), (0.5, {"a": 6, "b": 3, "c": 3}), (0.0, {"a": 10, "b": 4, "c": 3})],
+)
+def test_per_layer(due: float, expected: dict[str, int]) -> None:
+    scores = ranked({"a": (10,), "b": (4,), "c": (3,)})
+    assert scopes.per_layer(scores, {"a": 0.9, "b": 0.5, "c": 0.0}, due) == expected
+
+
+@pytest.mark.parametrize(
+    ("level", "due", "expected"),
+    # sorted: b -1, a 0.1, a 0.2, b 0.3, a 0.3, a 0.4
+    [
+        (0.3, 1.0, {"a": 2, "b": 1}),  # the level itself stays
+        (0.35, 1.0, {"a": 1, "b": 0}),
+        (0.35, 0.6, {"a": 2, "b": 1}),  # of the 5 below, the 3 lowest
+        (0.35, 0.0, {"a": 4, "b": 2}),
+        (-2.0, 1.0, {"a": 4, "b": 2}),
+        (9.0, 1.0, {"a": 0, "b": 0}),
+    ],
+)
+def test_below_a_level(level: float, due: float, expected: dict[str, int]) -> None:
+    scores = Scores.of({"a": torch.tensor([0.3, 0.1, 0.4, 0.2]), "b": torch.tensor([0.3, -1.0])})
+    assert scopes.below(scores, level, due) == expected
+
+
+def test_the_names() -> None:
+    assert scopes.resolve("global") is scopes.global_
+    assert scopes.resolve("local") is scopes.local
+    assert scopes.resolve("erk") is scopes.erk
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"\['erk', 'global', 'local'\] or a callable, got 'layer'"):
+        scopes.resolve("layer")
+
+
+def test_a_callable_is_taken_as_it_is() -> None:
+    def keep_all(scores: Scores, sparsity: float) -> Mapping[str, int]:
+        return scores.sizes
+
+    assert scopes.resolve(keep_all) is keep_all
+
+
+def test_local_and_erk_do_not_compute_scores() -> None:
+    def compute() -> Tensor:
+        raise AssertionError
+
+    scores = Scores({"a": Source(compute, 6, (2, 3))})
+    assert scopes.local(scores, 0.5) == scopes.erk(scores, 0.5) == {"a": 3}

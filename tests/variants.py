@@ -1,0 +1,37 @@
+"""Every variant of every axis: a new one is tested by the whole matrix as soon as its name stands here."""
+
+import math
+from collections.abc import Callable, Mapping
+
+from lightning_prune import Channel, Criterion, Entropy, Granularity, Magnitude, Random, Sensitivity, Weight
+
+
+def at_least(scores: Mapping, sparsity: float) -> dict[str, int]:
+    """A user's scope: the same fraction of every target, rounded so that rather more is kept."""
+    return {name: math.ceil((1 - sparsity) * count) for name, count in scores.sizes.items()}
+
+
+def square_root(progress: float) -> float:
+    """A user's schedule."""
+    return progress**0.5
+
+
+CRITERIA: tuple[Criterion, ...] = (Magnitude(), Random(seed=3), Entropy(bins=8, window=2), Sensitivity(window=2))
+GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel())
+SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
+    "global",
+    "local",
+    "erk",
+    {"net.0.*": 0.3, "net.*": 0.7},
+    at_least,
+)
+SCHEDULES: tuple[str | Callable, ...] = ("one_shot", "linear", "cubic", "cosine", "exponential", square_root)
+
+
+def label(variant: object) -> str:
+    """A short name of a variant, for the name of its test."""
+    if isinstance(variant, str):
+        return variant
+    if isinstance(variant, dict):
+        return "per_layer"
+    return getattr(variant, "__name__", type(variant).__name__)
