@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -162,8 +161,8 @@ class MaskedTraining(Callback):
             self.after_step()
         self._refuse_overlap(trainer)
         self.masks = masks or self.masks
-        clips = is_overridden("configure_gradient_clipping", pl_module) or not pl_module.automatic_optimization
-        self._clips = bool(trainer.gradient_clip_val) or clips
+        own = not pl_module.configure_gradient_clipping.__module__.endswith("core.module")  # the user's own clipping
+        self._clips = bool(trainer.gradient_clip_val) or own or not pl_module.automatic_optimization
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
             self._holding.attach(optimizer, self._before)

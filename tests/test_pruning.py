@@ -181,6 +181,27 @@ def test_steps_of_manual_optimization_with_two_optimizers_are_batches() -> None:
     assert zeros(model) == round(0.8 * size(model))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "levels"),
+    [
+        # at 0, 1/4, 1/2, 3/4 and 1 of the window
+        ("one_shot", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.25, 0.5, 0.75, 1.0]),
+        ("cubic", [0.0, 37 / 64, 7 / 8, 63 / 64, 1.0]),
+        ("cosine", [0.0, 0.1464466, 0.5, 0.8535534, 1.0]),
+        ("exponential", [0.0, 0.7183353, 0.9241418, 0.9831064, 1.0]),  # (1 - exp(-5 p)) / (1 - exp(-5))
+        (lambda progress: progress**2, [0.0, 1 / 16, 1 / 4, 9 / 16, 1.0]),
+    ],
+)
+def test_each_schedule_reaches_its_levels(schedule: str | Callable[[float], float], levels: list[float]) -> None:
+    callback = MagnitudePruning(0.8, schedule=schedule, start=2, end=6, frequency=1)
+    recorder = MaskRecorder(callback)
+    fit(MLP(), callback, recorder)
+    assert recorder.counts[:2] == [0, 0]
+    assert recorder.counts[2:7] == [round(0.8 * level * 158) for level in levels]
+    assert recorder.counts[7:] == [round(0.8 * 158)] * 2
+
+
 @pytest.mark.parametrize("frequency", [1, 2, 3, 4, 5, 6, 7, 100])
 def test_the_last_update_hits_the_target_whatever_the_frequency(frequency: int) -> None:
     model = MLP()

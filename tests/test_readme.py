@@ -1,0 +1,70 @@
+"""Every code block of the README does what it says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [block for language, block in BLOCKS if language == "python" and not block.startswith("# main.py")]
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+
+
+def run(*command: str | Path, folder: Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_block_is_left_out() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "yaml", "bash", "text"}
+    assert sum(language == "yaml" for language, _ in BLOCKS) == 1
+    assert all(command.startswith(("make ", "python main.py ")) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_runs_and_prints_what_stands_below_it(block: str, tmp_path: Path) -> None:
+    printed = run(sys.executable, "-c", block, folder=tmp_path)
+    below = TEXT[TEXT.index(block) + len(block) :]
+    if below.startswith("```\n\n```text\n"):
+        expected = below.removeprefix("```\n\n```text\n").partition("```")[0]
+        assert printed.endswith(expected)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python")])
+def test_command_lines_run(command: str, tmp_path: Path) -> None:
+    for language, block in BLOCKS:
+        if language == "yaml":
+            (tmp_path / "prune.yaml").write_text(block)
+        if block.startswith("# main.py"):
+            (tmp_path / "main.py").write_text(block)
+    printed = run(sys.executable, *shlex.split(command)[1:], folder=tmp_path)
+    if "help" in command:
+        assert "--trainer.callbacks.threshold" in printed
+        return
+    from torch import load, nn
+
+    from lightning_prune import sparsity
+
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    layer = nn.Linear(32, 2)
+    weights = load(checkpoint, weights_only=True)["state_dict"]
+    layer.load_state_dict({name.removeprefix("layer."): value for name, value in weights.items()})
+    assert sparsity(layer) == 58 / 64
+
+
+@pytest.mark.parametrize("command", [line.partition("#")[0] for line in COMMANDS if line.startswith("make")])
+def test_make_knows_its_targets(command: str) -> None:
+    run(*command.split(), "--dry-run", folder=ROOT)
+
+
+def test_links_and_named_tests_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert len(links) >= 3
+    assert all((ROOT / link).exists() for link in links)
+    assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", TEXT))
