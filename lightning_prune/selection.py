@@ -25,16 +25,22 @@ def chunks(tensor: Tensor) -> Iterator[Tensor]:
     return (flat[begin : begin + _CHUNK] for begin in range(0, max(1, flat.numel()), _CHUNK))
 
 
-def keys(scores: Tensor, bits: int = 32) -> Tensor:
+def keys(scores: Tensor, bits: int = 32, kept: Tensor | None = None) -> Tensor:
     """Return signed integers of 32 or 64 bits that order as the floats do (-0.0 equals 0.0).
+
+    Where ``kept`` (bool) is False, the key is the lowest of all, whatever the score.
 
     >>> keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).diff().sign().tolist()
     [1, 0, 1]
     """
     floats, integer = (torch.float32, torch.int32) if bits == 32 else (torch.float64, torch.int64)
-    raw = (scores.to(floats) + 0.0).view(integer)
-    # negative floats order backwards: flip all their bits but the sign
-    return raw.bitwise_xor_(raw.bitwise_right_shift(bits - 1).bitwise_and_(torch.iinfo(integer).max))
+    most = torch.iinfo(integer).max
+    key = (scores.to(floats) + 0.0).view(integer)
+    if key.numel() and int(key.amin()) < 0:  # negative floats order backwards: flip all their bits but the sign
+        key.bitwise_xor_(key.bitwise_right_shift(bits - 1).bitwise_and_(most))
+    if kept is not None:  # zero or minus one, flipped: the greatest or the lowest integer; no branch on single entries
+        torch.minimum(key, kept.view(torch.int8).sub(1).to(integer).bitwise_xor_(most), out=key)
+    return key
 
 
 def _histogram(key: Tensor, shift: int, prefix: int | None) -> Tensor:
@@ -85,6 +91,7 @@ class Source:
         shape: Shape of the whole weight, for scopes that look at shapes.
         counts: Whether this rank counts its units; False where another rank counts a copy of them.
         index: Returns the flat position of this rank's units in the whole (int64); None if it holds all of them.
+        kept: Which of this rank's units (bool) are not pruned yet; pruned ones come first. None means all.
     """
 
     compute: Callable[[], Tensor]
@@ -92,13 +99,13 @@ class Source:
     shape: tuple[int, ...]
     counts: bool = True
     index: Callable[[], Tensor] | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """The lowest ``count`` of one target: keys below ``key``, and the first ``ties`` of the ``equal`` ones at it."""
+    """The lowest units of a target: keys below ``key``, and the first ``ties`` of the ``equal`` ones at it."""
 
-    count: int
     key: int
     ties: int
     equal: int
@@ -123,7 +130,7 @@ class Scores(Mapping[str, Tensor]):
         self._sources = dict(sources)
         self._reduce = reduce
         self._bits = bits
-        self._cuts: dict[str, _Cut] = {}
+        self._selected: dict[tuple[str, int], tuple[Tensor, _Cut]] = {}  # by name and number, ties not yet broken
         self.sizes = {name: source.size for name, source in self._sources.items()}
         self.shapes = {name: source.shape for name, source in self._sources.items()}
 
@@ -135,6 +142,10 @@ class Scores(Mapping[str, Tensor]):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
+        scores, kept = self._computed(name), self._sources[name].kept
+        return scores if kept is None else scores.masked_fill(~kept.view_as(scores), -torch.inf)
+
+    def _computed(self, name: str) -> Tensor:
         scores = self._sources[name].compute()
         return scores if scores.dtype == torch.float64 else scores.float()
 
@@ -148,7 +159,8 @@ class Scores(Mapping[str, Tensor]):
 
     def below(self, level: float) -> int:
         """Return how many units score below ``level``, on all ranks."""
-        found = [int((self._counted(name) < level).sum()) for name in self]
+        mark = int(keys(torch.tensor([level]), self._bits)) - 1
+        found = [self._at_most(name, mark)[1] for name in self]
         return int(self._reduce(torch.tensor(found)).sum())
 
     def counts(self, k: int) -> dict[str, int]:
@@ -156,61 +168,65 @@ class Scores(Mapping[str, Tensor]):
         if k == 0:
             return dict.fromkeys(self, 0)
         key, ties, _ = self._kth(list(self), k)
-        found = torch.tensor([self._around(name, key) for name in self])
+        selected = {name: self._at_most(name, key) for name in self}
+        found = self._reduce(torch.tensor([counted for _, *counted in selected.values()])).tolist()
         shares = {}
-        for name, (under, at) in zip(self, self._reduce(found).tolist(), strict=True):
-            taken = min(ties, at)
-            ties -= taken
-            shares[name] = under + taken
-            self._cuts[name] = _Cut(shares[name], key, taken, at)
+        for (name, (picked, *_)), (at_most, equal) in zip(selected.items(), found, strict=True):
+            cut = _Cut(key, min(ties, equal), equal)
+            ties -= cut.ties
+            shares[name] = at_most - equal + cut.ties
+            self._selected[name, shares[name]] = picked, cut
         return shares
 
     def lowest(self, name: str, k: int) -> Tensor:
         """Return a bool tensor of the shape of these scores: True at the k lowest, ties in flat order."""
-        scores = self[name]
         if k in (0, self.sizes[name]):
-            return torch.full_like(scores, k > 0, dtype=torch.bool)
-        cut = self._cuts.get(name)
-        if cut is None or cut.count != k:
-            cut = _Cut(k, *self._kth([name], k))
-        picked = torch.empty_like(scores, dtype=torch.bool).reshape(-1)
-        for out, key in zip(chunks(picked), self._keys(scores), strict=True):
-            torch.le(key, cut.key, out=out)
+            return torch.full_like(self._computed(name), k > 0, dtype=torch.bool)
+        if (name, k) in self._selected:
+            picked, cut = self._selected.pop((name, k))
+        else:
+            cut = _Cut(*self._kth([name], k))
+            picked = self._at_most(name, cut.key)[0]
         if cut.ties < cut.equal:
-            self._break_ties(name, scores, picked, cut)
-        return picked.view_as(scores)
+            self._break_ties(name, picked, cut)
+        return picked
 
-    def _keys(self, scores: Tensor) -> Iterator[Tensor]:
-        return (keys(chunk, self._bits) for chunk in chunks(scores))
+    def _keys_of(self, name: str, scores: Tensor) -> Iterator[Tensor]:
+        kept = self._sources[name].kept
+        if kept is None:
+            return (keys(part, self._bits) for part in chunks(scores))
+        return (keys(part, self._bits, left) for part, left in zip(chunks(scores), chunks(kept), strict=True))
 
     def _kth(self, names: list[str], k: int) -> tuple[int, int, int]:
         def stream() -> Iterator[Tensor]:
-            return (key for name in names for key in self._keys(self._counted(name)))
+            for name in names:  # all ranks compute scores, since that may be a common effort; one counts them
+                scores = self._computed(name)
+                yield from self._keys_of(name, scores) if self._sources[name].counts else ()
 
         return kth(stream, k, self._bits, self._reduce)
 
-    def _counted(self, name: str) -> Tensor:
-        """Return the scores that this rank counts; all ranks compute them, since that may be a common effort."""
-        scores = self[name]
-        return scores if self._sources[name].counts else scores[:0]
+    def _at_most(self, name: str, mark: int) -> tuple[Tensor, int, int]:
+        """Return which units of a target have keys up to a mark, how many this rank counts, and how many at it."""
+        counts = self._sources[name].counts
+        scores, at_most, equal = self._computed(name), 0, 0
+        picked = torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+        for out, key in zip(chunks(picked), self._keys_of(name, scores), strict=True):
+            torch.le(key, mark, out=out)
+            if counts:
+                at_most += int(out.sum())
+                equal += int((key == mark).sum())
+        return picked, at_most, equal
 
-    def _around(self, name: str, level: int) -> tuple[int, int]:
-        """Count this rank's units of one target below and at a key."""
-        under = at = 0
-        for key in self._keys(self._counted(name)):
-            under += int((key < level).sum())
-            at += int((key == level).sum())
-        return under, at
-
-    def _break_ties(self, name: str, scores: Tensor, picked: Tensor, cut: _Cut) -> None:
+    def _break_ties(self, name: str, picked: Tensor, cut: _Cut) -> None:
         """Unpick all equal scores but the first ``cut.ties`` in the flat order of the whole target."""
         source = self._sources[name]
-        at = torch.cat([key == cut.key for key in self._keys(scores)])
+        at = torch.cat([key == cut.key for key in self._keys_of(name, self._computed(name))])
         place = at.nonzero().squeeze(1)
+        flat = picked.view(-1)
         if source.index is None:
-            picked[place[cut.ties :]] = False
+            flat[place[cut.ties :]] = False
             return
         index = source.index().reshape(-1)[place]
         stream = [index] if source.counts else []
         last = kth(lambda: stream, cut.ties, 64, self._reduce)[0] if cut.ties else -1
-        picked[place[index > last]] = False
+        flat[place[index > last]] = False

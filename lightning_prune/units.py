@@ -115,11 +115,12 @@ class Units:
         """
         owner = counts_here(self.parameter if self.split else torch.empty(0))
         return Source(
-            compute=scores if kept is None else lambda: scores().masked_fill(~kept, -torch.inf),
+            compute=scores,
             size=self.size,
             shape=tuple(self.parameter.shape),
             counts=owner or not several,
             index=self.index if self.split else None,
+            kept=kept,
         )
 
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
