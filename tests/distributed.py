@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,9 +59,9 @@ def _work(
     rank: int, size: int, timeout: float, folder: Path, function: Callable[..., Any], args: Sequence[Any]
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size), GLOO_SOCKET_IFNAME="lo"
-    )
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback
     with (folder / f"{rank}.txt").open("w") as told:
         faulthandler.dump_traceback_later(timeout, file=told, exit=True)
         try:

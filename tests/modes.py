@@ -142,7 +142,8 @@ def assert_pruned(model: nn.Module, callback: Any, sparsity: float = 0.5) -> Non
     parameters = {name: parameter.detach() for name, parameter in plain_parameters(model).items()}
     assert all(parameter.isfinite().all() for parameter in parameters.values())
     masks = callback.masks
-    assert not [name for name, mask in masks.items() if parameters[name][~mask].any()]
+    pruned_entries = {name: parameters[name][~mask] for name, mask in masks.items()}
+    assert not [name for name, entries in pruned_entries.items() if entries.any() or entries.signbit().any()]
     targets = {name: parameters[name] for name in masks if masks[name].ndim >= 2}
     for name, weight in targets.items():
         assert torch.equal(weight != 0, masks[name]), name

@@ -20,7 +20,7 @@ from lightning_prune.units import Units, make_units
 def scores_of(
     model: nn.Module,
     criterion: Criterion,
-    granularity: Granularity = Weight(),  # noqa: B008 - frozen
+    granularity: Granularity = Weight(),
     data: Iterable[Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:

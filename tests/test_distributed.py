@@ -257,11 +257,12 @@ class Watch:
         self._zeros += int((module.weight == 0).sum())  # put together by FSDP2 before this hook
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.seen.append((self._zeros, round(self.callback.sparsity_now * 75)))
+        self.seen.append((self._zeros, round(self.callback.sparsity_now * 93)))
 
 
 def validate_between(interval: str) -> list[dict[str, Any]]:
-    model, start = Net("fsdp", samples=2 * BATCH), 0 if interval == "epoch" else 2
+    # one group for all layers: that of the root is the one that stays whole after a forward without a backward
+    model, start = Net("fsdp", tensors=True, samples=2 * BATCH), 0 if interval == "epoch" else 2
     callback = MagnitudePruning(0.6, schedule="linear", start=start, end=start + 4, frequency=1, interval=interval)
     watch = Watch(model, callback)
 
@@ -280,12 +281,12 @@ def validate_between(interval: str) -> list[dict[str, Any]]:
 
 
 @distributed
-@pytest.mark.parametrize(("interval", "levels"), [("step", [0, 0, 22, 45, 45, 45]), ("epoch", [0, 0, 11, 22, 34, 45])])
+@pytest.mark.parametrize(("interval", "levels"), [("step", [0, 0, 28, 56, 56, 56]), ("epoch", [0, 0, 14, 28, 42, 56])])
 def test_weights_that_validation_has_put_together_are_masked_too(interval: str, levels: list[int]) -> None:
     for outcome, seen in run(validate_between, 2, interval):
         assert seen == [(pruned, pruned) for pruned in levels]  # the first one in the sanity check
-        assert zeros(outcome["weights"]) == 45
-        assert outcome["sparsity"] == pytest.approx([0.6, 0.6])
+        assert zeros(outcome["weights"]) == 56
+        assert outcome["sparsity"] == pytest.approx([56 / 93] * 2)
 
 
 def keep_zeros(layout: Layout, tensors: bool) -> dict[str, Any]:
@@ -439,8 +440,8 @@ def test_an_update_holds_a_constant_and_some_bytes_for_each_weight_of_the_own_pi
     piece = 4096 * 1024 // 2  # weights
     found = run(hold, 2)
     small, large, many = (max(peaks) for peaks in zip(*([peak for peak, _ in sizes] for sizes in found), strict=True))
-    assert large - small <= 32 * piece  # bytes for each weight of the largest layer
-    assert many - small <= 1.01 * 2 * piece  # bytes for each weight of the others: their masks
+    assert large - small <= 28 * piece  # bytes for each weight of the largest layer
+    assert many - small <= 3.01 * piece  # a byte for each weight of the two others, and of the one at hand
     assert small - (large - small) <= 2**25  # what does not grow
     assert [[largest for _, largest in sizes] for sizes in found] == [[piece, 2 * piece, piece]] * 2  # never the whole
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from variants import CRITERIA, GRANULARITIES, SCHEDULES, SCOPES, at_least, label
 
 from lightning_prune import (
-    Channel,
     Criterion,
     Entropy,
     Granularity,
@@ -110,15 +109,15 @@ class Case(_Short):
     scope: str = "global"
     schedule: str = "linear"
     start: int | float = 0
-    end: int | float = 1
+    end: int | float = 6
     interval: Literal["step", "epoch"] = "step"
     frequency: int | None = None
     ignore: tuple[str, ...] = ()
     optimizer: str = "sgd"
     accumulate: int = 1
     clip: tuple[str, float] | None = None
-    epochs: int = 1
-    batches: int = 2
+    epochs: int = 2
+    batches: int = 3
     resume: tuple[Literal["step", "epoch", "early"], int] | None = None
 
     @property
@@ -254,13 +253,14 @@ def targets(case: Case, model: Model) -> dict[str, Prunable]:
 
 # ------------------------------------------------------------------------------------------------ strategies
 
+# the first of a list is the simplest; what makes a case tell more stands there more than once
 HUNDREDTHS = st.integers(0, 99).map(lambda percent: percent / 100)
 LAYERS = st.builds(
     Layer,
     st.integers(2, 5),
     st.sampled_from(["none", "batch", "layer", "group"]),
     st.sampled_from([True, False]),
-    st.sampled_from(["nothing", "weight", "rest", "all"]),
+    st.sampled_from(["nothing", "nothing", "nothing", "nothing", "weight", "rest", "all"]),
 )
 
 
@@ -270,6 +270,7 @@ def criteria(longest: int) -> st.SearchStrategy[Criterion]:
     entropy = {"prune": st.sampled_from(["high", "low"]), "bins": st.sampled_from([2, 8]), "window": windows}
     return st.one_of(
         st.sampled_from([criterion for criterion in CRITERIA if criterion.window <= longest]),
+        st.builds(Magnitude),
         st.builds(Random, st.integers(0, 9)),
         st.builds(Sensitivity, windows),
         st.builds(Entropy, **entropy, samples=st.sampled_from([2048, longest])),
@@ -292,16 +293,17 @@ def models(draw: st.DrawFn) -> Case:
 def goals(draw: st.DrawFn, case: Case) -> Case:
     """Give the case targets, and a sparsity, sparsities per layer or a threshold."""
     names = [prunable.names[-1] for prunable in Model(case).prunable.values()]
-    ignore = draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names) - 1))
-    names = [name for name in names if name not in ignore]
-    case = replace(case, ignore=tuple(ignore))
-    goal = draw(st.sampled_from(["sparsity", "per layer", "threshold"]))
-    if goal == "sparsity":
-        return replace(case, sparsity=draw(HUNDREDTHS), scope=draw(st.sampled_from(list(SCOPE_NAMES))))
+    if len(names) > 1 and draw(st.integers(0, 3)) == 3:
+        ignored = draw(st.sampled_from(names))
+        names.remove(ignored)
+        case = replace(case, ignore=(ignored,))
+    goal = draw(st.sampled_from(["global", "threshold", "erk", "per layer", "threshold", *SCOPE_NAMES]))
     if goal == "threshold":
         return replace(case, sparsity=None, threshold=draw(thresholds(case.criterion)))
-    chosen = draw(st.lists(st.sampled_from(names), unique=True, min_size=1))
-    patterns = [*chosen, "net.*"] if len(chosen) < len(names) and draw(st.booleans()) else chosen
+    if goal != "per layer":
+        return replace(case, sparsity=draw(HUNDREDTHS), scope=goal)
+    patterns = [name for name in names[1:] if draw(st.booleans())]
+    patterns.append(draw(st.sampled_from(["net.*", names[0]])))
     return replace(case, sparsity={pattern: draw(HUNDREDTHS) for pattern in patterns})
 
 
@@ -310,21 +312,19 @@ def windows(draw: st.DrawFn, case: Case) -> Case:
     """Give the case a schedule that its run is long enough for."""
     window = case.criterion.window
     steps = case.epochs * case.steps
-    interval = draw(st.sampled_from(["step", "epoch"]))
-    if interval == "step":  # the last update but one may come a step before the last, which then waits for its window
-        length, latest = steps, steps - max(0, window - 1)
-    else:
-        length, latest = case.epochs, min(case.epochs - 1, (steps - window) // case.steps)
-    end = draw(st.integers(0, latest))
-    start = draw(st.integers(0, end))
+    interval = draw(st.sampled_from(["step", "step", "epoch"]))
+    room = steps - max(0, window - 1)  # an update a step before the last one lets it wait for its window
+    length, latest = (steps, room) if interval == "step" else (case.epochs, min(case.epochs - 1, room // case.steps))
+    end = latest - draw(st.sampled_from([0, 0, 0, draw(st.integers(0, latest))]))
+    start = draw(st.sampled_from([0, 0, 0, draw(st.integers(0, end))]))
     ends = [at / length if draw(st.booleans()) else at for at in (start, end)]
     return replace(
         case,
-        schedule=draw(st.sampled_from(list(SCHEDULE_NAMES))),
+        schedule=draw(st.sampled_from(["linear", *SCHEDULE_NAMES])),
         start=ends[0],
         end=ends[1],
         interval=interval,
-        frequency=draw(st.one_of(st.none(), st.integers(1, 3))),
+        frequency=draw(st.sampled_from([None, None, 1, 2, 3])),
     )
 
 
@@ -333,18 +333,23 @@ def cases(draw: st.DrawFn) -> Case:
     case = replace(
         draw(models()),
         optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
-        accumulate=draw(st.integers(1, 3)),
+        accumulate=draw(st.sampled_from([1, 1, 1, 2, 3])),
         clip=draw(st.sampled_from([None, ("norm", 0.05), ("value", 0.005)])),
-        epochs=draw(st.integers(1, 3)),
-        batches=draw(st.integers(1, 4)),
+        epochs=draw(st.sampled_from([2, 3, 4, 3, 2, 1])),
+        batches=draw(st.sampled_from([3, 4, 5, 6, 5, 4, 1])),
         granularity=draw(st.sampled_from(GRANULARITIES)),
     )
     steps = case.epochs * case.steps
     case = replace(case, criterion=draw(criteria(min(3, steps))))
     case = draw(windows(draw(goals(case))))
     points = [("step", n + 1) for n in range(steps)] + [("epoch", n) for n in range(case.epochs)]
-    points += [("early", n + 1) for n in range(steps)] if not os.environ.get("NOEARLY") else []
+    points += [("early", n + 1) for n in range(steps)]
     return replace(case, resume=draw(st.sampled_from([None, *points])))
+
+
+def several(most: int) -> st.SearchStrategy[list[Case]]:
+    """Up to so many cases. They are unique, since hypothesis tries each of these by itself, and no variations of it."""
+    return st.lists(cases(), min_size=1, max_size=most, unique_by=repr)
 
 
 # ------------------------------------------------------------------------------------------------ what is expected
@@ -354,7 +359,7 @@ def timeline(case: Case) -> list[float | None]:
     """The fraction of the goal that the masks show before each batch and at the end; None as long as there are none.
 
     An update happens at the first moment (the start of an epoch, or the end of a step) at which one is due and the
-    window since the last one is full.
+    window since the last one is full. After the last step of an epoch it serves for what the next epoch begins with.
     """
     schedule = schedules.resolve(SCHEDULE_NAMES[case.schedule])
     length = case.epochs * (case.steps if case.interval == "step" else 1)
@@ -371,10 +376,9 @@ def timeline(case: Case) -> list[float | None]:
 
     def advance(epoch: int) -> None:
         nonlocal level, applied, since
-        clock = steps if case.interval == "step" else epoch
-        now = [update for update in plan if applied < update[0] <= clock]
-        if now and steps >= since + case.criterion.window:
-            (applied, level), since = now[-1], steps
+        clock, begins = (steps, steps) if case.interval == "step" else (epoch, max(epoch, steps // case.steps))
+        if any(applied < at <= clock for at, _ in plan) and steps >= since + case.criterion.window:
+            (applied, level), since = [update for update in plan if update[0] <= begins][-1], steps
 
     for epoch in range(case.epochs):
         advance(epoch)
@@ -420,8 +424,20 @@ def erk(shapes: Mapping[str, torch.Size], sizes: Mapping[str, int], keep: int) -
     return kept(high)
 
 
+def assert_lowest(case: Case, order: dict[str, Tensor], pruned: dict[str, Tensor]) -> None:
+    """Pruned are the units with the lowest scores: of all targets together, or of each of them."""
+    if case.threshold is not None or (case.scope == "global" and not isinstance(case.sparsity, dict)):
+        together, picked = torch.cat(list(order.values())), torch.cat(list(pruned.values()))
+        lowest = together.argsort(stable=True)[: int(picked.sum())].sort().values
+        assert torch.equal(picked.nonzero().flatten(), lowest)
+        return
+    for name, ordered in order.items():
+        lowest = ordered.argsort(stable=True)[: int(pruned[name].sum())].sort().values
+        assert torch.equal(pruned[name].nonzero().flatten(), lowest), name
+
+
 def assert_counts(case: Case, model: Model, watch: "Watch") -> None:
-    """Before every batch and at the end exactly as many units are pruned as are due, and those with the lowest scores."""
+    """Before every batch and at the end as many units are pruned as are due, and those with the lowest scores."""
     found = targets(case, model)
     parameters = dict(model.named_parameters())
     shapes = {name: parameters[name].shape for name in found}
@@ -437,7 +453,8 @@ def assert_counts(case: Case, model: Model, watch: "Watch") -> None:
         assert set(masks) == {*found, *(followers if case.granularity.follows else ())}
         pruned = {name: units(case, masks[name]) for name in found}
         for name, prunable in found.items():
-            assert all(torch.equal(masks[follower], ~pruned[name]) for follower in prunable.followers if follower in masks)
+            dying = [masks[follower] for follower in prunable.followers if follower in masks]
+            assert all(torch.equal(mask, ~pruned[name]) for mask in dying)
         counts = {name: int(mask.sum()) for name, mask in pruned.items()}
         order = {name: scores[name].flatten().masked_fill(before[name], -torch.inf) for name in found}
         if case.threshold is not None:
@@ -450,16 +467,11 @@ def assert_counts(case: Case, model: Model, watch: "Watch") -> None:
         if not changed:
             assert all(torch.equal(pruned[name], before[name]) for name in found), "masks changed, and nothing was due"
             continue
-        if case.threshold is not None or (case.scope == "global" and not isinstance(case.sparsity, dict)):
-            together, lowest = torch.cat(list(order.values())), torch.cat(list(pruned.values()))
-            assert torch.equal(lowest.nonzero().flatten(), together.argsort(stable=True)[:due].sort().values)
-        else:
-            for name, ordered in order.items():
-                lowest = ordered.argsort(stable=True)[: counts[name]].sort().values
-                assert torch.equal(pruned[name].nonzero().flatten(), lowest), name
+        assert_lowest(case, order, pruned)
         if case.scope == "erk" and not isinstance(due, dict) and case.threshold is None:
             ideal = erk(shapes, sizes, sum(sizes.values()) - due)
-            assert all(abs(sizes[name] - counts[name] - ideal[name]) < 2 for name in found), (counts, ideal)
+            room = 2 if any(mask.any() for mask in before.values()) else 1 + 1e-6  # what is pruned stays pruned
+            assert all(abs(sizes[name] - counts[name] - ideal[name]) < room for name in found), (counts, ideal)
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -517,10 +529,11 @@ class Early(Callback):
     """Saves after one step, before the callbacks behind it have seen that step."""
 
     def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
+        self.step, self.path, self.saved = step, path, False
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
+        if trainer.global_step == self.step and not self.saved:  # all ranks save together, or none
+            self.saved = True
             trainer.save_checkpoint(self.path)
 
 
@@ -668,13 +681,13 @@ def fuzz(examples: int) -> settings:
 
 
 @fuzz(150)
-@given(cases())
-def test_any_run_keeps_every_promise(case: Case) -> None:
-    check(case)
+@given(several(1))
+def test_any_run_keeps_every_promise(cases: list[Case]) -> None:
+    check(*cases)
 
 
 @pytest.mark.distributed
 @fuzz(6)
-@given(st.lists(cases(), min_size=1, max_size=6))
+@given(several(6))
 def test_any_run_on_two_ranks_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases, size=2)  # several, since two processes take a second to start

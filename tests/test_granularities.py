@@ -133,7 +133,7 @@ def test_units_read_from_a_mask(mask: list[list[bool]], kept: list[bool]) -> Non
 # ------------------------------------------------------------------------------------------------ what follows
 
 
-def followers(model: nn.Module, granularity: Granularity = Channel()) -> dict[str, list[str]]:  # noqa: B008 - frozen
+def followers(model: nn.Module, granularity: Granularity = Channel()) -> dict[str, list[str]]:
     return {unit.name: list(unit.followers) for unit in make_units(find(model), model, granularity)}
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Criterion, Granularity, Magnitude, Masks, Random, Weight, goal, prune, scopes
-from lightning_prune.masks import make_masks, zero_pruned, pack, pack_all, unpack, unpack_all
+from lightning_prune.masks import make_masks, pack, pack_all, unpack, unpack_all, zero_pruned
 from lightning_prune.scopes import SCOPES
 from lightning_prune.selection import Scores
 from lightning_prune.targets import find
@@ -27,8 +27,8 @@ def new_masks(
     model: nn.Module,
     keep: Callable[[Scores], Mapping[str, int]],
     held: Mapping[str, Tensor] | None = None,
-    criterion: Criterion = Magnitude(),  # noqa: B008 - frozen
-    granularity: Granularity = Weight(),  # noqa: B008 - frozen
+    criterion: Criterion = Magnitude(),
+    granularity: Granularity = Weight(),
 ) -> Masks:
     return make_masks(make_units(find(model), model, granularity), criterion, keep, held or {})
 

@@ -77,6 +77,36 @@ class Lookahead(torch.optim.Optimizer):
         return loss
 
 
+class SharpnessAware(torch.optim.SGD):
+    """Takes its gradients where the first ones lead to: a second forward pass sees weights in the middle of a step."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Any:
+        run = torch.enable_grad()(closure)
+        run()
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        away = [0.05 * parameter.grad.sign() for parameter in trained]
+        torch._foreach_add_(trained, away)
+        loss = run()
+        torch._foreach_sub_(trained, away)
+        super().step()
+        return loss
+
+
+class Poison(torch.optim.SGD):
+    """Writes NaN into every weight that is zero."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Any:
+        loss = torch.enable_grad()(closure)()
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim >= 2:
+                    parameter.masked_fill_(parameter == 0, torch.nan)
+        return loss
+
+
 class Borrowed:
     """Has all that Lightning asks of an optimizer, and never called torch's ``Optimizer.__init__``."""
 
@@ -100,6 +130,8 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "lbfgs-wolfe": partial(torch.optim.LBFGS, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"),
     "super-step": partial(Twice, lr=0.01),
     "lookahead": Lookahead,
+    "sharpness-aware": partial(SharpnessAware, lr=0.05, momentum=0.9),
+    "poison": partial(Poison, lr=0.05),
 }
 
 # ------------------------------------------------------------------------------------------- models
@@ -439,17 +471,24 @@ def test_zeros_stay_from_the_first_step_on(optimizer: str) -> None:
     probe.assert_sparse(updates=0)
     assert_pruned(model, callback, 0.75)
     assert_nothing_left(trainer, model, list(model.state_dict()))
-    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    assert all(not torch.equal(before[name], weight) for name, weight in weights.items())
 
 
 # ------------------------------------------------------------------------------------------- gradients
 
 
-def test_clipping_leaves_out_the_gradients_of_pruned_weights() -> None:
-    model = Regression(mlp(), optimizer=partial(torch.optim.SGD, lr=0.5))
+class OwnClipping(Regression):
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+
+@pytest.mark.parametrize(("kind", "clip"), [(Regression, 0.1), (OwnClipping, None)], ids=["trainer", "own"])
+def test_clipping_leaves_out_the_gradients_of_pruned_weights(kind: type[Regression], clip: float | None) -> None:
+    model = kind(mlp(), optimizer=partial(torch.optim.SGD, lr=0.5))
     masks = prune(model, 0.75)
     by_hand = copy.deepcopy(model)
-    train(model, ConstantSparsity(), gradient_clip_val=0.1, max_epochs=1)
+    train(model, ConstantSparsity(), gradient_clip_val=clip, max_epochs=1)
     optimizer = by_hand.configure_optimizers()
     for batch in by_hand.train_dataloader():
         optimizer.zero_grad()
