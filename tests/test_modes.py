@@ -464,7 +464,7 @@ def test_no_forward_pass_sees_a_pruned_weight(mode: str, kind: str) -> None:
 def test_zeros_stay_from_the_first_step_on(optimizer: str) -> None:
     model = Regression(mlp(), optimizer=OPTIMIZERS[optimizer])
     prune(model, 0.75)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before = {name: model.get_parameter(name).clone() for name in ("net.0.weight", "net.3.weight", "net.5.weight")}
     callback = ConstantSparsity()
     with Probe(model, callback) as probe:
         trainer = train(model, callback)

@@ -68,3 +68,5 @@ def test_links_and_named_tests_exist() -> None:
     assert len(links) >= 3
     assert all((ROOT / link).exists() for link in links)
     assert all((ROOT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", TEXT))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", TEXT))
