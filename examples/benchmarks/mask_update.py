@@ -1,0 +1,197 @@
+"""What one update of the masks costs: `python examples/benchmarks/mask_update.py [--full]`.
+
+From 1 to 100 M weights (`--full`: 1,000 M, 4 GB), in tensors of up to 16.8 M: the time of an update and the most memory
+it takes beyond weights and masks in force, beside `torch.nn.utils.prune.global_unstructured` and beside the least that
+any update must do, one pass that reads every weight and takes its absolute value.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from timing import RESULTS, alternate, parser, peak_memory, ratio, save, significant, table
+from torch import nn
+from torch.nn.utils import prune
+
+from lightning_prune import Channel, Criterion, Granularity, Magnitude, Masks, Sensitivity, Weight, goal, scopes
+from lightning_prune.masks import make_masks
+from lightning_prune.units import make_units
+
+SIZES = {  # weights: number of tensors, side of each
+    "1 M": (4, 512),
+    "10 M": (10, 1024),
+    "100 M": (24, 2048),
+    "1,000 M": (60, 4096),
+}
+PASS = "one pass of abs"
+TORCH = "prune.global_unstructured"
+
+
+def make_model(count: int, side: int) -> nn.Module:
+    """Return as many square linear layers, with normally distributed weights."""
+    layers = [nn.Linear(side, side, bias=False, device="meta").to_empty(device="cpu") for _ in range(count)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=0.02)
+    return nn.ModuleList(layers)
+
+
+class Update:
+    """The masks that a callback computes when an update is due, with the masks of an earlier one in force."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion = Magnitude(),
+        granularity: Granularity = Weight(),
+        scope: str = "global",
+        first: bool = False,
+    ) -> None:
+        self.criterion = criterion
+        self.found = goal.find_targets(model, 0.9, (), ())
+        self.units = make_units(self.found, model, granularity)
+        self.scope = scopes.resolve(scope)
+        self.held = Masks()
+        for unit in self.units if criterion.needs == "gradients" else ():
+            unit.statistic, unit.steps = torch.rand_like(unit.parameter), 1
+        if not first:
+            self.held = self(0.8)
+
+    def __call__(self, due: float = 0.9) -> Masks:
+        allocate = goal.allocation(self.found, 1.0 - 1e-9, None, self.criterion, self.scope, due)
+        return make_masks(self.units, self.criterion, allocate, self.held)
+
+
+def updates(model: nn.Module) -> dict[str, Callable[[], Update]]:
+    """Return what makes each kind of update; the first name is the one that the others are compared with."""
+    return {
+        "global": partial(Update, model),
+        "global, first": partial(Update, model, first=True),
+        "local": partial(Update, model, scope="local"),
+        "erk": partial(Update, model, scope="erk"),
+        "channels": partial(Update, model, granularity=Channel()),
+        "sensitivity": partial(Update, model, Sensitivity()),
+    }
+
+
+def one_pass(model: nn.Module) -> None:
+    """Read every weight and take its absolute value, into memory that stays in the cache."""
+    room = torch.empty(1 << 18)
+    for layer in model:
+        for piece in layer.weight.detach().view(-1).split(len(room)):
+            torch.abs(piece, out=room[: len(piece)])
+
+
+def with_torch(model: nn.Module) -> None:
+    """Prune with what comes with torch."""
+    parameters = [(layer, "weight") for layer in model]
+    prune.global_unstructured(parameters, pruning_method=prune.L1Unstructured, amount=0.9)
+
+
+def undo(model: nn.Module) -> None:
+    """Make the layers what they were before ``with_torch``."""
+    for layer in model:
+        if prune.is_pruned(layer):
+            original = layer.weight_orig.detach().clone()
+            prune.remove(layer, "weight")
+            layer.weight.data = original
+
+
+def measure(size: str, rounds: int, torch_too: bool) -> list[dict[str, Any]]:
+    """Return a row for each kind of update of a model of this size."""
+    model = make_model(*SIZES[size])
+    weights = sum(layer.weight.numel() for layer in model)
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, int | None] = {}
+    kinds: dict[str, Callable[[], Any]] = dict(updates(model).items())
+    for name, make in kinds.items():
+        update = make()
+        found = alternate({PASS: partial(one_pass, model), name: update}, rounds)
+        seconds[name] = found[name]
+        seconds[f"{PASS} beside {name}"] = found[PASS]
+        memory[name] = peak_memory(update)
+        del update
+    if torch_too:
+        update = kinds["global"]()
+        found = alternate(
+            {"global": update, TORCH: partial(with_torch, model)},
+            max(1, rounds // 4),
+            {"global": partial(undo, model), TORCH: partial(undo, model)},
+        )
+        seconds[TORCH], seconds["global beside torch"] = found[TORCH], found["global"]
+        undo(model)
+        memory[TORCH] = peak_memory_of_torch(model)
+    rows = []
+    for name in [*kinds, *([TORCH] if torch_too else [])]:
+        row = {
+            "size": size,
+            "weights": weights,
+            "update": name,
+            "seconds": significant(median(seconds[name])),
+            "nanoseconds_per_weight": significant(1e9 * median(seconds[name]) / weights),
+            "peak_memory_by_weights": None if memory[name] is None else round(memory[name] / (4 * weights), 3),
+        }
+        if name == TORCH:
+            row["ratio_to_global"] = significant(ratio(seconds[TORCH], seconds["global beside torch"]))
+        else:
+            row["ratio_to_pass"] = significant(ratio(seconds[name], seconds[f"{PASS} beside {name}"]))
+        rows.append(row)
+    return rows
+
+
+def peak_memory_of_torch(model: nn.Module) -> int | None:
+    """Return the peak of ``global_unstructured``, on layers that are not pruned yet."""
+
+    def call() -> None:
+        undo(model)
+        with_torch(model)
+
+    return peak_memory(call)
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw time and memory against the number of weights."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name in dict.fromkeys(row["update"] for row in rows):
+        found = [row for row in rows if row["update"] == name]
+        weights = [row["weights"] for row in found]
+        style = {"marker": "o", "label": name, "linestyle": "--" if name == TORCH else "-"}
+        left.loglog(weights, [row["seconds"] for row in found], **style)
+        if found[0]["peak_memory_by_weights"] is not None:
+            right.loglog(weights, [row["peak_memory_by_weights"] for row in found], **style)
+    left.set_ylabel("time of an update (s)")
+    right.set_ylabel("peak extra memory (bytes of the weights = 1)")
+    for axes in (left, right):
+        axes.set_xlabel("weights")
+        axes.grid(alpha=0.3, which="both")
+    left.legend(fontsize=8)
+    figure.savefig(RESULTS / "mask_update.png", dpi=120)
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--sizes", nargs="+", choices=SIZES)
+    arguments.add_argument("--rounds", type=int)
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for size in options.sizes or (SIZES if options.full else ["1 M", "10 M", "100 M"]):
+        count, side = SIZES[size]
+        weights = count * side * side
+        rounds = options.rounds or max(3, min(20, 2 * 10**8 // weights))
+        found = measure(size, rounds, weights < 10**8 or (options.full and weights < 10**9))
+        head = [f"{size} weights", "s", "ns a weight", "x one pass", "x global", "peak memory / weights"]
+        columns = ["seconds", "nanoseconds_per_weight", "ratio_to_pass", "ratio_to_global", "peak_memory_by_weights"]
+        cells = [[row["update"], *(f"{row[c]:g}" if row.get(c) is not None else "" for c in columns)] for row in found]
+        print(table([head, *cells]), end="\n\n", flush=True)
+        rows += found
+    save("mask_update", options.full, rows)
+    plot(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The models that are trained: an MLP of 5.8 M weights, a residual CNN the size of ResNet-18, a small transformer."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+
+class Residual(nn.Module):
+    """Two convolutions and what goes past them, as in ResNet-18."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        stride = 1 if before == after else 2
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.past = nn.Identity() if before == after else nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return (inner + self.past(x)).relu()
+
+
+def cnn() -> nn.Module:
+    """Return a network of the size of ResNet-18: 11.2 M weights in 20 convolutions and a linear layer."""
+    widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+    stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    blocks = [Residual(before, after) for before, after in itertools.pairwise(widths)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 200))
+
+
+def mlp() -> nn.Module:
+    """Return a perceptron of 5.8 M weights in three layers."""
+    return nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
+
+
+class Block(nn.Module):
+    """One layer of a causal transformer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """A language model of four layers: 3.4 M weights, a tenth of them in its embedding."""
+
+    def __init__(self, words: int = 1000, width: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(4)])
+        self.head = nn.Linear(width, words)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embedding(tokens)))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with a batch to train it on; the numbers are random, since only the time matters."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+    labels: Callable[[], Tensor]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return self.inputs(), self.labels()
+
+    @staticmethod
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(outputs.flatten(0, -2), labels.flatten())
+
+
+MODELS = {
+    task.name: task
+    for task in (
+        Task("mlp", mlp, lambda: torch.randn(64, 784), lambda: torch.randint(10, (64,))),
+        Task("cnn", cnn, lambda: torch.randn(16, 3, 64, 64), lambda: torch.randint(200, (16,))),
+        Task(
+            "transformer",
+            Transformer,
+            lambda: torch.randint(1000, (16, 64)),
+            lambda: torch.randint(1000, (16, 64)),
+        ),
+    )
+}

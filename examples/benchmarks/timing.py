@@ -1,0 +1,140 @@
+"""What the benchmarks share: measure in alternation, describe the machine, keep the results."""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the one option that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--full", action="store_true", help="all sizes and more rounds, not only the quick ones")
+    return parser
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader has to know about the machine, and nothing that identifies it."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()}, Python {platform.python_version()}",
+        "torch": version("torch"),
+        "lightning": version("lightning"),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def alternate(
+    functions: dict[str, Callable[[], Any]], rounds: int, before: dict[str, Callable[[], Any]] | None = None
+) -> dict[str, list[float]]:
+    """Return the seconds of every function in every round, in which each runs once, after one round to warm up.
+
+    Whatever else the machine does at some moment so falls on all of them alike: compare within rounds (``ratio``).
+
+    Args:
+        functions: What to time, by name.
+        rounds: How often.
+        before: What to do before a function of that name, untimed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for count in range(rounds + 1):
+        for name, function in functions.items():
+            if before and name in before:
+                before[name]()
+            began = time.perf_counter()
+            result = function()
+            passed = time.perf_counter() - began
+            del result
+            if count:
+                seconds[name].append(passed)
+    return seconds
+
+
+def ratio(seconds: Iterable[float], baseline: Iterable[float]) -> float:
+    """Return the median of the ratios within the rounds."""
+    return median(a / b for a, b in zip(seconds, baseline, strict=True))
+
+
+def peak_memory(function: Callable[[], Any]) -> int | None:
+    """Return the most bytes that the process had in memory during a call above those before it; None if not Linux.
+
+    The kernel's own high-water mark sees every allocation, those of torch too, and misses no peak.
+    """
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    function()  # what is allocated once and for all is not the call's
+    gc.collect()
+    _give_back()
+    reset.write_text("5")
+    before = _status("VmRSS")
+    result = function()
+    peak = _status("VmHWM") - before
+    del result
+    return max(0, peak)
+
+
+def _give_back() -> None:
+    """Let the C library return freed memory to the system, so that it does not hide the next allocation."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def save(name: str, full: bool, rows: list[dict[str, Any]]) -> None:
+    """Write the measurements of one benchmark, a row each, as JSON, and say where."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {"benchmark": name, "sizes": "full" if full else "quick", "machine": machine(), "rows": rows}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{describe(content['machine'])}\nwritten: results/{path.name}")
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return what ``save`` wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """Return the description of a machine as one line."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; {machine['system']}; "
+        f"torch {machine['torch']}, lightning {machine['lightning']}"
+    )
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def significant(value: float, digits: int = 3) -> float:
+    """Return a number rounded to so many digits, to keep the JSON small."""
+    return float(f"{value:.{digits}g}")
