@@ -680,14 +680,14 @@ def fuzz(examples: int) -> settings:
     )
 
 
-@fuzz(300)
+@fuzz(150)
 @given(several(1))
 def test_any_run_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases)
 
 
 @pytest.mark.distributed
-@fuzz(12)
+@fuzz(6)
 @given(several(6))
 def test_any_run_on_two_ranks_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases, size=2)  # several, since two processes take a second to start
