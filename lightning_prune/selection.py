@@ -159,7 +159,7 @@ class Scores(Mapping[str, Tensor]):
 
     def below(self, level: float) -> int:
         """Return how many units score below ``level``, on all ranks."""
-        mark = int(keys(torch.tensor([level]), self._bits)) - 1
+        mark = int(keys(torch.tensor([level], dtype=torch.float64), self._bits)) - 1
         found = [self._at_most(name, mark)[1] for name in self]
         return int(self._reduce(torch.tensor(found)).sum())
 

@@ -272,6 +272,21 @@ def test_entropy_of_a_convolution_samples_all_positions(batch: int) -> None:
     assert scores.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=0.05)
 
 
+@pytest.mark.parametrize("count", [1, 127, 128, *range(129, 145), 256, 1000, 4096, 8191])
+def test_no_value_is_kept_twice(count: int) -> None:
+    values = torch.arange(count, dtype=torch.float32)[:, None]
+    kept = Entropy(window=2, samples=256).observe(units_of(linear([[1.0]])), (), values)
+    assert kept.unique().numel() == kept.numel() == min(count, 128)
+    if count > 1000:
+        assert kept.sort().values.diff(dim=1).max() < 2.5 * count / 128  # nowhere a large gap
+
+
+def test_defaults() -> None:
+    assert Entropy() == Entropy(prune="high", bins=32, window=16, samples=2048)
+    assert Sensitivity() == Sensitivity(window=16)
+    assert Random() == Random(seed=0)
+
+
 def test_entropy_of_more_values_than_are_kept_is_close() -> None:
     torch.manual_seed(0)
     inputs = torch.rand(20_000, 1)

@@ -223,6 +223,22 @@ def test_what_cannot_be_traced_is_searched_child_by_child() -> None:
     }
 
 
+def test_a_layer_of_ones_own_is_not_looked_into() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x  # could not be traced
+
+    class Gated(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = Gate()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.gate(x))
+
+    assert links(Gated()) == {"fc1": "norm1", "fc2": "norm2"}
+
+
 def test_inside_what_cannot_be_traced_a_norm_has_no_layer() -> None:
     assert links(Untraceable(nn.Linear(4, 4), nn.LayerNorm(4))) == {}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_prune.holding import Holding, forget_curvature
+from lightning_prune.holding import Holding, entrywise, forget_curvature
 
 MASK = torch.tensor([[True, False], [False, True]])
 
@@ -319,7 +319,43 @@ def test_gradients_that_are_missing_or_not_its_own_are_left() -> None:
     assert model["b"].weight.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-# ------------------------------------------------------------------------------------------------ LBFGS
+def test_sparse_gradients_are_left() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    optimizer = SGD(table.parameters(), 0.1)
+    mask = torch.tensor([[True, False], [False, True], [True, True]])
+    holding = held(table, optimizer, weight=mask)
+    table(torch.tensor([0, 1])).sum().backward()
+    holding.mask_gradients(optimizer)
+    assert table.weight.grad is not None
+    assert table.weight.grad.to_dense().tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    optimizer.step()
+    assert (table.weight[~mask] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ kinds of optimizers
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS)
+def test_an_entrywise_optimizer_moves_kept_weights_alike_whatever_the_gradients_of_pruned_ones(
+    build: Callable[[Iterable[nn.Parameter]], Optimizer],
+) -> None:
+    layers = [layer(), layer()]
+    for linear, masked in zip(layers, (False, True), strict=True):
+        optimizer = build(linear.parameters())
+        assert entrywise(optimizer)
+        holding = held(linear, optimizer)
+        for _ in range(3):
+            linear.weight.grad = torch.tensor([[1.0, 50.0], [-50.0, 2.0]])
+            linear.bias.grad = torch.ones(2)
+            if masked:
+                holding.mask_gradients(optimizer)
+            optimizer.step()
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@pytest.mark.parametrize("build", [torch.optim.LBFGS, lambda ps: Outer(ps, lr=0.1)])
+def test_other_optimizers_are_not_taken_for_entrywise(build: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
+    assert not entrywise(build(layer().parameters()))
 
 
 def test_lbfgs_forgets_steps_under_other_masks() -> None:

@@ -106,6 +106,35 @@ def test_zero_pruned_takes_several_tensors_or_none() -> None:
     assert (a.tolist(), b.tolist(), c.tolist()) == ([1.0, 0.0, 1.0], [[-2.0, 0.0], [0.0, -2.0]], [0.0, 1.0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_whatever_was_pruned_is_zero_and_whatever_was_not_is_itself(dtype: torch.dtype) -> None:
+    values = torch.tensor([1.5, -1.5, 0.0, -0.0, float("nan"), float("inf"), -float("inf")] * 2, dtype=dtype)
+    before = values.clone()
+    zero_pruned([(values, torch.tensor([False] * 7 + [True] * 7))])
+    assert values[:7].tolist() == [0.0] * 7
+    assert not torch.signbit(values[:7]).any()
+    assert torch.equal(values[7:].isnan(), before[7:].isnan())
+    assert torch.equal(torch.signbit(values[7:]), torch.signbit(before[7:]))
+    assert values[7:].nan_to_num().tolist() == before[7:].nan_to_num().tolist()
+
+
+@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 21) + 3])
+def test_more_weights_than_a_chunk_are_zeroed(size: int) -> None:
+    values, mask = torch.ones(size), torch.arange(size) % 3 > 0
+    zero_pruned([(values, mask)])
+    assert torch.equal(values != 0, mask)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "mask transposed", "mask expanded"])
+def test_views_are_zeroed_where_they_lie(layout: str) -> None:
+    whole, mask = torch.ones(4, 6), (torch.arange(12) % 5 == 0).view(4, 3)
+    values = {"strided": whole[:, ::2], "transposed": torch.ones(3, 4).T}.get(layout, whole[:, :3])
+    mask = {"mask transposed": mask.T.contiguous().T, "mask expanded": mask[:1].expand(4, 3)}.get(layout, mask)
+    zero_pruned([(values, mask)])
+    assert torch.equal(values != 0, mask)
+    assert (whole[:, 5] == 1).all()
+
+
 @pytest.mark.parametrize(
     ("masks", "expected"),
     [
@@ -182,6 +211,7 @@ def test_packing_copies() -> None:
         pytest.param({"shape": [8], "bits": torch.zeros(1)}, id="floats"),
         pytest.param({"shape": [9], "bits": torch.zeros(2, 1, dtype=torch.uint8)}, id="two dimensions"),
         pytest.param({"shape": [-1], "bits": torch.zeros(0, dtype=torch.uint8)}, id="a negative length"),
+        pytest.param({"shape": [-1, 0], "bits": torch.zeros(0, dtype=torch.uint8)}, id="a negative length of nothing"),
         pytest.param({"shape": [-2, -4], "bits": torch.zeros(1, dtype=torch.uint8)}, id="negative lengths"),
     ],
 )
@@ -204,6 +234,13 @@ def test_masks_that_are_packed_together_come_back_in_order() -> None:
     assert isinstance(found, Masks)
     assert list(found) == ["b", "none", "a"]
     assert all(torch.equal(found[name], mask) for name, mask in three_masks().items())
+
+
+def test_masks_of_all_shapes_are_packed_together() -> None:
+    torch.manual_seed(0)
+    masks = {str(shape): torch.rand(shape) > 0.5 for shape in SHAPES}
+    found = unpack_all(pack_all(masks))
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
 
 
 def test_no_masks_are_packed_too() -> None:
@@ -271,6 +308,14 @@ def test_a_scope_that_asks_for_growth_gets_none_and_the_total_holds() -> None:
     masks = new_masks(model, lambda scores: {"0.weight": 4, "1.weight": 1}, held)
     assert masks["0.weight"].tolist() == held["0.weight"].tolist()
     assert masks["1.weight"].tolist() == [[False, False, True], [True, True, True]]
+
+
+def test_what_growth_would_have_given_is_taken_from_the_target_with_most_to_prune_anew() -> None:
+    # "0" has 2 pruned and is asked for none: of the 1 and the 5 that are due in the others, 2 fewer of the 5 are pruned
+    model = nn.Sequential(*(linear([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]) for _ in range(3)))
+    held = {f"{i}.weight": torch.arange(6)[None] >= (2 if i == 0 else 0) for i in range(3)}
+    masks = new_masks(model, lambda scores: {"0.weight": 6, "1.weight": 5, "2.weight": 1}, held)
+    assert [int(mask.sum()) for mask in masks.values()] == [4, 5, 3]
 
 
 def test_growth_that_nothing_can_balance_is_not_granted_either() -> None:
@@ -341,6 +386,13 @@ def test_a_threshold_prunes_exactly_what_is_smaller(dtype: torch.dtype, tau: flo
     assert torch.equal(layer.weight, torch.where(masks["weight"], weight, 0.0))
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.7])
+def test_a_threshold_is_exact_for_double_weights(tau: float) -> None:
+    layer = nn.Linear(3, 1, dtype=torch.float64)
+    layer.weight.data = torch.tensor([[tau - 1e-12, -tau, tau + 1e-12]], dtype=torch.float64)
+    assert prune(layer, threshold=tau)["weight"].tolist() == [[False, True, True]]
+
+
 # ------------------------------------------------------------------------------------------------ refused
 
 
@@ -354,6 +406,13 @@ class Given(Criterion):
         return units.mean(torch.abs).mul(0.0) + self.given.get(units.name, 0.0)
 
 
+class Signed(Criterion):
+    """Scores every unit with the mean of its weights."""
+
+    def scores(self, units: Units) -> Tensor:
+        return units.mean(Tensor.clone)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_score_that_is_not_finite_is_refused_with_the_name_of_the_parameter(scope: str, bad: float) -> None:
@@ -365,12 +424,14 @@ def test_a_score_that_is_not_finite_is_refused_with_the_name_of_the_parameter(sc
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_one_nan_among_many_weights_is_found() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("granularity", [Weight(), Channel()])
+@pytest.mark.parametrize("criterion", [Magnitude(), Signed()])
+def test_one_bad_weight_among_many_is_found(bad: float, granularity: Granularity, criterion: Criterion) -> None:
     model = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50))
-    model[1].weight.data[17, 3] = torch.nan
-    for granularity in (Weight(), Channel()):
-        with pytest.raises(ValueError, match=r"scores must be finite.*Magnitude.*'1\.weight'"):
-            prune(model, 0.5, granularity=granularity)
+    model[1].weight.data[17, 3] = bad
+    with pytest.raises(ValueError, match=rf"scores must be finite.*{type(criterion).__name__}.*'1\.weight'"):
+        prune(model, 0.5, granularity=granularity, criterion=criterion)
 
 
 def test_a_nan_in_a_weight_that_is_no_target_does_not_matter() -> None:
@@ -407,5 +468,5 @@ def test_a_criterion_with_scores_of_another_shape_is_refused() -> None:
         def scores(self, units: Units) -> Tensor:
             return units.weight().abs()
 
-    with pytest.raises(ValueError, match=r"PerWeight.*'weight'"):
+    with pytest.raises(ValueError, match=r"PerWeight.* one score for each of the 4 units of 'weight'"):
         prune(nn.Linear(4, 4), 0.5, criterion=PerWeight(), granularity=Channel())

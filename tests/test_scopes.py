@@ -121,12 +121,19 @@ def test_more_sparsity_keeps_no_more_in_total(scope: str) -> None:
 
 @pytest.mark.parametrize(
     ("due", "expected"),
-    # a: 0.9 of 10, b: 0.5 of 4, c: nothing; at one half: round(4.5) = 4 (half to even) and 1 are gone
-    [(1.0, {"a": 1, "b": 2, "c": 3}), (0.5, {"a": 6, "b": 3, "c": 3}), (0.0, {"a": 10, "b": 4, "c": 3})],
+    # a: 0.9 of 10, b: 0.5 of 4, c: nothing; at one half: round(4.5) = 4 (half to even) and 1 are gone (6.75 and 1.5)
+    [
+        (0.75, {"a": 3, "b": 2, "c": 3}),
+        (1.0, {"a": 1, "b": 2, "c": 3}),
+        (0.5, {"a": 6, "b": 3, "c": 3}),
+        (0.0, {"a": 10, "b": 4, "c": 3}),
+    ],
 )
 def test_per_layer(due: float, expected: dict[str, int]) -> None:
     scores = ranked({"a": (10,), "b": (4,), "c": (3,)})
-    assert scopes.per_layer(scores, {"a": 0.9, "b": 0.5, "c": 0.0}, due) == expected
+    sparsities = {"a": 0.9, "b": 0.5, "c": 0.0}
+    assert scopes.per_layer(scores, sparsities, due) == expected
+    assert due < 1.0 or scopes.per_layer(scores, sparsities) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,6 +143,7 @@ def test_per_layer(due: float, expected: dict[str, int]) -> None:
         (0.3, 1.0, {"a": 2, "b": 1}),  # the level itself stays
         (0.35, 1.0, {"a": 1, "b": 0}),
         (0.35, 0.6, {"a": 2, "b": 1}),  # of the 5 below, the 3 lowest
+        (0.35, 0.55, {"a": 2, "b": 1}),  # round(2.75)
         (0.35, 0.0, {"a": 4, "b": 2}),
         (-2.0, 1.0, {"a": 4, "b": 2}),
         (9.0, 1.0, {"a": 0, "b": 0}),
@@ -144,6 +152,7 @@ def test_per_layer(due: float, expected: dict[str, int]) -> None:
 def test_below_a_level(level: float, due: float, expected: dict[str, int]) -> None:
     scores = Scores.of({"a": torch.tensor([0.3, 0.1, 0.4, 0.2]), "b": torch.tensor([0.3, -1.0])})
     assert scopes.below(scores, level, due) == expected
+    assert due < 1.0 or scopes.below(scores, level) == expected
 
 
 def test_the_names() -> None:

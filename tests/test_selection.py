@@ -267,6 +267,12 @@ def test_below_compares_half_precision_scores_with_the_level_as_given() -> None:
     assert scores.below(0.1002) == 1
 
 
+@pytest.mark.parametrize("level", [0.1, 0.7])  # as float32, the one is greater and the other smaller
+def test_below_compares_double_scores_with_the_level_as_given(level: float) -> None:
+    scores = Scores.of({"a": torch.tensor([level - 1e-12, level, level + 1e-12], dtype=torch.float64)})
+    assert scores.below(level) == 1
+
+
 def test_scores_are_a_mapping_that_computes_on_demand() -> None:
     calls = []
 
@@ -279,6 +285,64 @@ def test_scores_are_a_mapping_that_computes_on_demand() -> None:
     assert not calls
     assert scores["a"].tolist() == [2.0, 1.0]
     assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------------ pruned already
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("score", [-INF, -1.0, -0.0, 0.0, 3e38, INF])
+def test_the_key_of_what_is_pruned_is_the_lowest(dtype: torch.dtype, score: float) -> None:
+    bits = 64 if dtype == torch.float64 else 32
+    scores = torch.tensor([score, score, -INF], dtype=dtype)
+    pruned, kept, lowest_score = keys(scores, bits, torch.tensor([False, True, True])).tolist()
+    assert pruned < lowest_score
+    assert kept == keys(scores, bits)[1]
+
+
+def held(bits: int = 32) -> Scores:
+    """Return scores of two targets with 2 pruned units, of which the scores would be the highest."""
+    double = torch.float64 if bits == 64 else torch.float32
+    a = torch.tensor([[9.0, 1.0], [-2.0, 3.0]], dtype=double)
+    b = torch.tensor([0.5, 9.0, -2.0], dtype=double)
+    return Scores(
+        {
+            "a": Source(lambda: a, 4, (2, 2), kept=torch.tensor([[False, True], [True, True]])),
+            "b": Source(lambda: b, 3, (3,), kept=torch.tensor([True, False, True])),
+        },
+        bits=bits,
+    )
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_pruned_units_come_first(bits: int) -> None:
+    scores = held(bits)
+    # a0, b1 (pruned) | a2 -2, b2 -2 | b0 0.5 | a1 1 | a3 3
+    assert [tuple(scores.counts(k).values()) for k in range(8)] == [
+        *((0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (2, 3), (3, 3), (4, 3)),
+    ]
+    assert scores.lowest("a", 1).tolist() == [[True, False], [False, False]]
+    assert scores.lowest("a", 2).tolist() == [[True, False], [True, False]]
+    assert scores.lowest("b", 2).tolist() == [False, True, True]
+    counts = scores.counts(4)
+    assert scores.lowest("b", counts["b"]).tolist() == [False, True, True]
+
+
+def test_pruned_units_are_below_every_level_and_show_as_minus_infinity() -> None:
+    scores = held()
+    assert [scores.below(level) for level in (-1e38, -2.0, -1.0, 0.6, INF)] == [2, 2, 4, 5, 7]
+    assert scores["a"].tolist() == [[-INF, 1.0], [-2.0, 3.0]]
+
+
+def test_what_is_pruned_of_more_units_than_a_chunk_comes_first() -> None:
+    size = CHUNK + 100
+    gone = torch.arange(0, size, 7)
+    kept = torch.ones(size, dtype=torch.bool)
+    kept[gone] = False
+    scores = Scores({"w": Source(lambda: torch.arange(size).float() - 1e6, size, (size,), kept=kept)})
+    picked = scores.lowest("w", gone.numel() + 3)
+    assert picked[gone].all()
+    assert (picked & kept).nonzero().flatten().tolist() == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ several ranks
@@ -314,8 +378,16 @@ def on_ranks(world: int, work: Callable[[int, Reduce], list[list[bool]]]) -> lis
     return found
 
 
-def check_ranks(whole: Mapping[str, Tensor], pieces: Mapping[str, Pieces], ks: Sequence[int]) -> None:
+def check_ranks(
+    whole: Mapping[str, Tensor],
+    pieces: Mapping[str, Pieces],
+    ks: Sequence[int],
+    kept: Mapping[str, Tensor] | None = None,
+) -> None:
     """Select on ranks that hold pieces, and compare each piece with the selection of one process."""
+    given = whole
+    if kept is not None:
+        whole = {name: scores.masked_fill(~kept[name], -INF) for name, scores in given.items()}
     world = len(next(iter(pieces.values())))
     expected = [stable(whole, k) for k in ks]
     alone = {k: Scores.of(whole).counts(k) for k in ks}
@@ -323,7 +395,8 @@ def check_ranks(whole: Mapping[str, Tensor], pieces: Mapping[str, Pieces], ks: S
     def source(name: str, rank: int) -> Source:
         held, counts = pieces[name][rank]
         place = torch.tensor(held, dtype=torch.int64)
-        return Source(lambda: whole[name].flatten()[place], whole[name].numel(), (), counts, lambda: place)
+        left = kept[name][place] if kept is not None else None
+        return Source(lambda: given[name].flatten()[place], given[name].numel(), (), counts, lambda: place, left)
 
     def work(rank: int, reduce: Reduce) -> list[list[bool]]:
         scores = Scores({name: source(name, rank) for name in whole}, reduce)
@@ -374,14 +447,16 @@ def test_ranks_select_what_one_process_selects(pieces: dict[str, Pieces]) -> Non
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_pieces_with_many_ties_are_selected_as_one(seed: int) -> None:
+@pytest.mark.parametrize("pruned", [False, True])
+def test_random_pieces_with_many_ties_are_selected_as_one(seed: int, pruned: bool) -> None:
     torch.manual_seed(seed)
     whole = {name: torch.randint(-2, 3, (size,)) / 2 for name, size in {"a": 23, "b": 1, "c": 40}.items()}
     pieces: dict[str, Pieces] = {}
     for name, scores in whole.items():
         holder = torch.randint(0, 3, (scores.numel(),))
         pieces[name] = [((holder == rank).nonzero().flatten().tolist(), True) for rank in range(3)]
-    check_ranks(whole, pieces, range(0, 65, 4))
+    kept = {name: torch.rand(scores.shape) > 0.3 for name, scores in whole.items()} if pruned else None
+    check_ranks(whole, pieces, range(0, 65, 4), kept)
 
 
 def test_a_target_that_every_rank_holds_whole_is_counted_once() -> None:
