@@ -162,7 +162,7 @@ class Observation:
     def _saved(self, unit: Units) -> list[Tensor | None]:
         if self.several:
             return gather(unit.statistic)
-        return [None if unit.statistic is None else unit.whole(unit.statistic).cpu()]
+        return [None if unit.statistic is None else unit.whole(unit.statistic).to("cpu", copy=True)]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the statistics of a run that is resumed; the ranks share out those of more ranks."""
@@ -170,7 +170,7 @@ class Observation:
         ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if self.several else (1, 0)
         for unit in self.units:
             parts = [part for part in state["statistics"].get(unit.name, [])[rank::ranks] if part is not None]
-            found = self.criterion.merge(parts) if len(parts) > 1 else parts[0] if parts else None
+            found = self.criterion.merge(unit, parts) if len(parts) > 1 else parts[0] if parts else None
             unit.statistic = None if found is None else unit.piece(found).to(unit.parameter.device)
             unit.steps = self.steps
 

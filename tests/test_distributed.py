@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import Mock
 
 import pytest
@@ -129,6 +129,33 @@ def test_with_ddp_every_rank_has_the_masks_of_one_process(criterion: str) -> Non
 def test_with_ddp_accumulated_gradients_are_those_of_one_process() -> None:
     cases = [("sensitivity", granularity) for granularity in GRANULARITIES]
     assert_like_alone("ddp", 2, cases, accumulate_grad_batches=2, max_epochs=2)
+
+
+class Sequences(Net):
+    """A convolution over 60 places, of which ``Entropy`` takes 16 in a step, and 3 linear neurons on each of 4 rows."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                convolution = [nn.Linear(8, 62), nn.Unflatten(1, (1, 62)), nn.Conv1d(1, 4, 3), nn.Tanh()]
+                self.net = nn.Sequential(*convolution, nn.Linear(60, 3), nn.Flatten(), nn.Linear(12, 4))
+
+
+def train_sequences(layout: Layout, direction: Literal["high", "low"]) -> dict[str, Any]:
+    criterion = Entropy(direction, bins=8, window=3)
+    callback = Pruning(0.5, criterion, Channel(), "local", "one_shot", start=4, targets=("net.[24].weight",))
+    model = Sequences(layout)
+    fit(model, callback)
+    return outcome(model, callback)
+
+
+@distributed
+@pytest.mark.parametrize("direction", ["high", "low"])
+def test_with_ddp_entropy_of_some_places_of_each_sample_is_that_of_one_process(
+    direction: Literal["high", "low"],
+) -> None:
+    assert_same(run(train_sequences, 2, "ddp", direction), train_sequences("one", direction))
 
 
 # ------------------------------------------------------------------------------------------------ shards

@@ -1,0 +1,73 @@
+"""The base of all criteria: how much each unit matters. The units with the lowest scores are pruned first."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prune.shards import Operation
+from lightning_prune.units import Units
+
+OverRanks = Callable[[Tensor, Operation], Tensor]
+
+
+class Criterion:
+    """A score for every unit; a subclass with the one method ``scores`` is a new criterion.
+
+    A criterion holds no state: what it observes is kept as ``units.statistic`` by whoever drives it.
+
+    Attributes:
+        needs: What it observes during ``window`` optimizer steps before an update: nothing beyond the weights, the
+            gradients (``observe`` is called once a step), or forward passes (once a forward of the weight's module).
+        window: How many optimizer steps it observes.
+
+    >>> class Squared(Criterion):
+    ...     def scores(self, units):
+    ...         return units.mean(torch.square)
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
+    window: int = 0
+
+    def scores(self, units: Units) -> Tensor:
+        """Return a finite score for each unit: ``units.sum`` and ``units.mean`` pool values of single weights."""
+        raise NotImplementedError
+
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        """Return the new ``units.statistic``; inputs and output are those of the module, for forward passes."""
+        raise NotImplementedError
+
+    def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
+        """Return the statistic at the end of the window, over what all ranks have seen of their batches.
+
+        ``over_ranks(values, "sum" | "min" | "max")`` reduces a tensor over the ranks; gradients are reduced already.
+        """
+        assert units.statistic is not None
+        return over_ranks(units.statistic, "sum") if self.needs == "forwards" else units.statistic
+
+    def nothing(self, units: Units) -> Tensor:
+        """Return the statistic of a rank that has seen no forward pass where others have."""
+        raise NotImplementedError
+
+    def merge(self, units: Units, statistics: list[Tensor]) -> Tensor:
+        """Return one statistic for those of several ranks, of which fewer go on after a checkpoint."""
+        return torch.stack(statistics).sum(0)
+
+    def level(self, threshold: float) -> float:
+        """Return the score below which a unit is pruned, for a threshold in the unit of measure of the criterion."""
+        return threshold
+
+
+def check_at_least(argument: str, value: int, least: int) -> None:
+    """Refuse an argument that is too small.
+
+    Raises:
+        ValueError: If the value is smaller.
+
+    >>> check_at_least("window", 0, 1)
+    Traceback (most recent call last):
+    ValueError: window must be at least 1, got 0
+    """
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")

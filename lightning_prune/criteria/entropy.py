@@ -1,0 +1,108 @@
+"""Entropy: how evenly the output of a neuron spreads over its range, from a histogram that grows with the range."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_prune.criteria import lattice
+from lightning_prune.criteria.activations import channel_values
+from lightning_prune.criteria.criterion import Criterion, OverRanks, check_at_least
+from lightning_prune.units import Units
+
+_CELLS = 2048  # of a neuron's histogram, at least; a quarter of them or more lie in the range of its values
+_CELLS_A_BIN = 64
+
+
+@dataclass(frozen=True)
+class Entropy(Criterion):
+    """The entropy ``H = -sum p log p``, in nats, of the output distribution of each neuron. Needs forward passes.
+
+    p is the histogram, with ``bins`` equal bins between smallest and largest value, of what the weight's module put
+    out for that neuron over the window.
+
+    Args:
+        prune: Which neurons go first: those of "high" or of "low" entropy.
+        bins: Number of bins, at least 2; H is at most log(bins).
+        window: Number of optimizer steps observed before an update.
+        positions: How many values of a feature map or sequence count, for each sample: evenly spread ones.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference: Luo and Wu, 2017, "An Entropy-based Pruning Method", arXiv:1706.05791.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
+
+    prune: Literal["high", "low"] = "high"
+    bins: int = 32
+    window: int = 16
+    positions: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.prune not in ("high", "low"):
+            raise ValueError(f'prune must be "high" or "low", got {self.prune!r}')
+        check_at_least("bins", self.bins, 2)
+        check_at_least("window", self.window, 1)
+        check_at_least("positions", self.positions, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        values = channel_values(output, units, self.positions).T
+        held = units.statistic
+        if held is not None and self._is_histogram(held, units):
+            return lattice.count(held, values.T)
+        values = values.clone() if held is None else torch.cat([held, values])
+        return values if len(values) < self._cells else self._histogram(values, units)
+
+    # values (values, channels) are held as they are until their histogram is smaller: counting many at once is faster
+
+    @property
+    def _cells(self) -> int:
+        return max(_CELLS, self.bins * _CELLS_A_BIN)
+
+    def _is_histogram(self, statistic: Tensor, units: Units) -> bool:
+        return statistic.shape == (units.channels, 2 + self._cells)
+
+    def _histogram(self, statistic: Tensor, units: Units) -> Tensor:
+        if self._is_histogram(statistic, units):
+            return statistic
+        return lattice.count(lattice.empty(units.channels, self._cells, statistic.device), statistic.T.contiguous())
+
+    @override
+    def merge(self, units: Units, statistics: list[Tensor]) -> Tensor:
+        return lattice.merge([self._histogram(statistic, units) for statistic in statistics])
+
+    @override
+    def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
+        mine = self._histogram(self.nothing(units) if units.statistic is None else units.statistic, units)
+        low, high = over_ranks(mine[:, 0].contiguous(), "min"), over_ranks(mine[:, 1].contiguous(), "max")
+        return entropy(over_ranks(lattice.bins(lattice.stretch(mine, low, high), self.bins), "sum"))
+
+    @override
+    def nothing(self, units: Units) -> Tensor:
+        return torch.empty(0, units.channels, device=units.parameter.device)
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        score = -units.statistic if self.prune == "high" else units.statistic
+        return units.mean(lambda weight: units.spread(score))
+
+    @override
+    def level(self, threshold: float) -> float:
+        return -threshold if self.prune == "high" else threshold
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Return the entropy, in nats, of the distribution in each row of counts.
+
+    >>> entropy(torch.tensor([[4.0, 0.0], [2.0, 2.0]])).exp().tolist()
+    [1.0, 2.0]
+    """
+    nats: Tensor = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+    return nats

@@ -1,0 +1,118 @@
+"""Histograms whose range grows with the values, exactly: the same in whatever order and parts these come.
+
+A histogram is a row: smallest value, largest value, and how many values lie in each cell of a lattice. The cells are as
+wide as a power of two, 2**e, and the first one is a whole number of quarters of the row away from zero; both follow
+from the two ends alone. So when the range grows, cells fall together as wholes, and neither the order of the values
+nor how they are shared out over ranks leaves a trace.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_PIECE = 1 << 18  # values at a time: what passes fits into the cache
+
+
+def empty(rows: int, cells: int, device: torch.device) -> Tensor:
+    """Return histograms (rows, 2 + cells) of no values.
+
+    >>> empty(1, 4, torch.device("cpu"))
+    tensor([[inf, -inf, 0., 0., 0., 0.]])
+    """
+    histogram = torch.zeros(rows, 2 + cells, device=device)
+    histogram[:, 0], histogram[:, 1] = math.inf, -math.inf
+    return histogram
+
+
+def count(histogram: Tensor, values: Tensor) -> Tensor:
+    """Count values (rows, values) in place, and return the histogram; NaN counts nowhere.
+
+    >>> count(empty(1, 8, torch.device("cpu")), torch.tensor([[0.0, 1.0, 3.0, math.nan]]))
+    tensor([[0., 3., 1., 1., 0., 1., 0., 0., 0., 0.]])
+    """
+    rows = max(1, _PIECE // max(1, values.shape[1]))
+    for held, part in zip(histogram.split(rows), values.split(rows), strict=True) if values.numel() else ():
+        _count(held, part)
+    return histogram
+
+
+def _count(histogram: Tensor, values: Tensor) -> None:
+    seen = ~values.isnan()
+    low = values.masked_fill(~seen, math.inf).amin(1).minimum(histogram[:, 0])
+    high = values.masked_fill(~seen, -math.inf).amax(1).maximum(histogram[:, 1])
+    counts = stretch(histogram, low, high)[:, 2:]
+    exponent, first = _cells(low, high, counts.shape[1])
+    place = (values * _power_of_two(-exponent).float()[:, None]).floor_().sub_(first.float()[:, None])
+    place = place.nan_to_num_(0.0).clamp_(0, counts.shape[1] - 1).long()
+    counts.scatter_add_(1, place, seen.float())
+
+
+def stretch(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Bring a histogram, in place, to a range that holds its own, and return it.
+
+    >>> held = count(empty(1, 8, torch.device("cpu")), torch.tensor([[0.0, 1.0]]))
+    >>> stretch(held, torch.tensor([0.0]), torch.tensor([3.0]))
+    tensor([[0., 3., 1., 1., 0., 0., 0., 0., 0., 0.]])
+    """
+    counts = histogram[:, 2:]
+    exponent, first = _cells(low, high, counts.shape[1])
+    before, began = _cells(histogram[:, 0], histogram[:, 1], counts.shape[1])
+    moved = ((exponent != before) | (first != began)) & (histogram[:, 0] <= histogram[:, 1])
+    which = moved.nonzero().squeeze(1)
+    if len(which):  # few rows after the first values, and few cells of them
+        row, cell = counts[which].nonzero(as_tuple=True)
+        row = which[row]
+        found = counts[row, cell]
+        counts[which] = 0.0
+        counts.index_put_((row, (began[row] + cell >> (exponent - before)[row]) - first[row]), found, accumulate=True)
+    histogram[:, 0], histogram[:, 1] = low, high
+    return histogram
+
+
+def merge(histograms: list[Tensor]) -> Tensor:
+    """Return one histogram of the values of all.
+
+    >>> parts = [count(empty(1, 8, torch.device("cpu")), torch.tensor([[value]])) for value in (0.0, 3.0)]
+    >>> merge(parts)
+    tensor([[0., 3., 1., 0., 0., 1., 0., 0., 0., 0.]])
+    """
+    ends = torch.stack([histogram[:, :2] for histogram in histograms])
+    low, high = ends[..., 0].amin(0), ends[..., 1].amax(0)
+    whole = stretch(histograms[0].clone(), low, high)
+    for other in histograms[1:]:
+        whole[:, 2:] += stretch(other.clone(), low, high)[:, 2:]
+    return whole
+
+
+def bins(histogram: Tensor, number: int) -> Tensor:
+    """Return how many values lie in each of the equal bins between the ends of each row; NaN where one is infinite.
+
+    A cell that lies in two bins counts in that of its middle.
+
+    >>> bins(count(empty(1, 64, torch.device("cpu")), torch.tensor([[0.0, 0.5, 0.9, 1.0]])), 2)
+    tensor([[1., 3.]])
+    """
+    low, high, counts = histogram[:, :1].double(), histogram[:, 1:2].double(), histogram[:, 2:]
+    exponent, first = _cells(histogram[:, 0], histogram[:, 1], counts.shape[1])
+    border = low + (high - low) * torch.arange(1, number, device=counts.device) / number
+    place = (border * _power_of_two(-exponent)[:, None] - 0.5).ceil().nan_to_num(0.0, 0.0, 0.0).long() - first[:, None]
+    total = nn.functional.pad(counts.cumsum(1), (1, 0))  # in the cells before each
+    below = total.gather(1, place.clamp_(0, counts.shape[1]))
+    found = torch.cat([below, total[:, -1:]], 1).diff(dim=1, prepend=torch.zeros_like(low, dtype=total.dtype))
+    return torch.where((high - low).isfinite(), found, torch.nan)
+
+
+def _cells(low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Return e and the number of the first cell, of each row, for values between low and high."""
+    low, high = low.double().nan_to_num(0.0, 0.0, 0.0), high.double().nan_to_num(0.0, 0.0, 0.0)
+    # finer than float32 is in vain: cell numbers stay within 2**25, so that float32 arithmetic on them is exact
+    finest = (torch.frexp(torch.maximum(low.abs(), high.abs())).exponent - 24).clamp_min(-126)
+    fitting = torch.frexp((high - low) / (cells // 2)).exponent  # half of the row, so that it need not move often
+    exponent = torch.where(high > low, torch.maximum(fitting, finest), finest)
+    quarter = cells // 4
+    return exponent, (low * _power_of_two(-exponent) / quarter).floor().long() * quarter
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return (exponent.long() + 1023 << 52).view(torch.float64)  # exact, which exp2 and ldexp do not promise
