@@ -8,6 +8,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
+from lightning_prune.shrinking import shrink
 from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
 from lightning_prune.units import Units
 
@@ -33,6 +34,7 @@ __all__ = [
     "Units",
     "Weight",
     "prune",
+    "shrink",
     "sparsity",
     "summary",
 ]

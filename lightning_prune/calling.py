@@ -1,0 +1,100 @@
+"""Calling: runs a model on example inputs of any form, and compares what comes out."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what the model puts out for a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    >>> call(nn.Identity(), (torch.ones(2),))
+    tensor([1., 1.])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
+    """Return a nest of tensors on a device, those of floats in a type.
+
+    >>> convert([torch.zeros(1), torch.zeros(1, dtype=torch.int64)], torch.device("cpu"), torch.float64)
+    [tensor([0.], dtype=torch.float64), tensor([0])]
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype if inputs.is_floating_point() else None)
+    if isinstance(inputs, tuple | list):
+        parts = [convert(part, device, dtype) for part in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    return {key: convert(part, device, dtype) for key, part in inputs.items()} if isinstance(inputs, dict) else inputs
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Yield every tensor of an output: of nested tuples, lists, dicts and dataclasses.
+
+    >>> [tensor.item() for tensor in tensors({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
+    [1, 2]
+    """
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors(value)
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from tensors(vars(output))
+
+
+def difference(output: Any, other: Any) -> float:
+    """Return the greatest difference of two outputs, relative to the greatest magnitude; infinite if shapes differ.
+
+    >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
+    0.25
+    """
+    pairs = list(zip(tensors(output), tensors(other), strict=False))
+    if not pairs or len(pairs) != len(list(tensors(other))) or any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    return max(_relative(a.detach().double(), b.detach().double()) for a, b in pairs)
+
+
+def _relative(tensor: Tensor, other: Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
+    apart, scale = (tensor - other).abs().max(), tensor.abs().max()
+    found = float(apart / scale) if scale else float(apart)
+    return found if found == found else float("inf")  # NaN
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what the model puts out in eval mode, without a trace of the run: modes, random state."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), eager():
+            return call(model, inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules as they are written: compiled code would be compiled anew for every new shape."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")

@@ -1,0 +1,344 @@
+"""Graph: which channels of which parameters live and die together, read from Torch-Pruning's dependency graph."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.calling import Inputs, call, eager
+from lightning_prune.targets import plain_name
+
+Role = Literal["makes", "follows", "reads"]
+
+# names under which attention modules keep their number of heads, and the width of all heads together
+HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")
+WIDTHS = ("all_head_size", "inner_dim", "inner_features", "attn_dim")
+
+_ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.Embedding)
+_CHANNELWISE = (nn.modules.batchnorm._NormBase,)
+_ACROSS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+class UnsupportedError(Exception):
+    """Why the channels of a group cannot be removed."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the units of a group lie in one parameter or buffer.
+
+    Args:
+        name: Its qualified name.
+        dim: The dimension along which they lie.
+        index: Their places in it (int64): a row of entries for each unit.
+        role: Whether its entries make the unit's output, follow it (bias, norm, statistics), or read it (columns).
+    """
+
+    name: str
+    dim: int
+    index: Tensor
+    role: Role
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be removed from a model: each with all that dies with it.
+
+    Args:
+        name: The first weight that makes the units, by its qualified name.
+        members: Where they lie.
+        owner: The attention module whose heads they are; None for channels.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    owner: str | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of units."""
+        return self.members[0].index.shape[0]
+
+    def role(self, role: Role) -> list[Member]:
+        """Return the members of one role."""
+        return [member for member in self.members if member.role == role]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The groups of a model, and why other weights have none.
+
+    Args:
+        groups: Groups of channels and of heads.
+        left_out: Weights whose channels cannot be removed, with the reason.
+    """
+
+    groups: tuple[Group, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Graph:
+    """Return the groups of channels and of attention heads of a model; the model is left as it is.
+
+    Args:
+        model: Any module whose outputs depend on its parameters by autograd.
+        inputs: Example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Raises:
+        ImportError: If torch-pruning is not installed.
+        ValueError: If the model cannot be run or traced.
+
+    Reference: Fang et al., 2023, "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> [(member.name, member.dim, member.role) for member in trace(model, torch.randn(2, 4)).groups[0].members]
+    [('0.weight', 0, 'makes'), ('0.bias', 0, 'follows'), ('2.weight', 1, 'reads')]
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError("coupled channels need torch-pruning: pip install 'lightning-prune[shrink]'") from error
+    try:
+        traced = deepcopy(model).requires_grad_()
+        for module in traced.modules():
+            module._forward_hooks.clear()
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager():
+            warnings.simplefilter("ignore")
+            found = torch_pruning.DependencyGraph().build_dependency(traced, inputs, forward_fn=call, verbose=False)
+            groups = list(found.get_all_groups(root_module_types=_ROOTS))
+    except Exception as error:  # it runs the user's forward, and looks at what autograd recorded of it
+        raise ValueError(
+            f"the model must run on the example inputs and be traceable by torch-pruning, got {error!r}"
+        ) from error
+    reader = _Reader(traced)
+    result: list[Group] = [*reader.packed_attentions()]
+    left_out: dict[str, str] = {}
+    for group in groups:
+        items = [
+            (item.dep.target.module, _direction(found, item), list(item.idxs), list(item.root_idxs)) for item in group
+        ]
+        try:
+            result.append(reader.group(items))
+        except UnsupportedError as reason:
+            left_out.update({name: str(reason) for name in reader.made(items)})
+    return Graph(tuple(sorted(result, key=lambda group: reader.order[group.name])), left_out)
+
+
+Direction = Literal["in", "out", "both"]
+Item = tuple[Any, Direction, list[int], list[Any]]
+
+
+def _direction(found: Any, item: Any) -> Direction:
+    handler = item.dep.handler
+    out, into = found.is_out_channel_pruning_fn(handler), found.is_in_channel_pruning_fn(handler)
+    return "both" if out and into else "out" if out else "in"
+
+
+class _Reader:
+    """Turns the items of a dependency group into members of a group, by the types of the layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {module: plain_name(name) for name, module in model.named_modules()}
+        self.names: dict[Tensor, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.names.setdefault(tensor, plain_name(name))
+        self.order = {name: place for place, name in enumerate(self.names.values())}
+        self.owners = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
+
+    def made(self, items: Iterable[Item]) -> list[str]:
+        """Return the weights whose output channels the items cut."""
+        found = [m for m, direction, *_ in items if direction != "in" and isinstance(m, _ROOTS)]
+        weights = (getattr(module, "weight", getattr(module, "weight_ih_l0", None)) for module in found)
+        return [self.names[weight] for weight in weights if weight is not None]
+
+    def group(self, items: Sequence[Item]) -> Group:
+        """Return the group that the items describe.
+
+        Raises:
+            UnsupportedError: If its units cannot be removed.
+        """
+        layers = [item for item in items if self._is_layer(item[0])]
+        if not any(direction == "in" for _, direction, *_ in layers):
+            raise UnsupportedError("its channels are outputs of the model")
+        for module, *_ in layers:
+            owner = self.owners.get(module) if isinstance(module, nn.Parameter) else module
+            if isinstance(owner, _ACROSS):
+                raise UnsupportedError(f"{type(owner).__name__} takes statistics over its channels")
+        attention = self._attention(layers)
+        if attention is not None:
+            return self._heads(*attention)
+        units = _units(layers)
+        members: dict[tuple[str, int], Member] = {}
+        for module, direction, places, roots in layers:
+            for tensor, dim, index, role in _places(module, direction, _rows(places, roots, units)):
+                _add(members, Member(self.names[tensor], dim, index, role))
+        return self._group(members.values())
+
+    def packed_attentions(self) -> Iterator[Group]:
+        """Yield the heads of every ``nn.MultiheadAttention``: they need no trace."""
+        for module, name in self.modules.items():
+            if isinstance(module, nn.MultiheadAttention):
+                packed = module._qkv_same_embed_dim
+                inner = [module.in_proj_weight] * 3 if packed else [module.q_proj_weight, module.k_proj_weight]
+                inner += [] if packed else [module.v_proj_weight]
+                parts = [(weight, part if packed else 0) for part, weight in enumerate(inner)]
+                rows = _by_head(module.embed_dim, module.num_heads)
+                members: dict[tuple[str, int], Member] = {}
+                for weight, part in parts:
+                    _add(members, Member(self.names[weight], 0, rows + part * module.embed_dim, "makes"))
+                if module.in_proj_bias is not None:
+                    three = torch.cat([rows + part * module.embed_dim for part in range(3)], 1)
+                    _add(members, Member(self.names[module.in_proj_bias], 0, three, "follows"))
+                for bias in (module.bias_k, module.bias_v):
+                    if bias is not None:
+                        _add(members, Member(self.names[bias], 2, rows, "follows"))
+                _add(members, Member(self.names[module.out_proj.weight], 1, rows, "reads"))
+                yield self._group(members.values(), name)
+
+    def _is_layer(self, module: Any) -> bool:
+        return module in self.modules or isinstance(module, nn.Parameter)
+
+    def _attention(self, layers: Sequence[Item]) -> tuple[nn.Module, list[nn.Linear], nn.Linear, int] | None:
+        """Return the attention, its projections, its output layer and its number of heads, if the layers are one."""
+        makers = [module for module, direction, *_ in layers if direction == "out"]
+        readers = [module for module, direction, *_ in layers if direction == "in"]
+        if len(readers) != 1 or not all(isinstance(layer, nn.Linear) for layer in (*makers, *readers)):
+            return None
+        parents = {self.modules[layer].rpartition(".")[0] for layer in (*makers, *readers)}
+        parent = next((module for module, name in self.modules.items() if {name} == parents), None)
+        found = [getattr(parent, name) for name in HEADS if isinstance(getattr(parent, name, None), int)]
+        if not found or sum(layer.out_features for layer in makers) != 3 * readers[0].in_features:
+            return None
+        assert parent is not None
+        return parent, sorted(makers, key=list(self.modules).index), readers[0], found[0]
+
+    def _heads(self, parent: nn.Module, makers: list[nn.Linear], reader: nn.Linear, heads: int) -> Group:
+        width = reader.in_features
+        if width % heads or any(layer.out_features % width for layer in makers):
+            raise UnsupportedError(f"its {width} channels are no whole number for each of the {heads} heads")
+        rows = _by_head(width, heads)
+        members: dict[tuple[str, int], Member] = {}
+        for layer in makers:
+            index = torch.cat([rows + begin for begin in range(0, layer.out_features, width)], 1)
+            _add(members, Member(self.names[layer.weight], 0, index, "makes"))
+            if layer.bias is not None:
+                _add(members, Member(self.names[layer.bias], 0, index, "follows"))
+        _add(members, Member(self.names[reader.weight], 1, rows, "reads"))
+        return self._group(members.values(), self.modules[parent])
+
+    def _group(self, members: Iterable[Member], owner: str | None = None) -> Group:
+        kept = sorted(members, key=lambda member: (member.role != "makes", self.order[member.name]))
+        if kept[0].role != "makes":
+            raise UnsupportedError("no layer makes its channels")
+        return Group(kept[0].name, tuple(kept), owner)
+
+
+def _by_head(width: int, heads: int) -> Tensor:
+    return torch.arange(width).view(heads, -1)
+
+
+def _add(members: dict[tuple[str, int], Member], member: Member) -> None:
+    """Add a member; one that lies in the same dimension of the same tensor is joined with it."""
+    old = members.get((member.name, member.dim))
+    if old is not None and not old.index.equal(member.index):
+        joined = torch.cat([old.index, member.index], 1)
+        member = Member(member.name, member.dim, joined, old.role)
+    members[member.name, member.dim] = member
+
+
+def _units(layers: Iterable[Item]) -> list[list[int]]:
+    """Return which channels of the first layer form each unit: those that meet at one place anywhere are one."""
+    parent: dict[int, int] = {}
+
+    def find(channel: int) -> int:
+        while parent.setdefault(channel, channel) != channel:
+            channel = parent[channel]
+        return channel
+
+    for module, direction, places, roots in layers:
+        if any(root is None for root in roots) or len(places) != len(roots):
+            raise UnsupportedError(f"{type(module).__name__} reads them in a way that is not known")
+        modulus = _modulus(module, direction)
+        first: dict[int, int] = {}
+        for place, root in zip(places, roots, strict=True):
+            one, other = find(root), find(first.setdefault(place % modulus if modulus else place, root))
+            parent[max(one, other)] = min(one, other)
+    units: dict[int, list[int]] = {}
+    for channel in sorted(parent):
+        units.setdefault(find(channel), []).append(channel)
+    return list(units.values())
+
+
+def _modulus(module: Any, direction: Direction) -> int:
+    """Return the number of channels in a group of a grouped convolution; 0 for everything else."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.groups == 1 or direction == "both":
+        return 0
+    if module.transposed or module.groups == module.in_channels:
+        raise UnsupportedError("they go through a grouped convolution that cannot be cut")
+    return (module.in_channels if direction == "in" else module.out_channels) // module.groups
+
+
+def _rows(places: Sequence[int], roots: Sequence[int], units: Sequence[Sequence[int]]) -> Tensor:
+    """Return the places of each unit in one layer, a row a unit."""
+    of = {channel: unit for unit, channels in enumerate(units) for channel in channels}
+    found: list[list[int]] = [[] for _ in units]
+    for place, root in zip(places, roots, strict=True):
+        found[of[root]].append(place)
+    if len({len(row) for row in found}) != 1:
+        raise UnsupportedError("a layer reads more of some channels than of others")
+    return torch.tensor([sorted(row) for row in found])
+
+
+def _places(module: Any, direction: Direction, index: Tensor) -> Iterator[tuple[Tensor, int, Tensor, Role]]:
+    """Yield the tensors of a layer that channels at these places cut: tensor, dimension, places, role."""
+    if isinstance(module, nn.Parameter):
+        last = max(d for d, length in enumerate(module.shape) if length > 1)
+        yield module, last, index, "follows"
+    elif isinstance(module, nn.LSTM):
+        yield from _lstm(module, direction, index)
+    elif isinstance(module, nn.Embedding):
+        yield module.weight, 1, index, "makes"
+    elif isinstance(module, _CHANNELWISE) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
+        tensors = (getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
+        yield from ((tensor, 0, index, "follows") for tensor in tensors if tensor is not None)
+    elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        yield from _weighing(module, direction, index)
+    elif not isinstance(module, nn.PReLU):
+        raise UnsupportedError(f"{type(module).__name__} cannot be cut")
+
+
+def _weighing(
+    module: nn.Linear | nn.modules.conv._ConvNd, direction: Direction, index: Tensor
+) -> Iterator[tuple[Tensor, int, Tensor, Role]]:
+    # of a depthwise convolution, transposed or not, the first dimension has both
+    outputs = int(getattr(module, "transposed", False) and direction != "both")
+    if direction == "in":
+        modulus = _modulus(module, direction)
+        yield module.weight, 1 - outputs, (index % modulus).unique(dim=1) if modulus else index, "reads"
+    else:
+        yield module.weight, outputs, index, "makes"
+        if module.bias is not None:
+            yield module.bias, 0, index, "follows"
+
+
+def _lstm(module: nn.LSTM, direction: Direction, index: Tensor) -> Iterator[tuple[Tensor, int, Tensor, Role]]:
+    if module.bidirectional or module.proj_size:
+        raise UnsupportedError("they go through an LSTM with two directions or a projection")
+    weights = dict(module.named_parameters())
+    if direction == "in":
+        yield weights["weight_ih_l0"], 1, index, "reads"
+        return
+    gates = torch.cat([index + gate * module.hidden_size for gate in range(4)], 1)
+    for layer in range(module.num_layers):
+        yield weights[f"weight_ih_l{layer}"], 0, gates, "makes"
+        yield weights[f"weight_hh_l{layer}"], 0, gates, "makes"
+        yield weights[f"weight_hh_l{layer}"], 1, index, "reads"
+        if layer:
+            yield weights[f"weight_ih_l{layer}"], 1, index, "reads"
+        if module.bias:
+            yield weights[f"bias_ih_l{layer}"], 0, gates, "follows"
+            yield weights[f"bias_hh_l{layer}"], 0, gates, "follows"

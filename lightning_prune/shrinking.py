@@ -1,0 +1,190 @@
+"""Shrinking: takes dead channels and heads out of a model, once it is proven that its outputs stay the same."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.calling import Inputs, convert, difference, run
+from lightning_prune.graph import Graph, Group, Member, trace
+from lightning_prune.masks import Masks
+from lightning_prune.surgery import cut, named_tensors
+from lightning_prune.targets import plain_name
+
+Model = TypeVar("Model", bound=nn.Module)
+Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
+
+TOLERANCE = 1e-5
+
+
+def shrink(
+    model: Model,
+    example_inputs: Inputs = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    round_to: int = 1,
+    inplace: bool = False,
+    optimizers: Sequence[Optimizer] = (),
+    averages: Sequence[nn.Module] = (),
+) -> Model:
+    """Return the model without its dead channels and heads: smaller, faster, the same classes, the same outputs.
+
+    A channel is dead if everything that makes it is zero (its weights, bias and norm), or everything that reads it is.
+    The outputs of the model and of the smaller one are compared, in double precision and eval mode, before anything is
+    changed. What cannot be removed stays, as zeros, and is named in a warning.
+
+    Args:
+        model: Any module; a ``LightningModule`` keeps its ``load_from_checkpoint``.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the
+            ``example_input_array`` of a ``LightningModule``.
+        masks: Masks by parameter name that are applied first.
+        round_to: Keep a multiple of so many channels, as far as there are dead ones to keep.
+        inplace: Whether to shrink the model itself, rather than a copy. Parameters stay the same objects.
+        optimizers: The model's own, which go on with the smaller parameters; only in place.
+        averages: Copies of the model with averaged weights, to shrink alike; only in place.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model cannot be run or traced.
+        ImportError: If torch-pruning is not installed.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> _ = nn.init.zeros_(model[2].weight[:, 1:])
+    >>> shrink(model, torch.randn(2, 4))
+    Sequential(
+      (0): Linear(in_features=4, out_features=1, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=1, out_features=2, bias=True)
+    )
+    """
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    if not inplace and (optimizers or averages):
+        raise ValueError("inplace must be True where optimizers or averages are given: they hold the model itself")
+    inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    if inputs is None:
+        raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
+    masks = Masks(masks or {})
+    proof = scratch(model)
+    masks.apply(proof)
+    inputs = convert(inputs, next(proof.parameters()).device)
+    graph = trace(proof, inputs)
+    done = _removable(proof, graph, inputs, round_to)
+    _name_what_stays(proof, graph, done)
+    shrunk = model if inplace else deepcopy(model)
+    masks.apply(shrunk)
+    cut(shrunk, done, optimizers)
+    for average in averages:
+        cut(average, done)
+    return shrunk
+
+
+def scratch(model: Model) -> Model:
+    """Return a copy of a model to try things on: without forward hooks, and none of them is called."""
+    copy = deepcopy(model)
+    for module in copy.modules():
+        module._forward_hooks.clear()
+    return copy
+
+
+def agreeing(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) -> list[Decision]:
+    """Return the decisions after which a model, whose units that are not kept are zero, puts out what it did before.
+
+    All of them are tried together first, and halves of them where they do not agree. The model is left as it is.
+    """
+    precise, inputs = _precise(model, inputs)
+    expected = run(precise, inputs)
+
+    def agree(part: Sequence[Decision]) -> bool:
+        trial = deepcopy(precise)
+        try:
+            cut(trial, part)
+            return difference(expected, run(trial, inputs)) <= TOLERANCE
+        except Exception:  # the forward of the user, which may well insist on its sizes
+            return False
+
+    found = _search(list(decisions), agree)
+    if len(found) < len(decisions) and not agree(found):  # what agrees alone may not agree together
+        together: list[Decision] = []
+        for decision in found:
+            together = [*together, decision] if agree([*together, decision]) else together
+        return together
+    return found
+
+
+def _search(part: list[Decision], agree: Callable[[Sequence[Decision]], bool]) -> list[Decision]:
+    if not part or agree(part):
+        return part
+    middle = len(part) // 2
+    return _search(part[:middle], agree) + _search(part[middle:], agree) if middle else []
+
+
+def _precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Return a copy of the model and inputs in double precision, if it runs in that."""
+    copy, device = scratch(model), next(model.parameters()).device
+    try:
+        wide = convert(inputs, device, torch.float64)
+        run(copy.double(), wide)
+    except Exception:  # a forward with a type of its own
+        return scratch(model), inputs
+    return copy, wide
+
+
+def _removable(model: nn.Module, graph: Graph, inputs: Inputs, round_to: int) -> list[Decision]:
+    """Return what can be removed: units that neither make nor are read, or, failing that, those that are not read."""
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+    parameters = {plain_name(name) for name, _ in model.named_parameters()}
+    unread = {group.name: zero_units(tensors, group.role("reads")) for group in graph.groups}
+    dead = {}
+    for group in graph.groups:
+        made = [member for member in (*group.role("makes"), *group.role("follows")) if member.name in parameters]
+        dead[group.name] = zero_units(tensors, made) | unread[group.name]
+    first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
+    first = [decision for decision in first if not decision[1].all()]
+    done = agreeing(model, first, inputs)
+    kept = {group.name for group, _ in done}
+    again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
+    again = [decision for decision in again if not decision[1].all()]
+    return agreeing(model, [*done, *again], inputs) if again else done
+
+
+def zero_units(tensors: Mapping[str, Tensor], members: Iterable[Member]) -> Tensor:
+    """Return which units (bool) are zero in all of these members."""
+    found = [_entries(tensors[m.name] != 0, m).any(1) for m in members]
+    return ~torch.stack(found).any(0)
+
+
+def _entries(tensor: Tensor, member: Member) -> Tensor:
+    """Return the entries of each unit in a tensor, a row a unit."""
+    units, places = member.index.shape
+    return tensor.movedim(member.dim, 0).cpu()[member.index.flatten()].reshape(units, -1) if places else tensor
+
+
+def _rounded(keep: Tensor, round_to: int) -> Tensor:
+    """Return a decision that keeps a multiple of units, at least one, by sparing the first ones that would go."""
+    wanted = min(len(keep), max(1, -(-int(keep.sum()) // round_to)) * round_to)
+    spared = (~keep).nonzero().squeeze(1)[: max(0, wanted - int(keep.sum()))]
+    return keep.index_fill(0, spared, True)
+
+
+def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
+    """Warn of weights with dead channels that are not removed."""
+    tensors = named_tensors(model)
+    removed = {group.name for group, _ in done}
+    stays = {}
+    for group in graph.groups:
+        if group.name not in removed and (count := int(zero_units(tensors, group.role("makes")).sum())):
+            stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
+    for name, reason in graph.left_out.items():
+        if count := int((~tensors[name].detach().flatten(1).any(1)).sum()):
+            stays[name] = f"{count} of {len(tensors[name])}: {reason}"
+    if stays:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in stays.items())
+        warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)
+    elif not done:
+        warnings.warn(
+            "nothing was removed: no channel is zero throughout, as after pruning by Channel or Head", stacklevel=3
+        )

@@ -1,0 +1,90 @@
+"""Shrinking: the smaller model puts out what the masked one does, and what cannot go is named."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from architectures import CASES, Case, build
+from torch import Tensor, nn
+
+from lightning_prune import shrink
+from lightning_prune.graph import Graph, Group, trace
+from lightning_prune.surgery import named_tensors
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def kept(group: Group, share: float = 0.5) -> Tensor:
+    """A decision that keeps this share of the units, here and there."""
+    return torch.randperm(group.size, generator=torch.Generator().manual_seed(group.size)) < round(share * group.size)
+
+
+@torch.no_grad()
+def kill(model: nn.Module, graph: Graph, share: float = 0.5) -> int:
+    """Zero all that dies with the units that go, and return how many weights of the smaller model should be left."""
+    parameters = dict(model.named_parameters())
+    masks = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in parameters.items()}
+    for group in graph.groups:
+        for member in group.members:
+            if member.name in masks:
+                masks[member.name].index_fill_(member.dim, member.index[~kept(group, share)].flatten(), False)
+    for name, mask in masks.items():
+        parameters[name].mul_(mask)
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def outputs(model: nn.Module, inputs: Tensor, training: bool) -> Tensor:
+    return deepcopy(model).train(training)(inputs)
+
+
+def assert_same(model: nn.Module, other: nn.Module, inputs: Tensor) -> None:
+    for training in (False, True):
+        expected, found = outputs(model, inputs, training), outputs(other, inputs, training)
+        assert expected.isfinite().all()
+        assert expected.std() > 1e-3, "outputs that do not depend on the inputs"
+        assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@cases
+def test_the_shrunk_model_puts_out_what_the_masked_one_does(case: Case) -> None:
+    model, inputs = build(case)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    left = kill(model, trace(model, inputs))
+    state, kinds = deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    small = shrink(model, inputs)
+    assert [type(module) for module in small.modules()] == kinds
+    assert list(small.state_dict()) == list(state)
+    assert sum(parameter.numel() for parameter in small.parameters()) == left < 0.75 * dense
+    assert_same(model, small, inputs)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "the model has changed"
+    repr(small)  # layers state the sizes that they have
+    for module in small.modules():
+        for argument, tensor, dim in (("out_features", "weight", 0), ("num_features", "running_mean", 0)):
+            if hasattr(module, argument):
+                assert getattr(module, argument) == getattr(module, tensor).shape[dim]
+
+
+@cases
+def test_every_weight_has_a_group_or_a_reason(case: Case) -> None:
+    model, inputs = build(case)
+    graph = trace(model, inputs)
+    weights = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    made = {member.name for group in graph.groups for member in group.role("makes")}
+    assert graph.left_out.keys() == set(case.stays)
+    assert made.isdisjoint(case.stays)
+    assert made | set(case.stays) | {"token", "places"} >= weights
+    assert all(reason for reason in graph.left_out.values())
+
+
+@cases
+def test_a_unit_lies_in_every_tensor_once(case: Case) -> None:
+    model, inputs = build(case)
+    tensors, cut = named_tensors(model), set()
+    for group in trace(model, inputs).groups:
+        for member in group.members:
+            places = member.index.flatten().tolist()
+            assert len(set(places)) == len(places)
+            assert max(places) < tensors[member.name].shape[member.dim]
+            taken = {(member.name, member.dim, place) for place in places}
+            assert cut.isdisjoint(taken), "two units share a place"
+            cut |= taken
