@@ -5,6 +5,7 @@ from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sens
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.masks import Masks
+from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
@@ -15,6 +16,8 @@ from lightning_prune.units import Units
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActiveFLOPs",
+    "ActiveParameters",
     "Channel",
     "ConstantSparsity",
     "Criterion",
@@ -23,6 +26,7 @@ __all__ = [
     "Granularity",
     "Magnitude",
     "MagnitudePruning",
+    "MaskOverlap",
     "Masks",
     "Pruning",
     "Random",
@@ -31,6 +35,7 @@ __all__ = [
     "SensitivityPruning",
     "SparseEarlyStopping",
     "SparseModelCheckpoint",
+    "Sparsity",
     "Units",
     "Weight",
     "prune",

@@ -77,7 +77,7 @@ def summary(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str]
     ---------------------------------------
     total                8      6    75.00%
     """
-    result = Summary(tuple(_rows(model, targets, ignore)))
+    result = Summary(tuple(rows(model, targets, ignore)))
     print(result)
     return result
 
@@ -95,7 +95,7 @@ def sparsity(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str
     >>> sparsity(model)
     0.75
     """
-    return Summary(tuple(_rows(model, targets, ignore))).total.sparsity
+    return Summary(tuple(rows(model, targets, ignore))).total.sparsity
 
 
 def zeros(parameter: Tensor) -> int:
@@ -111,13 +111,14 @@ def zeros(parameter: Tensor) -> int:
     return parameter.numel() - int(kept)
 
 
-def _rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
+def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
+    """Return a row for every prunable weight; with sharded parameters all ranks must call it."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())  # a model set up for inference
-    rows = []
+    found = []
     for target in find(model, targets, ignore, frozen):
         shape = tuple(target.parameter.shape)
-        rows.append(Row(target.name, shape, target.parameter.numel(), zeros(target.parameter)))
-    return rows
+        found.append(Row(target.name, shape, target.parameter.numel(), zeros(target.parameter)))
+    return found
 
 
 def plan(
