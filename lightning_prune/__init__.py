@@ -10,12 +10,14 @@ from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
 from lightning_prune.shrinking import shrink
+from lightning_prune.sparse_training import SET, RigL
 from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
 from lightning_prune.units import Units
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SET",
     "ActiveFLOPs",
     "ActiveParameters",
     "Channel",
@@ -31,6 +33,7 @@ __all__ = [
     "Pruning",
     "Random",
     "RandomPruning",
+    "RigL",
     "Sensitivity",
     "SensitivityPruning",
     "SparseEarlyStopping",

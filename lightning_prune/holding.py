@@ -94,7 +94,14 @@ def entrywise(optimizer: Optimizer) -> bool:
     return type(optimizer) in _ENTRYWISE
 
 
-def forget_curvature(optimizer: Optimizer) -> None:
-    """Drop what LBFGS remembers of steps under other masks; it would lead pruned weights away from zero."""
+def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
+    """Zero what an optimizer remembers of the entries of a parameter where ``changed`` (bool): they start afresh.
+
+    LBFGS forgets everything, since its curvature under other masks would lead pruned weights away from zero.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
+        return
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            zero_pruned([(local(value), ~changed)])

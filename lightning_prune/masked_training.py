@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.holding import Holding, entrywise, forget_curvature
+from lightning_prune.holding import Holding, entrywise, forget_entries
 from lightning_prune.masks import Masks, pack_all, unpack_all, zero_pruned
 from lightning_prune.namespaces import Callback
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks, piece, reshard, whole
@@ -97,9 +97,10 @@ class MaskedTraining(Callback):
         """Hold these masks from now on, on the model and on averaged copies of it."""
         parameters = named_parameters(pl_module)
         self._holding.hold(parameters, masks)
-        if _differ(masks, self.masks):
-            for optimizer in trainer.optimizers:
-                forget_curvature(optimizer)
+        for name, mask in masks.items() if masks is not self.masks else ():
+            changed = mask ^ self.masks[name] if name in self.masks else ~mask
+            for optimizer in trainer.optimizers if changed.any() else ():
+                forget_entries(optimizer, parameters[name], changed)
         self.masks = masks
         for average in _averages(trainer):
             copies = named_parameters(average)
@@ -263,13 +264,6 @@ class MaskedTraining(Callback):
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {**state, "_holding": Holding(), "_model": None, "_before": None}
-
-
-def _differ(masks: Masks, others: Masks) -> bool:
-    """Return whether the masks prune other entries than those; no mask prunes nothing."""
-    if masks is others:
-        return False
-    return any(not mask.equal(others[n] if n in others else torch.ones_like(mask)) for n, mask in masks.items())
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:

@@ -160,20 +160,27 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     Raises:
         ValueError: If a score is NaN or infinite, or the allocation is not one of these targets.
     """
-    several = any(is_sharded(unit.parameter) for unit in units)
-    reduce = over_ranks if several else identity
     kept = {unit.name: unit.kept(held) for unit in units}
-    sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
-    _check_scores(units, criterion, reduce)
-    bits = 64 if any(unit.parameter.dtype == torch.float64 for unit in units) else 32
-    scores = Scores(sources, reduce, bits)
-    found = [_pruned(kept[name]) if source.counts else 0 for name, source in sources.items()]
-    pruned = dict(zip(sources, reduce(torch.tensor(found)).tolist(), strict=True))
-    due = _settle(_due(allocate(scores), scores.sizes), pruned)
+    scores = score(units, criterion, kept)
+    due = _settle(_due(allocate(scores), scores.sizes), scores.pruned())
     masks = Masks()
     for unit in units:
         masks.update(unit.masks(~scores.lowest(unit.name, due[unit.name])))
     return masks
+
+
+@torch.no_grad()
+def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tensor | None]) -> Scores:
+    """Return the scores of the units by target name; those that are not ``kept`` come first, None keeps all.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    several = any(is_sharded(unit.parameter) for unit in units)
+    reduce = over_ranks if several else identity
+    sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
+    _check_scores(units, criterion, reduce)
+    return Scores(sources, reduce, 64 if any(unit.parameter.dtype == torch.float64 for unit in units) else 32)
 
 
 def _check_scores(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:
@@ -198,10 +205,6 @@ def _fault(unit: Units, scores: Tensor) -> int:
 
 def _is_finite(scores: Tensor) -> bool:
     return not scores.numel() or all(bool(end.isfinite()) for end in scores.aminmax())
-
-
-def _pruned(kept: Tensor | None) -> int:
-    return 0 if kept is None else kept.numel() - int(kept.sum())
 
 
 def _due(keep: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:

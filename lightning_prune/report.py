@@ -122,9 +122,14 @@ def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> lis
 
 
 def plan(
-    name: str, goal: str, parameters: Mapping[str, Tensor], updates: Sequence[tuple[int, float]], interval: str
+    name: str,
+    goal: str,
+    parameters: Mapping[str, Tensor],
+    updates: Sequence[tuple[int, float]],
+    interval: str,
+    told: str = "level",
 ) -> str:
-    """Return what a pruning run is going to do: which parameters, when each update falls, to which level.
+    """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
 
     >>> import torch
     >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
@@ -141,6 +146,6 @@ def plan(
         [
             f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
             *(table(cells) if cells else []),
-            f"{len(updates)} updates, {interval} (level): {', '.join(when)}",
+            f"{len(updates)} updates, {interval} ({told}): {', '.join(when)}",
         ]
     )

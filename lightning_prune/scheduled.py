@@ -78,11 +78,11 @@ class ScheduledTraining(MaskedTraining):
     def after_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what has to follow an update, when its masks are in force."""
 
-    def describe(self) -> tuple[str, list[tuple[int, float]]]:
-        """Return the goal in words, and each update with the level that it reaches."""
+    def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
+        """Return the goal in words, what is told of each update, and that for each position."""
         what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
         final = self.sparsity if isinstance(self.sparsity, float) else 1.0
-        return what, [(position, amount * final) for position, amount in self._updates]
+        return what, "level", [(position, amount * final) for position, amount in self._updates]
 
     @override
     def forget(self) -> None:
@@ -212,8 +212,9 @@ class ScheduledTraining(MaskedTraining):
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         name = type(self).__name__
-        what, levels = self.describe()
-        _tell(report.plan(name, what, {unit.name: unit.parameter for unit in self._units}, levels, self.interval))
+        parameters = {unit.name: unit.parameter for unit in self._units}
+        what, told, updates = self.describe()
+        _tell(report.plan(name, what, parameters, updates, self.interval, told))
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if not self.reached and last > reachable:

@@ -101,6 +101,11 @@ class Source:
     index: Callable[[], Tensor] | None = None
     kept: Tensor | None = None
 
+    @property
+    def pruned(self) -> int:
+        """The number of this rank's units that are not kept."""
+        return 0 if self.kept is None else self.kept.numel() - int(self.kept.sum())
+
 
 @dataclass(frozen=True)
 class _Cut:
@@ -156,6 +161,11 @@ class Scores(Mapping[str, Tensor]):
     @override
     def __len__(self) -> int:
         return len(self._sources)
+
+    def pruned(self) -> dict[str, int]:
+        """Return how many units of each target are not kept, on all ranks."""
+        found = [source.pruned if source.counts else 0 for source in self._sources.values()]
+        return dict(zip(self, self._reduce(torch.tensor(found)).tolist(), strict=True))
 
     def below(self, level: float) -> int:
         """Return how many units score below ``level``, on all ranks."""

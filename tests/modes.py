@@ -156,6 +156,16 @@ def assert_pruned(model: nn.Module, callback: Any, sparsity: float = 0.5) -> Non
     assert pruned == round(sparsity * total), (pruned, total)
 
 
+def assert_masked(model: nn.Module, callback: Any, sparsity: float = 0.5) -> None:
+    """Masks prune exactly round(sparsity * n) weights, which are zero; one that is kept may still be zero, too."""
+    parameters = {name: parameter.detach() for name, parameter in plain_parameters(model).items()}
+    assert all(parameter.isfinite().all() for parameter in parameters.values())
+    assert not [name for name, mask in callback.masks.items() if parameters[name][~mask].any()]
+    total = sum(mask.numel() for mask in callback.masks.values())
+    pruned = sum(int((~mask).sum()) for mask in callback.masks.values())
+    assert pruned == round(sparsity * total) == round(callback.sparsity_now * total)
+
+
 def leftovers(model: nn.Module, *optimizers: Optimizer) -> list[str]:
     """Return every hook on the modules, the parameters, the optimizers, and on all modules and optimizers at large."""
     modules = {f"module {name}": module for name, module in model.named_modules()}

@@ -30,6 +30,8 @@ from lightning_prune import (
     Weight,
     sparsity,
 )
+from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.scheduled import ScheduledTraining
 
 
 class Power(Criterion):
@@ -213,6 +215,7 @@ PUBLIC = {
 }
 WHEN = {"schedule": "linear", "start": 2, "end": 0.75, "frequency": 2}
 SHARED = {"sparsity": 0.5, "scope": "local", "targets": ["net.*"], "ignore": ["net.6.*"], "log_layers": True, **WHEN}
+SPARSE = {"sparsity": 0.5, "scope": "local", "drop_fraction": 0.25, "seed": 3, "frequency": 2, "end": 6}
 # the arguments of each callback in the round trip; one that is not named here gets SHARED
 GIVEN = {
     "ConstantSparsity": {"targets": ["net.*.weight"], "ignore": ["net.4.*"], "log_layers": True},
@@ -221,6 +224,8 @@ GIVEN = {
     "Pruning": {**SHARED, "criterion": entry("Random", seed=7), "granularity": "Channel"},
     "RandomPruning": {**SHARED, "seed": 5},
     "SensitivityPruning": {**SHARED, "window": 2},
+    "RigL": {**SPARSE, "decay": "linear", "window": 2},
+    "SET": {**SPARSE, "sparsity": {"net.0.*": 0.3, "net.4.*": 0.7}},
     "SparseEarlyStopping": {"monitor": "val_loss", "patience": 7},
     "SparseModelCheckpoint": {"monitor": "val_loss", "save_top_k": 2},
 }
@@ -256,10 +261,11 @@ def test_print_config_round_trips(name: str, short: bool, tmp_path: Path, capsys
             wanted = tuple(value) if isinstance(value, list) else value
             assert getattr(callback_of(second), argument) == wanted
     callback = callback_of(second)
-    if isinstance(callback, Pruning | ConstantSparsity):
+    if isinstance(callback, MaskedTraining):
         assert public_state(callback) == public_state(callback_of(first))
+    if isinstance(callback, Pruning | ConstantSparsity):
         assert callback.sparsity_now == sparsity(second.model, callback.targets, callback.ignore)
-    if isinstance(callback, Pruning):
+    if isinstance(callback, ScheduledTraining):
         assert callback.sparsity_now > 0.4
     assert printed_config(capsys, "--config", str(again)) == dumped
     assert second.trainer.global_step == 8
@@ -275,6 +281,13 @@ def test_every_argument_is_in_the_config(name: str, tmp_path: Path, capsys: pyte
     assert callback["init_args"].keys() == shared | own
 
 
+def test_rigl_has_the_arguments_of_set_and_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml_file(tmp_path, entry("RigL", sparsity=0.5))
+    [callback] = yaml.safe_load(printed_config(capsys, "--config", config))["trainer"]["callbacks"]
+    assert callback["init_args"].keys() == inspect.signature(lightning_prune.SET).parameters.keys() | {"window"}
+    assert (callback["init_args"]["decay"], callback["init_args"]["scope"]) == ("cosine", "erk")
+
+
 # ------------------------------------------------------------------------------------------------ help
 
 
@@ -284,7 +297,7 @@ def described(cls: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): (.{20})", section, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", [n for n, value in PUBLIC.items() if issubclass(value, Pruning | ConstantSparsity)])
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if issubclass(value, MaskedTraining)])
 def test_help_describes_every_argument(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,12 +306,12 @@ def test_help_describes_every_argument(
         run(f"--trainer.callbacks.help=lightning_prune.{name}")
     assert ended.value.code in (0, None)
     text = " ".join(capsys.readouterr().out.split())
-    cls = PUBLIC[name]
+    cls, parent = PUBLIC[name], PUBLIC[name].__base__
     arguments = set(inspect.signature(cls).parameters)
     if "kwargs" in arguments:
-        arguments = (arguments | set(inspect.signature(Pruning).parameters)) - {"kwargs", "criterion"}
+        arguments = (arguments | set(inspect.signature(parent).parameters)) - {"kwargs", "criterion"}
     for argument in arguments:
-        own = described(cls).get(argument) or described(Pruning)[argument]
+        own = described(cls).get(argument) or described(parent)[argument]
         found = re.search(rf"--trainer\.callbacks\.{argument} (?:\S+ )?(?:\[?ITEM,\.\.\.\]? )?{re.escape(own)}", text)
         assert found, f"--trainer.callbacks.{argument} {own} ... in {text}"
     assert inspect.getdoc(cls).split("\n")[0].rstrip(".:")[:100] in text

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from variants import METHODS
 
 from lightning_prune import (
     Channel,
@@ -92,8 +93,8 @@ def size(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values() if tensor.ndim >= 2)
 
 
-def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """All ranks have exactly these masks, zeros where they say so, nearly these weights, and know how sparse it is."""
+def assert_masked_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """All ranks have exactly these masks, zeros where they say so, and nearly these weights."""
     assert zeros(expected["masks"]) > 0
     for outcome in found:
         masks, weights = outcome["masks"], outcome["weights"]
@@ -103,8 +104,15 @@ def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
             assert not weights[name][~mask].any()
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
-        assert zeros(weights) == zeros(masks)
-        assert outcome["sparsity"] == pytest.approx([zeros(masks) / size(masks)] * 2)
+        assert outcome["sparsity"][0] == pytest.approx(zeros(masks) / size(masks))
+
+
+def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """All ranks have exactly these masks, zeros there and nowhere else, nearly these weights, and know how sparse."""
+    assert_masked_alike(found, expected)
+    for outcome in found:
+        assert zeros(outcome["weights"]) == zeros(outcome["masks"])
+        assert outcome["sparsity"][1] == pytest.approx(outcome["sparsity"][0])
 
 
 def assert_like_alone(layout: Layout, ranks: int, cases: list[tuple[str, str]], **trainer_kwargs: Any) -> list[Any]:
@@ -175,6 +183,26 @@ def test_with_shards_every_rank_has_its_pieces_of_the_masks_of_one_process(layou
 def test_with_shards_in_two_dimensions_every_rank_has_its_pieces() -> None:
     goals = ("magnitude", "random", "sensitivity", "entropy-low")
     assert_like_alone("fsdp+tp", 4, [(goal, granularity) for goal in goals for granularity in GRANULARITIES])
+
+
+def train_methods(layout: Layout, tensors: bool, names: list[str]) -> list[dict[str, Any]]:
+    """Train nine steps by each method, every rank with random numbers of its own."""
+    outcomes = []
+    for name in names:
+        model, callback = Net(layout, tensors, samples=3 * BATCH), METHODS[name]()
+        torch.manual_seed(100 + rank())
+        fit(model, callback, max_epochs=3)
+        outcomes.append(outcome(model, callback))
+    return outcomes
+
+
+@distributed
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_every_method_has_the_masks_of_one_process(layout: Layout) -> None:
+    tensors, names = layout == "tp", list(METHODS)
+    found = run(train_methods, 2, layout, tensors, names)
+    for number, expected in enumerate(train_methods("one", tensors, names)):
+        assert_masked_alike([outcomes[number] for outcomes in found], expected)
 
 
 LEVELS = (0.01, 0.5, 0.77, 0.99)

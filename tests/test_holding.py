@@ -1,5 +1,6 @@
 """Holding: zeros survive every step of every kind of optimizer, and nothing stays behind afterwards."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_prune.holding import Holding, entrywise, forget_curvature
+from lightning_prune.holding import Holding, entrywise, forget_entries
 
 MASK = torch.tensor([[True, False], [False, True]])
 
@@ -362,13 +363,30 @@ def test_lbfgs_forgets_steps_under_other_masks() -> None:
     linear = layer()
     optimizer = torch.optim.LBFGS(linear.parameters())
     optimizer.state[linear.weight]["old_dirs"] = [torch.ones(6)]
-    forget_curvature(optimizer)
+    forget_entries(optimizer, linear.weight, ~MASK)
     assert not optimizer.state
 
 
-def test_other_optimizers_keep_their_state() -> None:
+@pytest.mark.parametrize(
+    ("make", "keys"),
+    [
+        (lambda ps: SGD(ps, 0.1, momentum=0.9), {"momentum_buffer"}),
+        (lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+        (lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.9, centered=True), {"square_avg", "grad_avg"}),
+        (lambda ps: torch.optim.Adagrad(ps, 0.1), {"sum"}),
+    ],
+)
+def test_changed_entries_start_afresh_and_the_others_keep_their_state(
+    make: Callable[[Iterable[nn.Parameter]], Optimizer], keys: set[str]
+) -> None:
     linear = layer()
-    optimizer = SGD(linear.parameters(), 0.1, momentum=0.9)
+    optimizer = make(linear.parameters())
     step(optimizer, linear)
-    forget_curvature(optimizer)
-    assert optimizer.state[linear.weight]["momentum_buffer"].shape == (2, 2)
+    before = copy.deepcopy(optimizer.state)
+    forget_entries(optimizer, linear.weight, MASK)
+    assert keys <= optimizer.state[linear.weight].keys()
+    for key, value in before[linear.weight].items():
+        kept = value.masked_fill(MASK, 0.0) if value.shape == MASK.shape else value
+        assert torch.equal(optimizer.state[linear.weight][key], kept), key
+    for key, value in before[linear.bias].items():
+        assert torch.equal(optimizer.state[linear.bias][key], value), key

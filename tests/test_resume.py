@@ -17,9 +17,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from models import fit
-from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_pruned, leftovers, mlp
+from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_pruned, leftovers, mlp
 from torch import Tensor, nn
-from variants import CRITERIA, GRANULARITIES, label
+from variants import CRITERIA, GRANULARITIES, METHODS, label
 
 from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, MagnitudePruning, Pruning, Weight, prune
 
@@ -129,6 +129,7 @@ def assert_resumes_exactly(
     model: Callable[[], LightningModule] = Resumable,
     sparsity: float = 0.5,
     saving: slice = slice(None),
+    check: Callable[..., None] = assert_pruned,
     **trainer_kwargs: Any,
 ) -> None:
     """Save a run after every step, resume from each checkpoint, and compare the ends bit by bit."""
@@ -137,7 +138,7 @@ def assert_resumes_exactly(
     if isinstance(first, ConstantSparsity):
         prune(one, sparsity)
     trainer = fit(one, first, *savers(folder)[saving], enable_checkpointing=True, **kwargs)
-    assert_pruned(one, first, sparsity)
+    check(one, first, sparsity)
     assert not resume(folder, bits(trainer, one, first), callback, model, **kwargs)
 
 
@@ -149,6 +150,12 @@ def test_every_combination_resumes_exactly(
 ) -> None:
     arguments = {"criterion": criterion, "granularity": granularity, **REGIMES[regime]}
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments))
+    assert all(torch.load(path, weights_only=True)["callbacks"] for path in checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_exactly(method: str, tmp_path: Path) -> None:
+    assert_resumes_exactly(tmp_path, METHODS[method], check=assert_masked)
     assert all(torch.load(path, weights_only=True)["callbacks"] for path in checkpoints(tmp_path))
 
 

@@ -2,8 +2,21 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from lightning_prune import Channel, Criterion, Entropy, Granularity, Magnitude, Random, Sensitivity, Weight
+from lightning_prune import (
+    SET,
+    Channel,
+    Criterion,
+    Entropy,
+    Granularity,
+    Magnitude,
+    Random,
+    RigL,
+    Sensitivity,
+    Weight,
+)
+from lightning_prune.masked_training import MaskedTraining
 
 
 def at_least(scores: Mapping, sparsity: float) -> dict[str, int]:
@@ -26,6 +39,13 @@ SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     at_least,
 )
 SCHEDULES: tuple[str | Callable, ...] = ("one_shot", "linear", "cubic", "cosine", "exponential", square_root)
+# whole methods, each for a run of about nine steps, and ending with half of the weights
+METHODS: dict[str, Callable[[], MaskedTraining]] = {
+    "SET": partial(SET, 0.5, frequency=2),
+    "SET-epochs": partial(SET, 0.5, scope="local", interval="epoch", end=1.0),
+    "RigL": partial(RigL, 0.5, frequency=2),
+    "RigL-window": partial(RigL, 0.5, frequency=3, window=2),
+}
 
 
 def label(variant: object) -> str:

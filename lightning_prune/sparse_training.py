@@ -1,0 +1,242 @@
+"""Sparse training: networks that are sparse from the first step, and exchange weak weights for new ones on the way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_prune import goal, schedules, scopes
+from lightning_prune.criteria import Criterion, Magnitude, Random
+from lightning_prune.granularities import Weight
+from lightning_prune.masks import Masks, make_masks, score
+from lightning_prune.scheduled import ScheduledTraining
+from lightning_prune.shards import local
+from lightning_prune.units import Units
+
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 1.0 - schedules.cosine(progress),
+}
+DecayName = Literal["constant", "linear", "cosine"]
+
+
+class SET(ScheduledTraining):
+    """Train sparse from the first step: now and then drop the smallest weights, and grow as many at random.
+
+    Every target keeps its number of zeros at every moment. New weights start at zero, with fresh optimizer state, and
+    a weight that has just been dropped does not come back in the same update.
+
+    Args:
+        sparsity: Fraction of zeros among the targets, in [0, 1), drawn at random when training starts, or
+            ``{pattern: fraction}`` per layer; None keeps as many zeros as each target has.
+        drop_fraction: Fraction of the weights of every target that the first update exchanges, in (0, 1].
+        decay: What becomes of the drop fraction between ``start`` and ``end``: "constant", or it falls to nothing along
+            a "linear" or "cosine" curve; or a callable from progress to what is left of it, 0 to 1.
+        scope: How the sparsity is shared out over the targets: "erk" keeps more of small ones, "local" (uniform)
+            prunes every target alike; or a callable from scores and sparsity to units to keep.
+        seed: Another seed draws and grows other weights; the same on every rank.
+        start: No update before it: an int counts intervals, a float in [0, 1] is a fraction of the run.
+        end: No update from here on; likewise.
+        interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
+        frequency: Intervals from one update to the next; None spreads about 100 updates over the window.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
+            is prunable, or the length of a run that fractions need is unknown.
+
+    Reference: Mocanu et al., 2018, "Scalable training of artificial neural networks with adaptive sparse
+    connectivity", arXiv:1707.04780.
+
+    >>> SET(0.9, frequency=100).reached
+    True
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        drop_fraction: float = 0.3,
+        decay: DecayName | Callable[[float], float] = "constant",
+        scope: Literal["erk", "local"] | scopes.Scope = "erk",
+        seed: int = 0,
+        start: int | float = 0,
+        end: int | float = 0.75,
+        interval: Literal["step", "epoch"] = "step",
+        frequency: int | None = None,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        log_layers: bool = False,
+    ) -> None:
+        if sparsity is not None:
+            goal.check(sparsity, None)
+        if not 0.0 < drop_fraction <= 1.0:
+            raise ValueError(f"drop_fraction must be in (0, 1], got {drop_fraction}")
+        if isinstance(decay, str) and decay not in _DECAYS:
+            raise ValueError(f"decay must be one of {sorted(_DECAYS)} or a callable, got {decay!r}")
+        self.drop_fraction = drop_fraction
+        self.decay = decay
+        self.seed = seed
+        horizon = schedules.Horizon(start, end, interval, frequency)
+        axes = (sparsity, self.growth(0), Weight(), scope)
+        super().__init__(*axes, horizon, targets, ignore, log_layers=log_layers)
+
+    def growth(self, position: int) -> Criterion:
+        """Return what scores the weights that may grow in the update at a position: the highest do."""
+        return Random(self.seed + 1_000_003 * position)
+
+    @property
+    @override
+    def reached(self) -> bool:
+        return True  # sparse from the first step
+
+    @override
+    def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
+        what = "the zeros that it has" if self.sparsity is None else f"sparsity {self.sparsity}"
+        return what, "exchanged", self._updates
+
+    @override
+    def plan(self, first: int, last: int) -> list[tuple[int, float]]:
+        every = self.frequency or max(1, round((last - first) / 100))
+        left = _DECAYS[self.decay] if isinstance(self.decay, str) else self.decay
+        plan = []
+        for position in range(first or every, last, every):
+            remaining = left((position - first) / (last - first))
+            if not 0.0 <= remaining <= 1.0:
+                raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
+            plan.append((position, self.drop_fraction * remaining))
+        return plan
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().begin(trainer, pl_module)
+        if self.masks:
+            return
+        if self.sparsity is None:
+            self.masks = Masks({unit.name: local(unit.parameter) != 0 for unit in self._units})
+        else:
+            found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+            drawn = Random(self.seed)
+            allocate = goal.allocation(found, self.sparsity, None, drawn, self._scope)
+            self.masks = make_masks(self._units, drawn, allocate, {})
+
+    @override
+    def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
+        return exchange(self._units, self.masks, amount, self.growth(position))
+
+
+class RigL(SET):
+    """Train sparse from the first step: now and then drop the smallest weights, and grow where the gradient is largest.
+
+    The gradient of all weights, pruned ones too, is looked at in the ``window`` optimizer steps before an update only.
+    These steps are taken as any other, and the masks change right after the last of them (in the paper the update takes
+    the place of a step, which costs a step without saving anything here). Every target keeps its number of zeros at
+    every moment. New weights start at zero, with fresh optimizer state, and a weight that has just been dropped does
+    not come back in the same update.
+
+    Args:
+        sparsity: Fraction of zeros among the targets, in [0, 1), drawn at random when training starts, or
+            ``{pattern: fraction}`` per layer; None keeps as many zeros as each target has.
+        drop_fraction: Fraction of the weights of every target that the first update exchanges, in (0, 1].
+        decay: What becomes of the drop fraction between ``start`` and ``end``: "constant", or it falls to nothing along
+            a "linear" or "cosine" curve; or a callable from progress to what is left of it, 0 to 1.
+        window: Number of optimizer steps whose gradients are summed up for an update: more than one for small batches.
+        **kwargs: All other arguments of ``SET``.
+
+    Raises:
+        ValueError: As ``SET``, and if a target gets no gradient.
+
+    Reference: Evci et al., 2020, "Rigging the Lottery: Making All Tickets Winners", arXiv:1911.11134.
+
+    >>> RigL(0.9, frequency=100).growth(100)
+    Gradient(window=1)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        drop_fraction: float = 0.3,
+        decay: DecayName | Callable[[float], float] = "cosine",
+        window: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.window = window
+        super().__init__(sparsity, drop_fraction, decay, **kwargs)
+
+    @override
+    def growth(self, position: int) -> Criterion:
+        return Gradient(self.window)
+
+
+@dataclass(frozen=True)
+class Gradient(Criterion):
+    """The size of the gradient of a weight, pruned or not, summed over a window: ``|sum dL/dw|``. Needs gradients.
+
+    Args:
+        window: Number of optimizer steps observed before an update.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(units.sum(_gradient))
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        return units.statistic.abs()
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
+
+
+@torch.no_grad()
+def exchange(units: Sequence[Units], masks: Mapping[str, Tensor], fraction: float, growth: Criterion) -> Masks:
+    """Return masks in which the smallest weights of every target made way for as many that were pruned.
+
+    Args:
+        units: The targets.
+        masks: The masks until now.
+        fraction: Of the weights of a target, the part that is exchanged, as far as there are pruned ones to grow.
+        growth: Scores the pruned weights; the highest grow.
+
+    >>> from lightning_prune.targets import find
+    >>> from lightning_prune.units import make_units
+    >>> layer = nn.Linear(4, 1)
+    >>> layer.weight.data = torch.tensor([[0.1, 0.2, 0.0, 0.0]])
+    >>> layer.weight.grad = torch.tensor([[9.0, 9.0, 1.0, -2.0]])
+    >>> units = make_units(find(layer), layer, Weight())
+    >>> units[0].statistic = Gradient().observe(units[0])
+    >>> exchange(units, {"weight": layer.weight != 0}, 0.5, Gradient())
+    {'weight': tensor([[False,  True, False,  True]])}
+    """
+    kept = {unit.name: masks[unit.name] for unit in units}
+    magnitudes = score(units, Magnitude(), kept)
+    gains = score(units, growth, {name: ~mask for name, mask in kept.items()})
+    pruned, exchanged = magnitudes.pruned(), Masks()
+    for unit in units:
+        zeros = pruned[unit.name]
+        number = min(zeros, round(fraction * (unit.size - zeros)))
+        left = ~magnitudes.lowest(unit.name, zeros + number)
+        grown = ~gains.lowest(unit.name, unit.size - number)
+        exchanged[unit.name] = left | grown
+    return exchanged
