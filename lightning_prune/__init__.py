@@ -4,6 +4,7 @@ from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import Channel, Granularity, Weight
+from lightning_prune.lottery import LotteryTicket
 from lightning_prune.masks import Masks
 from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
 from lightning_prune.posttraining import prune
@@ -26,6 +27,7 @@ __all__ = [
     "Entropy",
     "EntropyPruning",
     "Granularity",
+    "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",
     "MaskOverlap",

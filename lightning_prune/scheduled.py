@@ -114,7 +114,7 @@ class ScheduledTraining(MaskedTraining):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._find_units(trainer, pl_module)
         self._observation.active = lambda: bool(trainer.training)
-        length = self._length(trainer)
+        length = self._length(trainer, self.interval)
         self._window = self._window or self._horizon.window(length)
         self._updates = self.plan(*self._window)
         self._announce(length)
@@ -181,8 +181,11 @@ class ScheduledTraining(MaskedTraining):
         position = next((position for position, _ in self._updates if position > self._applied), None)
         if position is None or not self._observation.needed:
             return False
-        steps = position if self.interval == "step" else position * _steps_per_epoch(trainer)
-        return self._steps >= steps - self.criterion.window
+        return self._steps >= self._in_steps(trainer, position) - self.criterion.window
+
+    def _in_steps(self, trainer: Trainer, position: int) -> float:
+        """Return the optimizer step of a position; 0 where it is an epoch and their length is unknown."""
+        return position if self.interval == "step" else position * _steps_per_epoch(trainer)
 
     def _find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the targets up: lazy ones appear after the first forward, frozen ones once they are trained."""
@@ -197,12 +200,12 @@ class ScheduledTraining(MaskedTraining):
             self._observation.load_state_dict(self._observed)
             self._observed = None
 
-    def _length(self, trainer: Trainer) -> float:
-        """Return the length of the run in intervals; infinite where it is unknown."""
+    def _length(self, trainer: Trainer, interval: str) -> float:
+        """Return the length of the run in steps or epochs; infinite where it is unknown."""
         epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
         # stochastic weight averaging adds an epoch, in which no optimizer steps
         added = max(0.0, epochs - self._epochs) if self._epochs not in (None, -1) and epochs < math.inf else 0.0
-        if self.interval == "epoch":
+        if interval == "epoch":
             return epochs - added
         steps = float(trainer.estimated_stepping_batches)
         if added:

@@ -199,10 +199,22 @@ def train_methods(layout: Layout, tensors: bool, names: list[str]) -> list[dict[
 @distributed
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
 def test_every_method_has_the_masks_of_one_process(layout: Layout) -> None:
-    tensors, names = layout == "tp", list(METHODS)
+    tensors, rewinding = layout == "tp", "LotteryTicket"
+    names = [name for name in METHODS if layout == "ddp" or not name.startswith(rewinding)]
     found = run(train_methods, 2, layout, tensors, names)
     for number, expected in enumerate(train_methods("one", tensors, names)):
         assert_masked_alike([outcomes[number] for outcomes in found], expected)
+
+
+def rewind_pieces() -> str:
+    with pytest.raises(ValueError, match="must be whole on every rank to be rewound") as raised:
+        fit(Net("fsdp"), METHODS["LotteryTicket"](), max_epochs=3)
+    return str(raised.value)
+
+
+@distributed
+def test_weights_in_pieces_are_not_rewound() -> None:
+    assert all("net.0.weight" in message for message in run(rewind_pieces, 2))
 
 
 LEVELS = (0.01, 0.5, 0.77, 0.99)

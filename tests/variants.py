@@ -10,6 +10,7 @@ from lightning_prune import (
     Criterion,
     Entropy,
     Granularity,
+    LotteryTicket,
     Magnitude,
     Random,
     RigL,
@@ -44,6 +45,10 @@ METHODS: dict[str, Callable[[], MaskedTraining]] = {
     "SET": partial(SET, 0.5, frequency=2),
     "SET-epochs": partial(SET, 0.5, scope="local", interval="epoch", end=1.0),
     "RigL": partial(RigL, 0.5, frequency=2),
+    "LotteryTicket": partial(LotteryTicket, 0.5, rounds=2),
+    "LotteryTicket-steps": partial(LotteryTicket, 0.5, rounds=3, rewind_to=1, frequency=2, interval="step"),
+    "LotteryTicket-rate": partial(LotteryTicket, 0.5, rounds=2, rewind="learning_rate", rewind_to=0.1),
+    "LotteryTicket-random": partial(LotteryTicket, 0.5, rounds=2, rewind="random", rewind_to=2),
     "RigL-window": partial(RigL, 0.5, frequency=3, window=2),
 }
 

@@ -1,0 +1,190 @@
+"""Lottery tickets: train, prune, rewind, and again, in one fit."""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightning_prune import goal, rewinding, scopes
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.masks import Masks, make_masks
+from lightning_prune.scheduled import ScheduledTraining
+from lightning_prune.schedules import Horizon
+from lightning_prune.shards import is_sharded
+
+
+class LotteryTicket(ScheduledTraining):
+    """Find a lottery ticket by iterative pruning: train, prune, rewind; after the last round the ticket is trained.
+
+    The run is ``rounds + 1`` trainings of equal length. Between two of them the same fraction of what is left is
+    pruned, such that the last round ends exactly at ``sparsity``, and training begins anew from step ``rewind_to``:
+    optimizers and learning-rate schedulers are as they were there, and so are all weights and buffers, unless
+    ``rewind`` says otherwise. Nothing is rewound once the ticket is trained. A learning-rate schedule should span one
+    training, since it is lived through ``rounds + 1`` times.
+
+    What is rewound to is part of every checkpoint: a copy of parameters, buffers and optimizer state, which with Adam
+    is three numbers for each parameter (one if ``rewind_to`` is 0, since an optimizer has no state there).
+
+    Args:
+        sparsity: Fraction of zeros among the targets at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
+        rounds: How often is pruned and rewound, at least 1.
+        rewind: "weights" rewinds everything; "learning_rate" keeps the trained weights; "random" is the control
+            experiment: the rounds are those of "weights", but the ticket's weights are then initialised anew, by the
+            ``reset_parameters`` of the modules.
+        rewind_to: The moment to go back to: an int counts optimizer steps, a float in [0, 1] is a fraction of the run.
+        frequency: Length of a training, in intervals; None divides the run into equal parts.
+        interval: What ``frequency`` counts: optimizer "step"s or "epoch"s.
+        criterion: Scores the units; the lowest go first.
+        granularity: Which weights form a unit.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        seed: Of the weights for ``rewind="random"``; the same on every rank.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if the rounds do not fit into the run,
+            ``rewind_to`` lies behind the first of them, or parameters are sharded.
+
+    Reference: Frankle and Carbin, 2019, arXiv:1803.03635; late rewinding: Frankle et al., 2020, arXiv:1912.05671;
+    learning-rate rewinding: Renda et al., 2020, arXiv:2003.02389.
+
+    >>> LotteryTicket(0.75, rounds=2).plan(10, 20)
+    [(10, 0.5), (20, 1.0)]
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float],
+        rounds: int = 5,
+        rewind: Literal["weights", "learning_rate", "random"] = "weights",
+        rewind_to: int | float = 0,
+        frequency: int | None = None,
+        interval: Literal["step", "epoch"] = "epoch",
+        criterion: Criterion = Magnitude(),
+        granularity: Granularity = Weight(),
+        scope: Literal["global", "local", "erk"] | scopes.Scope = "global",
+        seed: int = 0,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        log_layers: bool = False,
+    ) -> None:
+        goal.check(sparsity, None)
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        if rewind not in ("weights", "learning_rate", "random"):
+            raise ValueError(f'rewind must be "weights", "learning_rate" or "random", got {rewind!r}')
+        if rewind_to < 0 or (isinstance(rewind_to, float) and not rewind_to <= 1.0):
+            raise ValueError(f"rewind_to must be an int of at least 0 or a float in [0, 1], got {rewind_to}")
+        self.rounds = rounds
+        self.rewind = rewind
+        self.rewind_to = rewind_to
+        self.seed = seed
+        first: int | float = 1 / (rounds + 1) if frequency is None else frequency
+        horizon = Horizon(first, first * rounds, interval, frequency)
+        super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._memory: dict[str, Any] | None = None
+        self._moment: int | None = None  # the optimizer step to go back to, resolved once
+
+    @override
+    def plan(self, first: int, last: int) -> list[tuple[int, float]]:
+        apart = (last - first) / max(1, self.rounds - 1)
+        return [(round(first + i * apart), (i + 1) / self.rounds) for i in range(self.rounds)]
+
+    @override
+    def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
+        what, told, updates = super().describe()
+        if isinstance(self.sparsity, float):
+            updates = [(at, _after(done, self.sparsity)) for at, done in self._updates]
+        return f"{what} in {self.rounds} rounds", told, updates
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rewind == "random":
+            rewinding.check_resettable(pl_module)
+        if self.frequency is None and math.isinf(self._length(trainer, self.interval)):
+            raise ValueError("frequency must be given where the length of the run is unknown, got None")
+        super().begin(trainer, pl_module)
+        for unit in self._units:
+            if is_sharded(unit.parameter):
+                raise ValueError(f"parameters must be whole on every rank to be rewound, got pieces of {unit.name!r}")
+        if self._moment is None:
+            self._moment = self._resolve(trainer)
+        positions = [0, *(position for position, _ in self._updates)]
+        if any(later <= earlier for earlier, later in pairwise(positions)):
+            raise ValueError(
+                f"rounds must fit into the run, with at least one {self.interval} for each of the {self.rounds + 1} "
+                f"trainings, got rounds={self.rounds} that end at the {self.interval}s {positions[1:]}"
+            )
+        first = self._in_steps(trainer, positions[1])
+        if self._moment >= first > 0:
+            raise ValueError(f"rewind_to must lie before the first round ends, got step {self._moment} of {first:g}")
+
+    def _resolve(self, trainer: Trainer) -> int:
+        if isinstance(self.rewind_to, int):
+            return self.rewind_to
+        steps = self._length(trainer, "step")
+        if math.isinf(steps):
+            raise ValueError(f"rewind_to must be an int where the length of the run is unknown, got {self.rewind_to}")
+        return round(self.rewind_to * steps)
+
+    @override
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._moment is not None
+        # more than once, since schedulers may step between the end of a batch and the start of an epoch
+        if self._steps == self._moment or (self._memory is None and self._steps > self._moment):
+            if self._steps > self._moment:
+                rank_zero_warn(
+                    f"{type(self).__name__} was not there at step {self._moment}: it will rewind to step {self._steps}"
+                )
+                self._moment = self._steps
+            self._memory = rewinding.remember(trainer, pl_module, weights=self.rewind != "learning_rate")
+        super().advance(trainer, pl_module)
+
+    @override
+    def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
+        level = self.sparsity
+        assert level is not None
+        due = {p: _after(amount, s) for p, s in level.items()} if isinstance(level, Mapping) else _after(amount, level)
+        found = goal.find_targets(model, due, self.targets, self.ignore)
+        allocate = goal.allocation(found, due, None, self.criterion, self._scope)
+        return make_masks(self._units, self.criterion, allocate, self.masks)
+
+    @override
+    def after_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._memory is not None
+        memory = self._memory
+        anew = self.rewind == "random" and self.reached
+        if anew:  # what optimizers know of the weights that were rewound to is nothing to the new ones
+            memory = {**memory, "optimizers": [{**saved, "state": {}} for saved in memory["optimizers"]]}
+        rewinding.go_back(trainer, pl_module, memory)
+        if anew:
+            rewinding.reset(pl_module, self.seed)
+        self._holding.apply()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "memory": self._memory, "moment": self._moment}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        missing = {"memory", "moment"}.difference(state_dict)
+        if missing:
+            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
+        super().load_state_dict(state_dict)
+        self._memory, self._moment = state_dict["memory"], state_dict["moment"]
+
+
+def _after(done: float, sparsity: float) -> float:
+    """Return the sparsity when a fraction of the rounds is done, each of which keeps the same part of what is left."""
+    return sparsity if done == 1.0 else 1.0 - (1.0 - sparsity) ** done

@@ -1,0 +1,85 @@
+"""Rewinding: all that training changes, as it was at one moment, and the way back there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_prune.targets import named_parameters, plain_name
+
+
+def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[str, Any]:
+    """Return copies, on the CPU, of parameters and buffers (if asked for), and of optimizers and schedulers."""
+    return {
+        "tensors": _copy(dict(_tensors(model))) if weights else {},
+        "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "schedulers": [_copy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+    }
+
+
+@torch.no_grad()
+def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
+    """Put everything back that was remembered; the memory stays as it is."""
+    for name, tensor in _tensors(model):
+        if name in memory["tensors"]:
+            tensor.copy_(memory["tensors"][name])
+    # optimizers and schedulers go on with the very objects that they are given
+    for optimizer, saved in zip(trainer.optimizers, memory["optimizers"], strict=True):
+        optimizer.load_state_dict(_copy(saved))
+    for config, saved in zip(trainer.lr_scheduler_configs, memory["schedulers"], strict=True):
+        config.scheduler.load_state_dict(_copy(saved))
+
+
+def check_resettable(model: nn.Module) -> None:
+    """Refuse a model that ``reset`` cannot initialise.
+
+    Raises:
+        ValueError: If a module has trainable parameters of its own, and no ``reset_parameters``.
+
+    >>> check_resettable(nn.Linear(2, 2))
+    """
+    for name, module in _trained(model):
+        if not _resets(module):
+            raise ValueError(
+                f"every module with parameters must have reset_parameters to be initialised anew, got "
+                f"{type(module).__name__} without it at {name or 'the top'!r}"
+            )
+
+
+def reset(model: nn.Module, seed: int) -> None:
+    """Initialise every module that is trained anew, by its ``reset_parameters``; no global generator is touched.
+
+    >>> one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> reset(one, 7)
+    >>> reset(other, 7)
+    >>> torch.equal(one.weight, other.weight)
+    True
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _, module in _trained(model):
+            _resets(module)[0]()
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            yield name, module
+
+
+def _resets(module: nn.Module) -> list[Any]:
+    found = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return [method for method in found if callable(method)]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from named_parameters(model).items()
+    yield from ((plain_name(name), buffer) for name, buffer in model.named_buffers())
+
+
+def _copy(state: Any) -> Any:
+    return apply_to_collection(state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
