@@ -10,6 +10,7 @@ from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, 
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
+from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.shrinking import shrink
 from lightning_prune.sparse_training import SET, RigL
 from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
@@ -37,6 +38,7 @@ __all__ = [
     "RandomPruning",
     "RigL",
     "Sensitivity",
+    "SensitivityAnalysis",
     "SensitivityPruning",
     "SparseEarlyStopping",
     "SparseModelCheckpoint",
@@ -44,6 +46,7 @@ __all__ = [
     "Units",
     "Weight",
     "prune",
+    "sensitivity",
     "shrink",
     "sparsity",
     "summary",

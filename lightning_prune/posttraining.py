@@ -13,7 +13,8 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
-from lightning_prune.units import make_units
+from lightning_prune.targets import Target
+from lightning_prune.units import Units, make_units
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -61,14 +62,31 @@ def prune(
         raise ValueError(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
-    units = make_units(found, model, granularity)
-    observation = Observation(criterion, units)
-    if observation.needed:
-        _observe(model, observation, data, loss or _default_loss)
+    units = observed_units(model, found, criterion, granularity, data, loss)
     allocate = goal.allocation(found, sparsity, threshold, criterion, allocator)
     masks = make_masks(units, criterion, allocate, {})
     masks.apply(model)
     return masks
+
+
+def observed_units(
+    model: nn.Module,
+    found: Sequence[Target],
+    criterion: Criterion,
+    granularity: Granularity,
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+) -> list[Units]:
+    """Return the units of every target, ready to be scored: the criterion has observed what it needs.
+
+    Raises:
+        ValueError: If the criterion needs data, and there are none.
+    """
+    units = make_units(found, model, granularity)
+    observation = Observation(criterion, units)
+    if observation.needed:
+        _observe(model, observation, data, loss or _default_loss)
+    return units
 
 
 def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | None, loss: Loss) -> None:
