@@ -2,6 +2,7 @@
 
 from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
+from lightning_prune.distillation import Distillation
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.lottery import LotteryTicket
@@ -25,6 +26,7 @@ __all__ = [
     "Channel",
     "ConstantSparsity",
     "Criterion",
+    "Distillation",
     "Entropy",
     "EntropyPruning",
     "Granularity",

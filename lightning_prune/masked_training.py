@@ -95,6 +95,8 @@ class MaskedTraining(Callback):
 
     def put_in_force(self, trainer: Trainer, pl_module: nn.Module, masks: Masks) -> None:
         """Hold these masks from now on, on the model and on averaged copies of it."""
+        if not self._sparsity_now and not all(mask.all() for mask in masks.values()):
+            _announce_pruning(trainer, pl_module)
         parameters = named_parameters(pl_module)
         self._holding.hold(parameters, masks)
         for name, mask in masks.items() if masks is not self.masks else ():
@@ -264,6 +266,13 @@ class MaskedTraining(Callback):
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {**state, "_holding": Holding(), "_model": None, "_before": None}
+
+
+def _announce_pruning(trainer: Trainer, pl_module: nn.Module) -> None:
+    """Let callbacks with a hook ``on_before_pruning`` look at the model while it is dense."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hook := getattr(callback, "on_before_pruning", None):
+            hook(trainer, pl_module)
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:
