@@ -5,6 +5,7 @@ from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sens
 from lightning_prune.distillation import Distillation
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import Channel, Granularity, Weight
+from lightning_prune.guarded import GuardedPruning
 from lightning_prune.lottery import LotteryTicket
 from lightning_prune.masks import Masks
 from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
@@ -30,6 +31,7 @@ __all__ = [
     "Entropy",
     "EntropyPruning",
     "Granularity",
+    "GuardedPruning",
     "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",

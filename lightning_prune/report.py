@@ -146,6 +146,6 @@ def plan(
         [
             f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
             *(table(cells) if cells else []),
-            f"{len(updates)} updates, {interval} ({told}): {', '.join(when)}",
+            f"{len(updates)} updates, {interval} ({told}): {', '.join(when)}" if when else "no updates planned",
         ]
     )

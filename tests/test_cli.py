@@ -220,6 +220,10 @@ SPARSE = {"sparsity": 0.5, "scope": "local", "drop_fraction": 0.25, "seed": 3, "
 GIVEN = {
     "ConstantSparsity": {"targets": ["net.*.weight"], "ignore": ["net.4.*"], "log_layers": True},
     "EntropyPruning": {**SHARED, "prune": "low", "bins": 4, "window": 2, "granularity": {"class_path": "Weight"}},
+    "GuardedPruning": {
+        **{"monitor": "val_loss", "mode": "min", "max_drop": 0.5, "sparsity": 0.8, "reference": 2.0, "step": 0.6},
+        **{"precision": 0.1, "patience": 2, "criterion": "Random", "granularity": "Channel", "ignore": ["net.6.*"]},
+    },
     "LotteryTicket": {
         **{"sparsity": 0.75, "rounds": 2, "rewind": "random", "rewind_to": 1, "frequency": 2, "interval": "step"},
         **{"criterion": "Random", "granularity": "Channel", "scope": "local", "seed": 3, "ignore": ["net.6.*"]},

@@ -1,0 +1,248 @@
+"""Guarded pruning: as sparse as possible, as long as a metric stays within a bound."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_prune import goal, rewinding, scopes
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.masks import Masks, make_masks, pack_all, unpack_all
+from lightning_prune.scheduled import ScheduledTraining
+from lightning_prune.schedules import Horizon
+from lightning_prune.search import Search
+from lightning_prune.shards import is_sharded
+from lightning_prune.targets import named_parameters
+
+
+class GuardedPruning(ScheduledTraining):
+    """Raise the sparsity step by step while a monitored metric stays within a bound of the dense model's.
+
+    The first validation measures the dense model. Each further sparsity is pruned at once and fine-tuned for up to
+    ``patience`` validations. Once it is within the bound, the model is remembered (weights, buffers, masks, optimizers
+    and learning-rate schedulers, on the CPU and in checkpoints) and the next one is tried. If it does not come within
+    the bound, training goes back to what was remembered, and half the step is tried. When the step falls below
+    ``precision``, the best is trained for one more validation, and the run stops. However a run ends, it leaves the
+    sparsest model that was within the bound when it was validated. To resume exactly, resume from checkpoints that are
+    saved after validation: Lightning never repeats one that was due when a checkpoint was saved.
+
+    Args:
+        monitor: The name of a metric that validation logs.
+        max_drop: By how much it may be worse than the reference, in its own units.
+        mode: Whether more ("max") or less ("min") of it is better.
+        sparsity: The most to try: a fraction of zeros among the targets, in [0, 1).
+        reference: The value to hold; None is that of the first validation after the ``warmup``, before any pruning.
+        step: By how much the sparsity is raised at first, in (0, 1).
+        precision: The least step; the search ends below it.
+        patience: How many validations a sparsity gets to come within the bound.
+        warmup: How many validations pass first, while the dense model is trained.
+        criterion: Scores the units; the lowest go first.
+        granularity: Which weights form a unit.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range; before training, if there is no validation; at the first validation,
+            if it does not log the metric.
+
+    >>> GuardedPruning("val_acc", max_drop=0.01).trials
+    []
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        max_drop: float = 0.01,
+        mode: Literal["max", "min"] = "max",
+        sparsity: float = 0.99,
+        reference: float | None = None,
+        step: float = 0.2,
+        precision: float = 0.01,
+        patience: int = 3,
+        warmup: int = 0,
+        criterion: Criterion = Magnitude(),
+        granularity: Granularity = Weight(),
+        scope: Literal["global", "local", "erk"] | scopes.Scope = "global",
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        log_layers: bool = False,
+    ) -> None:
+        goal.check(sparsity, None)
+        _check(mode, max_drop, step, precision, patience, warmup)
+        self.monitor = monitor
+        self.max_drop = max_drop
+        self.mode: Literal["max", "min"] = mode
+        self.reference = reference
+        self.step = step
+        self.precision = precision
+        self.patience = patience
+        self.warmup = warmup
+        self._ceiling = sparsity
+        super().__init__(sparsity, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers=log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        limits = (self.mode, self.max_drop, self._ceiling, self.step, self.precision, self.patience, self.reference)
+        self._search = Search(*limits)
+        self._planned: list[tuple[int, float]] = []  # all updates so far, and one that is due
+        self._best: dict[str, Any] | None = None
+        self._back_at: int | None = None  # the optimizer step at which to go back to it
+        self._validations = 0
+        self._trials: list[tuple[int, float, float, bool]] = []
+
+    @property
+    def trials(self) -> list[tuple[int, float, float, bool]]:
+        """What was judged, in order: (optimizer step, sparsity, value of the metric, whether it was kept)."""
+        return list(self._trials)
+
+    @property
+    @override
+    def reached(self) -> bool:
+        return self._search.settled
+
+    @override
+    def plan(self, first: int, last: int) -> list[tuple[int, float]]:
+        return self._planned
+
+    @override
+    def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
+        return f"at most {self.max_drop} of {self.monitor} lost", "level", self._planned
+
+    @override
+    def choose(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
+        found = goal.find_targets(model, amount, self.targets, self.ignore)
+        allocate = goal.allocation(found, amount, None, self.criterion, self._scope)
+        return make_masks(self._units, self.criterion, allocate, self.masks)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not trainer.enable_validation:
+            raise ValueError(
+                f"validation must log {self.monitor!r}, got a run without validation: give the model a validation_step "
+                f"and a val_dataloader, and do not limit its batches to 0"
+            )
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().begin(trainer, pl_module)
+        for unit in self._units:
+            if is_sharded(unit.parameter):
+                raise ValueError(f"parameters must be whole on every rank to go back, got pieces of {unit.name!r}")
+        if self._search.done:  # resumed from the last checkpoint
+            trainer.should_stop = True
+
+    @override
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._back_at is not None and self._steps >= self._back_at:
+            self._go_back(trainer, pl_module)
+        super().advance(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        value = self._value(trainer)
+        pending = self._back_at is not None or (bool(self._planned) and self._applied < self._planned[-1][0])
+        if trainer.sanity_checking or self._search.done or pending:
+            return
+        self._validations += 1
+        if self._validations > self.warmup:
+            self._judge(trainer, pl_module, value)
+
+    def _value(self, trainer: Trainer) -> float:
+        """Return the metric, the same on all ranks."""
+        logged = trainer.callback_metrics
+        if self.monitor not in logged:
+            raise ValueError(f"monitor must be a metric that validation logs, got {self.monitor!r}: {sorted(logged)}")
+        return float(trainer.strategy.reduce(logged[self.monitor].detach().clone(), reduce_op="mean"))
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:
+        """Decide what is done after the next optimizer step; until then, what was validated may be saved."""
+        level = self._search.level
+        verdict = self._search.judge(value)
+        self._trials.append((self._steps, level, value, verdict == "keep"))
+        if verdict == "keep":
+            with torch.inference_mode(False):
+                memory = rewinding.remember(trainer, pl_module)
+            self._best = {**memory, "masks": pack_all(self.masks), "steps": self._steps}
+        if verdict == "back":
+            self._back_at = self._steps + 1
+        if self._search.done:
+            trainer.should_stop = True
+        elif verdict != "wait" and not self._search.last:
+            self._planned.append((self._steps + 1 + self.criterion.window, self._search.level))
+
+    def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._best is not None
+        self._back_at = None
+        self._observation.reset()
+        parameters = named_parameters(pl_module)
+        masks = unpack_all(self._best["masks"])
+        self.put_in_force(trainer, pl_module, Masks({n: mask.to(parameters[n].device) for n, mask in masks.items()}))
+        # afterwards, since optimizers forget entries that come back
+        rewinding.go_back(trainer, pl_module, self._best)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._best is not None and self._best["steps"] != self._steps:
+            self._go_back(trainer, pl_module)
+        if not self._search.good:
+            rank_zero_warn(
+                f"{type(self).__name__} ended without pruning anything: no sparsity held {self.monitor!r} within "
+                f"{self.max_drop} of {self._search.reference}, judged: {self._trials}"
+            )
+        self._search.settled = self._best is not None
+        self._let_go(pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        found = asdict(self._search)
+        return {
+            **super().state_dict(),
+            "search": {name: found[name] for name in _FOUND},
+            "planned": [list(update) for update in self._planned],
+            "best": self._best,
+            "back_at": self._back_at,
+            "validations": self._validations,
+            "trials": [list(trial) for trial in self._trials],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        missing = {"search", "planned", "best", "back_at", "validations", "trials"}.difference(state_dict)
+        if missing or not isinstance(state_dict["search"], Mapping) or set(_FOUND).difference(state_dict["search"]):
+            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing) or list(_FOUND)}")
+        super().load_state_dict(state_dict)
+        for name in _FOUND:
+            setattr(self._search, name, state_dict["search"][name])
+        self._planned = [(position, level) for position, level in state_dict["planned"]]
+        self._best, self._back_at = state_dict["best"], state_dict["back_at"]
+        self._validations = state_dict["validations"]
+        self._trials = [(step, level, value, held) for step, level, value, held in state_dict["trials"]]
+
+
+# what a search has found out; the rest are arguments, which a resumed run may change
+_FOUND = ("reference", "step", "level", "good", "bad", "waited", "last", "done", "settled")
+
+
+def _check(mode: str, max_drop: float, step: float, precision: float, patience: int, warmup: int) -> None:
+    if mode not in ("max", "min"):
+        raise ValueError(f'mode must be "max" or "min", got {mode!r}')
+    if not max_drop >= 0:
+        raise ValueError(f"max_drop must be at least 0, got {max_drop}")
+    for argument, value in (("step", step), ("precision", precision)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{argument} must be in (0, 1), got {value}")
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1 validation, got {patience}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0 validations, got {warmup}")
