@@ -6,9 +6,11 @@ from lightning_prune.distillation import Distillation
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.guarded import GuardedPruning
+from lightning_prune.history import History
 from lightning_prune.lottery import LotteryTicket
 from lightning_prune.masks import Masks
 from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
+from lightning_prune.plots import plot_history, plot_masks, plot_schedule, plot_sensitivity, plot_sparsity
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
@@ -32,6 +34,7 @@ __all__ = [
     "EntropyPruning",
     "Granularity",
     "GuardedPruning",
+    "History",
     "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",
@@ -49,6 +52,11 @@ __all__ = [
     "Sparsity",
     "Units",
     "Weight",
+    "plot_history",
+    "plot_masks",
+    "plot_schedule",
+    "plot_sensitivity",
+    "plot_sparsity",
     "prune",
     "sensitivity",
     "shrink",
