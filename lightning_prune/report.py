@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
@@ -105,15 +107,21 @@ def zeros(parameter: Tensor) -> int:
     >>> zeros(torch.tensor([0.0, 1.0, -0.0]))
     2
     """
-    kept = local(parameter).count_nonzero()
+    kept = _values(local(parameter)).count_nonzero()
     if is_sharded(parameter):
         kept = over_ranks(kept * counts_here(parameter))
     return parameter.numel() - int(kept)
 
 
+def _values(tensor: Tensor) -> Tensor:
+    """Return what a quantized tensor stands for; any other as it is."""
+    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor
+
+
 def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
     """Return a row for every prunable weight; with sharded parameters all ranks must call it."""
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())  # a model set up for inference
+    # a model set up for inference, or a quantized one, where biases alone are left to train
+    frozen = not any(p.requires_grad and (is_lazy(p) or p.ndim >= 2) for p in model.parameters())
     found = []
     for target in find(model, targets, ignore, frozen):
         shape = tuple(target.parameter.shape)

@@ -45,6 +45,11 @@ def fit(model: LeNet, data: MNIST5k, epochs: int, *callbacks: Any) -> float:
     return 100 * Trainer(**QUIET).validate(model, datamodule=data, verbose=False)[0]["val_acc"]
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Return mean and standard deviation."""
+    return {"mean": round(statistics.mean(values), 2), "sd": round(statistics.stdev(values), 2)}
+
+
 def main() -> None:
     """Train and prune for each seed; print means, standard deviations and what the teacher adds seed by seed."""
     parser = argparse.ArgumentParser(description="Pruning to 98 % with and without a teacher.")
@@ -67,14 +72,14 @@ def main() -> None:
 
     rows = []
     for name, values in found.items():
-        row = {"method": name, "mean": statistics.mean(values), "sd": statistics.stdev(values), "per_seed": values}
+        row: dict[str, Any] = {"method": name, **spread(values), "per_seed": [round(value, 1) for value in values]}
         if name in arms and arms[name][1] != "none":
             gains = [a - b for a, b in zip(values, found[f"{arms[name][0]}, none"], strict=True)]
-            row |= {"gain": statistics.mean(gains), "gain_sd": statistics.stdev(gains)}
+            row |= {f"gain_{key}": value for key, value in spread(gains).items()}
         rows.append(row)
     cells = [["pruning, teacher", "mean", "sd", "gain", "sd of gain"]]
     for row in rows:
-        gain = [f"{row['gain']:+.2f}", f"{row['gain_sd']:.2f}"] if "gain" in row else ["", ""]
+        gain = [f"{row['gain_mean']:+.2f}", f"{row['gain_sd']:.2f}"] if "gain_sd" in row else ["", ""]
         cells.append([row["method"], f"{row['mean']:.2f}", f"{row['sd']:.2f}", *gain])
     print(table(cells))
     RESULTS.mkdir(exist_ok=True)
