@@ -1,5 +1,6 @@
 """Neural-network pruning as PyTorch Lightning callbacks."""
 
+from lightning_prune.acdc import ACDC
 from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
 from lightning_prune.distillation import Distillation
@@ -23,6 +24,7 @@ from lightning_prune.units import Units
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
     "SET",
     "ActiveFLOPs",
     "ActiveParameters",

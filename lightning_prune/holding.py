@@ -105,3 +105,11 @@ def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, changed: Tenso
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             zero_pruned([(local(value), ~changed)])
+
+
+def forget_momentum(optimizer: Optimizer) -> None:
+    """Zero the momentum, or the running mean of the gradients, of all parameters of an optimizer."""
+    for state in optimizer.state.values():
+        for key in ("momentum_buffer", "exp_avg"):
+            if isinstance(state.get(key), Tensor):
+                local(state[key]).zero_()

@@ -161,10 +161,10 @@ class LotteryTicket(ScheduledTraining):
         return make_masks(self._units, self.criterion, allocate, self.masks)
 
     @override
-    def after_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         assert self._memory is not None
         memory = self._memory
-        anew = self.rewind == "random" and self.reached
+        anew = self.rewind == "random" and amount == 1.0
         if anew:  # what optimizers know of the weights that were rewound to is nothing to the new ones
             memory = {**memory, "optimizers": [{**saved, "state": {}} for saved in memory["optimizers"]]}
         rewinding.go_back(trainer, pl_module, memory)

@@ -1,5 +1,6 @@
 """Rewinding: all that training changes, as it was at one moment, and the way back there."""
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,8 @@ def reset(model: nn.Module, seed: int) -> None:
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # not the seed itself: a user's seed_everything of the same number has drawn the weights that are there
+        torch.manual_seed(zlib.crc32(f"reset {seed}".encode()))
         for _, module in _trained(model):
             _resets(module)[0]()
 

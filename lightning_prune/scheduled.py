@@ -75,8 +75,8 @@ class ScheduledTraining(MaskedTraining):
         allocate = goal.allocation(found, self.sparsity, self.threshold, self.criterion, self._scope, amount)
         return make_masks(self._units, self.criterion, allocate, self.masks)
 
-    def after_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what has to follow an update, when its masks are in force."""
+    def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
+        """Do what has to follow an update of this amount, when its masks are in force."""
 
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         """Return the goal in words, what is told of each update, and that for each position."""
@@ -174,7 +174,7 @@ class ScheduledTraining(MaskedTraining):
         self._applied = position
         self._observation.reset()
         self.put_in_force(trainer, pl_module, masks)
-        self.after_update(trainer, pl_module)
+        self.after_update(trainer, pl_module, amount)
 
     def _observing(self, trainer: Trainer) -> bool:
         """Whether the window of optimizer steps before the next update has begun."""

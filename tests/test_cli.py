@@ -218,6 +218,7 @@ SHARED = {"sparsity": 0.5, "scope": "local", "targets": ["net.*"], "ignore": ["n
 SPARSE = {"sparsity": 0.5, "scope": "local", "drop_fraction": 0.25, "seed": 3, "frequency": 2, "end": 6}
 # the arguments of each callback in the round trip; one that is not named here gets SHARED
 GIVEN = {
+    "ACDC": {"sparsity": 0.5, "start": 1, "end": 7, "frequency": 2, "scope": "local", "ignore": ["net.6.*"]},
     "ConstantSparsity": {"targets": ["net.*.weight"], "ignore": ["net.4.*"], "log_layers": True},
     "EntropyPruning": {**SHARED, "prune": "low", "bins": 4, "window": 2, "granularity": {"class_path": "Weight"}},
     "GuardedPruning": {

@@ -153,6 +153,14 @@ def test_the_control_is_drawn_by_its_seed() -> None:
     assert not equal(starts[0], starts[2])
 
 
+def test_the_control_does_not_draw_the_weights_that_the_same_seed_has_drawn() -> None:
+    # MLP draws its weights with seed 0, in the order of its modules
+    diary = write(LotteryTicket(0.75, rounds=1, rewind="random", seed=0, frequency=1), max_epochs=2)
+    begin, anew = diary.pages[0]["model"], diary.pages[BATCHES]["model"]
+    for name, mask in diary.masks[BATCHES].items():
+        assert not (begin[name] == anew[name])[mask].any()
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
 def test_each_round_keeps_the_same_part_of_what_is_left(rounds: int) -> None:
     callback, model = LotteryTicket(0.9, rounds=rounds, frequency=2, interval="step"), ConvNet()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from lightning_prune import (
+    ACDC,
     SET,
     Channel,
     Criterion,
@@ -42,6 +43,8 @@ SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
 SCHEDULES: tuple[str | Callable, ...] = ("one_shot", "linear", "cubic", "cosine", "exponential", square_root)
 # whole methods, each for a run of about nine steps, and ending with half of the weights
 METHODS: dict[str, Callable[[], MaskedTraining]] = {
+    "ACDC": partial(ACDC, 0.5, start=1, end=6, frequency=1),
+    "ACDC-epochs": partial(ACDC, 0.5, start=0, end=2, frequency=1, interval="epoch"),
     "SET": partial(SET, 0.5, frequency=2),
     "SET-epochs": partial(SET, 0.5, scope="local", interval="epoch", end=1.0),
     "RigL": partial(RigL, 0.5, frequency=2),
