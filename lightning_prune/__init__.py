@@ -5,7 +5,7 @@ from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
 from lightning_prune.distillation import Distillation
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
-from lightning_prune.granularities import Channel, Granularity, Weight
+from lightning_prune.granularities import NM, Block, Channel, Granularity, Weight
 from lightning_prune.guarded import GuardedPruning
 from lightning_prune.history import History
 from lightning_prune.lottery import LotteryTicket
@@ -25,9 +25,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACDC",
+    "NM",
     "SET",
     "ActiveFLOPs",
     "ActiveParameters",
+    "Block",
     "Channel",
     "ConstantSparsity",
     "Criterion",

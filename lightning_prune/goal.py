@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_prune import scopes
 from lightning_prune.criteria import Criterion
+from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Allocate
 from lightning_prune.scopes import Scope
 from lightning_prune.targets import Target, find, fractions
@@ -14,11 +15,11 @@ from lightning_prune.targets import Target, find, fractions
 Sparsity = float | Mapping[str, float]
 
 
-def check(sparsity: Sparsity | None, threshold: float | None) -> None:
-    """Refuse a goal that is none.
+def check(sparsity: Sparsity | None, threshold: float | None, granularity: Granularity = Weight()) -> None:
+    """Refuse a goal that is none, or that the granularity cannot serve.
 
     Raises:
-        ValueError: If both or neither are given, or a sparsity is outside [0, 1).
+        ValueError: If both or neither are given, a sparsity is outside [0, 1), or lower than N:M needs.
 
     >>> check(90, None)
     Traceback (most recent call last):
@@ -32,14 +33,18 @@ def check(sparsity: Sparsity | None, threshold: float | None) -> None:
         if not sparsity:
             raise ValueError("sparsity must map at least one pattern to a fraction, got {}")
         for pattern, fraction in sparsity.items():
-            _check_fraction(f"sparsity[{pattern!r}]", fraction)
+            _check_fraction(f"sparsity[{pattern!r}]", fraction, granularity)
     elif sparsity is not None:
-        _check_fraction("sparsity", sparsity)
+        _check_fraction("sparsity", sparsity, granularity)
+    elif granularity.group is not None:
+        raise ValueError(f"threshold must be None for {granularity}, which compares within groups, got {threshold}")
 
 
-def _check_fraction(argument: str, value: float) -> None:
+def _check_fraction(argument: str, value: float, granularity: Granularity) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
         raise ValueError(f"{argument} must be in [0, 1), got {value}")
+    if 0.0 < value < granularity.least - 1e-9:
+        raise ValueError(f"{argument} must be at least {granularity.least:g} for {granularity}, got {value}")
 
 
 def find_targets(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 
@@ -22,6 +22,16 @@ class Granularity:
 
     spans: ClassVar[bool] = True
     follows: ClassVar[bool] = False
+
+    @property
+    def group(self) -> int | None:
+        """How many units, that follow each other along the inputs, are compared with one another only; None: all."""
+        return None
+
+    @property
+    def least(self) -> float:
+        """The lowest sparsity, 0 to 1, that this granularity can be asked for."""
+        return 0.0
 
     def pool(self, values: Tensor, dim: int) -> Tensor:
         """Return the sum of the values over each unit."""
@@ -57,6 +67,97 @@ class Weight(Granularity):
     @override
     def count(self, shape: torch.Size, dim: int) -> int:
         return math.prod(shape)
+
+
+@dataclass(frozen=True)
+class NM(Weight):
+    """Of every m weights that follow each other along the inputs at most n are kept: N:M sparsity.
+
+    The sparsity to ask for is ``1 - n / m``. On the way there, and where more is asked for, every group loses as many
+    as the others. A last group that is shorter than m is pruned in proportion. The inputs of a convolution are its
+    input channels, at each place of the kernel.
+
+    Args:
+        n: How many are kept, at least 1.
+        m: The size of a group, more than n.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference: Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378.
+
+    >>> NM(2, 4).least
+    0.5
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"n must be at least 1 and less than m, got n={self.n} and m={self.m}")
+
+    @property
+    @override
+    def group(self) -> int:
+        return self.m
+
+    @property
+    @override
+    def least(self) -> float:
+        return 1.0 - self.n / self.m
+
+
+@dataclass(frozen=True)
+class Block(Granularity):
+    """A unit is a block of the weight as a matrix (output channels, all the rest); blocks at its edges may be smaller.
+
+    Args:
+        height: Output channels in a block.
+        width: Inputs in a block; of a convolution, places of the kernel count as inputs.
+
+    Raises:
+        ValueError: If an argument is smaller than 1.
+
+    >>> Block(2, 2).pool(torch.arange(12.0).view(3, 4), 0)
+    tensor([10., 18., 17., 21.])
+    >>> Block(2, 3).expand(torch.tensor([True, False]), torch.Size([2, 4]), 0)
+    tensor([[ True,  True,  True, False],
+            [ True,  True,  True, False]])
+    """
+
+    height: int = 4
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        for argument, value in (("height", self.height), ("width", self.width)):
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1, got {value}")
+
+    @override
+    def pool(self, values: Tensor, dim: int) -> Tensor:
+        rows = values.movedim(dim, 0).flatten(1)
+        height, width = (min(most, size) for most, size in zip((self.height, self.width), rows.shape, strict=True))
+        padded = nn.functional.pad(rows, (0, -rows.shape[1] % width, 0, -rows.shape[0] % height))
+        pooled: Tensor = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3)).view(-1)
+        return pooled
+
+    @override
+    def expand(self, keep: Tensor, shape: torch.Size, dim: int) -> Tensor:
+        down, across = self._grid(shape, dim)
+        moved = [shape[dim], *(size for d, size in enumerate(shape) if d != dim)]
+        whole = keep.view(down, across).repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
+        return whole[: moved[0], : math.prod(moved[1:])].reshape(moved).movedim(0, dim)
+
+    @override
+    def count(self, shape: torch.Size, dim: int) -> int:
+        return math.prod(self._grid(shape, dim))
+
+    def _grid(self, shape: torch.Size, dim: int) -> tuple[int, int]:
+        """Return the number of blocks down and across."""
+        return -(-shape[dim] // self.height), -(-(shape.numel() // shape[dim]) // self.width)
 
 
 @dataclass(frozen=True)

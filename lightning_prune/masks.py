@@ -180,7 +180,8 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
     reduce = over_ranks if several else identity
     sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
     _check_scores(units, criterion, reduce)
-    return Scores(sources, reduce, 64 if any(unit.parameter.dtype == torch.float64 for unit in units) else 32)
+    wide = any(unit.ranks or unit.parameter.dtype == torch.float64 for unit in units)
+    return Scores(sources, reduce, 64 if wide else 32)
 
 
 def _check_scores(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:

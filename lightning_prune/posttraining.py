@@ -55,7 +55,7 @@ def prune(
     >>> int((model.weight == 0).sum())
     75
     """
-    goal.check(sparsity, threshold)
+    goal.check(sparsity, threshold, granularity)
     allocator = scopes.resolve(scope)
     found = goal.find_targets(model, sparsity, targets, ignore)
     if not found:

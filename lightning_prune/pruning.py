@@ -68,7 +68,7 @@ class Pruning(ScheduledTraining):
         threshold: float | None = None,
         log_layers: bool = False,
     ) -> None:
-        goal.check(sparsity, threshold)
+        goal.check(sparsity, threshold, granularity)
         self._schedule = schedules.resolve(schedule)
         self.schedule = schedule
         last = start if schedule == "one_shot" else end

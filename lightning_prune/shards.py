@@ -1,5 +1,6 @@
 """Shards: the piece of a parameter that this rank holds, whether it is a plain tensor or a DTensor."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +21,15 @@ def is_sharded(tensor: Tensor) -> bool:
     False
     """
     return isinstance(tensor, DTensor)
+
+
+def is_split(tensor: Tensor, dims: Sequence[int]) -> bool:
+    """Return whether ranks hold different parts of one of these dimensions.
+
+    >>> is_split(torch.zeros(2, 2), [0, 1])
+    False
+    """
+    return isinstance(tensor, DTensor) and any(getattr(place, "dim", None) in dims for place in tensor.placements)
 
 
 def local(tensor: Tensor) -> Tensor:

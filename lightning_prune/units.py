@@ -1,14 +1,16 @@
 """Units: one target as a criterion sees it, in units of a granularity."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.dataflow import norms_behind
 from lightning_prune.granularities import Granularity
+from lightning_prune.ranking import rank_within
 from lightning_prune.selection import Source
-from lightning_prune.shards import counts_here, flat_index, is_sharded, local, offsets, over_ranks, piece, whole
+from lightning_prune.shards import counts_here, flat_index, is_sharded, is_split, local, over_ranks, piece, whole
 from lightning_prune.targets import Target, channel_dim, named_parameters
 
 Values = Callable[[Tensor], Tensor]
@@ -64,13 +66,12 @@ class Units:
 
     def sum(self, values: Values) -> Tensor:
         """Return the sum over each unit of what ``values`` gives for the weight, entry by entry."""
-        return self._assemble(self.granularity.pool(values(self.weight()), self.dim))
+        return self._pool(values(self.weight()))
 
     def mean(self, values: Values) -> Tensor:
         """Return the mean over each unit of what ``values`` gives for the weight, entry by entry."""
         total = self.sum(values)
-        weights_per_unit = self.parameter.numel() // self.size
-        return total if weights_per_unit == 1 else total / weights_per_unit
+        return total if self.size == self.parameter.numel() else total / self._weights_per_unit
 
     def spread(self, channels: Tensor) -> Tensor:
         """Return one number per output channel as a value for every entry of this rank's piece of the weight."""
@@ -115,7 +116,7 @@ class Units:
         """
         owner = counts_here(self.parameter if self.split else torch.empty(0))
         return Source(
-            compute=scores,
+            compute=scores if self.granularity.group is None else partial(self._among_group, scores, kept),
             size=self.size,
             shape=tuple(self.parameter.shape),
             counts=owner or not several,
@@ -123,12 +124,47 @@ class Units:
             kept=kept,
         )
 
+    @property
+    def ranks(self) -> bool:
+        """Whether units are compared within groups, by float64 scores."""
+        return self.granularity.group is not None
+
+    def _among_group(self, scores: Callable[[], Tensor], kept: Tensor | None) -> Tensor:
+        """Return scores that compare units with those of their group; pruned ones are the lowest of it."""
+        assert self.granularity.group is not None
+        found = scores().view(local(self.parameter).shape)
+        return self._rank(found if kept is None else found.masked_fill(~kept, -torch.inf), 1, self.granularity.group)
+
+    def among_row(self, scores: Tensor) -> Tensor:
+        """Return scores that compare a weight with those of its output channel only; of larger units as they are.
+
+        >>> from lightning_prune.granularities import Weight
+        >>> weight = nn.Parameter(torch.tensor([[1.0, 2.0], [30.0, 40.0]]))
+        >>> units = Units(Target("weight", weight, (nn.Linear(2, 2),)), Weight())
+        >>> (units.among_row(weight.detach()) < 0.5).tolist()
+        [[True, False], [True, False]]
+        """
+        if self.granularity.spans or self.ranks:
+            return scores
+        return self._rank(scores.view(local(self.parameter).shape), self.parameter.ndim - 1, None)
+
+    def _rank(self, scores: Tensor, dims: int, size: int | None) -> Tensor:
+        """Rank within groups of that size, None for all, along the first dimensions beside the channels."""
+        axes = [d for d in range(scores.ndim) if d != self.dim][:dims]
+        split = is_split(self.parameter, axes)
+        moved = (whole(scores, self.parameter) if split else scores).movedim(axes, list(range(-dims, 0)))
+        rows = moved.flatten(-dims)
+        ranked = (
+            rank_within(rows, size or max(1, rows.shape[-1])).view(moved.shape).movedim(list(range(-dims, 0)), axes)
+        )
+        return (piece(ranked, self.parameter) if split else ranked).contiguous()
+
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Return which units (bool) the masks keep; None where no mask is held yet."""
         mask = masks.get(self.name)
         if mask is None or not self.granularity.spans:
             return mask
-        return self._assemble(self.granularity.pool(mask.float(), self.dim)) > 0
+        return self._pool(mask.float()) > 0
 
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Return the masks, of this rank's pieces, that follow from a decision on units (bool, True = kept)."""
@@ -139,15 +175,21 @@ class Units:
             masks[name] = piece(keep, follower).clone()
         return masks
 
-    def _assemble(self, pooled: Tensor) -> Tensor:
-        """Sum the parts of units that lie on several ranks, so that every rank holds all units."""
+    @cached_property
+    def _weights_per_unit(self) -> Tensor:
+        one = torch.ones((), device=self.parameter.device).expand(self.parameter.shape)
+        return self.granularity.pool(one, self.dim)
+
+    def _pool(self, values: Tensor) -> Tensor:
+        """Pool the values of this rank's piece; units that may lie on several ranks are summed, and whole on each."""
         if not (is_sharded(self.parameter) and self.granularity.spans):
-            return pooled
-        whole = pooled.new_zeros(self.size)
+            return self.granularity.pool(values, self.dim)
+        total = values.new_zeros(self.size)
         if counts_here(self.parameter):
-            begin = offsets(self.parameter)[self.dim]
-            whole[begin : begin + pooled.numel()] = pooled
-        return over_ranks(whole)
+            number = torch.arange(self.size, device=values.device)
+            unit = piece(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
+            total.scatter_add_(0, unit.reshape(-1), values.reshape(-1))
+        return over_ranks(total)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

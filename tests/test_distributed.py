@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from variants import METHODS
 
 from lightning_prune import (
+    NM,
+    Block,
     Channel,
     ConstantSparsity,
     Criterion,
@@ -51,6 +53,7 @@ CRITERIA: dict[str, Criterion] = {
     "entropy-low": Entropy("low", bins=8, window=2),
 }
 GRANULARITIES = {"weight": Weight(), "channel": Channel()}
+OTHERS = {"nm": NM(2, 4), "block": Block(2, 3)}
 # what is pruned: by every criterion all layers together, and by the magnitude in every other way to share out
 GOALS: dict[str, dict[str, Any]] = {
     **{name: {"sparsity": 0.6, "criterion": criterion} for name, criterion in CRITERIA.items()},
@@ -66,7 +69,7 @@ distributed = pytest.mark.distributed
 
 
 def pruning(goal: str, granularity: str) -> Pruning:
-    return Pruning(**GRADUAL, **GOALS[goal], granularity=GRANULARITIES[granularity])
+    return Pruning(**GRADUAL, **GOALS[goal], granularity={**GRANULARITIES, **OTHERS}[granularity])
 
 
 def outcome(model: Net, callback: Any) -> dict[str, Any]:
@@ -177,6 +180,13 @@ def test_with_shards_every_rank_has_its_pieces_of_the_masks_of_one_process(layou
     if goal in CRITERIA:
         masks = found[0][0]["masks"]
         assert zeros(masks) == round(0.6 * size(masks))
+
+
+@distributed
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_groups_and_blocks_are_those_of_one_process_wherever_ranks_cut_them(layout: Layout) -> None:
+    goals = ("magnitude", "random", "sensitivity", "local")
+    assert_like_alone(layout, 2, [(goal, granularity) for goal in goals for granularity in OTHERS])
 
 
 @distributed

@@ -1,10 +1,14 @@
 """Granularities: how weights form units, and what is pruned together with a unit."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Granularity, Weight, prune
+from lightning_prune import NM, Block, Channel, Criterion, Granularity, Magnitude, Pruning, Random, Weight, prune
+from lightning_prune.masks import make_masks
+from lightning_prune.scopes import local
 from lightning_prune.targets import find
 from lightning_prune.units import Units, make_units
 
@@ -46,7 +50,7 @@ def test_a_decision_on_channels_reaches_all_their_weights(dim: int, keep: list[b
     assert kernel.float().mean((2, 3)).bool().tolist() == expected
 
 
-@pytest.mark.parametrize("granularity", [Weight(), Channel()])
+@pytest.mark.parametrize("granularity", [Weight(), Channel(), Block(2, 3), Block(1, 100), NM(2, 4)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_pooling_an_expanded_decision_gives_it_back(granularity: Granularity, shape: tuple[int, ...], dim: int) -> None:
@@ -58,7 +62,7 @@ def test_pooling_an_expanded_decision_gives_it_back(granularity: Granularity, sh
     mask = granularity.expand(keep, size, dim)
     assert (mask.shape, mask.dtype) == (size, torch.bool)
     pooled = granularity.pool(mask.float(), dim)
-    assert torch.equal(pooled * units / size.numel(), keep.float())  # all of a unit, or nothing
+    assert torch.equal(pooled / granularity.pool(torch.ones(size), dim), keep.float())  # all of a unit, or nothing
 
 
 @pytest.mark.parametrize("granularity", [Weight(), Channel()])
@@ -225,3 +229,114 @@ def test_other_granularities_of_ones_own_fit_in() -> None:
     masks = prune(layer, 1 / 3, granularity=Column())
     assert list(masks) == ["weight"]
     assert layer.weight.tolist() == [[0.0, 3.0, 2.0], [0.0, -4.0, 0.0]]
+
+
+# ------------------------------------------------------------------------------------------------ N:M
+
+
+def groups(mask: Tensor, m: int) -> Tensor:
+    """Return how many are kept in each whole group along the inputs; channels of a convolution, at each place."""
+    rows = mask.movedim(1, -1).flatten(0, -2)
+    return rows[:, : rows.shape[1] // m * m].unflatten(1, (-1, m)).sum(-1)
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Random(seed=1)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 4), (4, 8), (8, 32)])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_exactly_n_of_every_m_are_kept(scope: Literal["global", "local"], n: int, m: int, criterion: Criterion) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 5, 3), nn.Flatten(), nn.Linear(64, 3))
+    model[2].weight.data.mul_(100)  # the ranks count, not the size
+    masks = prune(model, 1 - n / m, criterion=criterion, granularity=NM(n, m), scope=scope)
+    for name, mask in masks.items():
+        assert (groups(mask, m) == n).all()
+        if isinstance(criterion, Magnitude):
+            weight = model.get_parameter(name)
+            kept = weight.abs().masked_fill(~mask, torch.inf).movedim(1, -1).unflatten(-1, (-1, m)).amin(-1)
+            assert (kept > 0).all()
+
+
+def test_of_each_group_the_smallest_go() -> None:
+    layer = nn.Linear(8, 1)
+    layer.weight.data = torch.tensor([[0.1, -0.4, 0.3, 0.2, 90.0, -70.0, 60.0, 80.0]])
+    masks = prune(layer, 0.5, granularity=NM(2, 4))
+    assert masks["weight"].tolist() == [[False, True, True, False, True, False, False, True]]
+
+
+def test_equal_scores_of_a_group_go_in_their_order() -> None:
+    layer = nn.Linear(8, 2)
+    nn.init.ones_(layer.weight)
+    masks = prune(layer, 0.5, granularity=NM(2, 4))
+    assert masks["weight"].tolist() == [[False, False, True, True] * 2] * 2
+
+
+@pytest.mark.parametrize("inputs", [5, 6, 7, 3, 2, 1])
+def test_a_last_group_that_is_shorter_is_pruned_in_proportion(inputs: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, 20)
+    mask = prune(layer, 0.5, granularity=NM(2, 4))["weight"]
+    assert int(mask.sum()) == 10 * inputs
+    assert (groups(mask, 4) == 2).all()
+    rest = mask[:, inputs // 4 * 4 :].sum(1)
+    assert rest.numel() == 0 or int(rest.max() - rest.min()) <= 1
+
+
+def test_a_transposed_convolution_has_its_inputs_first() -> None:
+    mask = prune(nn.ConvTranspose2d(8, 3, 2), 0.5, granularity=NM(2, 4))["weight"]
+    assert (mask.view(2, 4, 3, 2, 2).sum(1) == 2).all()
+
+
+def test_groups_are_pruned_evenly_on_the_way() -> None:
+    """Each update of a gradual schedule, and each prune after another, adds to the masks that are held."""
+    torch.manual_seed(0)
+    layer, counts = nn.Linear(16, 16), []
+    units = [one(layer, NM(2, 4))]
+    masks: dict[str, Tensor] = {}
+    for sparsity in (0.1, 0.25, 0.3, 0.5):
+        old = masks
+        masks = make_masks(units, Random(seed=int(100 * sparsity)), lambda s, x=sparsity: local(s, x), masks)
+        assert all(not (masks[name] & ~mask).any() for name, mask in old.items())
+        counts.append(groups(masks["weight"], 4).unique().tolist())
+    assert counts == [[3, 4], [3], [2, 3], [2]]
+
+
+@pytest.mark.parametrize("sparsity", [0.25, {"*": 0.25}])
+def test_less_than_the_granularity_is_made_for_is_refused(sparsity: float | dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be at least 0\.5 for NM\(n=2, m=4\), got 0\.25"):
+        Pruning(sparsity, granularity=NM(2, 4))
+
+
+def test_a_threshold_on_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"threshold must be None for NM\(n=2, m=4\).* got 0\.1"):
+        Pruning(threshold=0.1, granularity=NM(2, 4))
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4)])
+def test_an_impossible_pattern_is_refused(n: int, m: int) -> None:
+    with pytest.raises(ValueError, match=f"n must be at least 1 and less than m, got n={n} and m={m}"):
+        NM(n, m)
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def test_blocks_are_pruned_as_wholes_by_the_mean_of_their_weights() -> None:
+    layer = nn.Linear(5, 3)
+    layer.weight.data = torch.tensor([[1.0, 1, 9, 9, 5], [1, 1, 9, 9, 5], [8, 8, 2, 2, 0]])
+    mask = prune(layer, 0.5, granularity=Block(2, 2))["weight"]
+    # means 1, 9, 5 above, and 8, 2, 0 below
+    assert mask.tolist() == [[False, False, True, True, True]] * 2 + [[True, True, False, False, False]]
+
+
+def test_kernel_places_of_a_convolution_are_inputs_of_a_block() -> None:
+    conv = nn.Conv2d(2, 4, 2)
+    mask = prune(conv, 0.5, granularity=Block(2, 4))["weight"]
+    blocks = mask.flatten(1).view(2, 2, 2, 4)
+    assert all(blocks[i, :, j].unique().numel() == 1 for i in range(2) for j in range(2))
+    assert int(mask.sum()) == 16
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((0, 4), "height must be"), ((4, 0), "width must be")])
+def test_an_empty_block_is_refused(arguments: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message} at least 1, got 0"):
+        Block(*arguments)

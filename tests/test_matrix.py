@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, cycle, pairwise, product
 
 import pytest
 import torch
@@ -32,10 +32,18 @@ def expected(scope: str | dict[str, float] | Callable, sizes: dict[str, int]) ->
     return round(SPARSITY * sum(sizes.values()))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
-@pytest.mark.parametrize("scope", SCOPES, ids=label)
-@pytest.mark.parametrize("granularity", GRANULARITIES, ids=label)
-@pytest.mark.parametrize("criterion", CRITERIA, ids=label)
+# criteria, granularities and scopes all meet; the schedules take turns, so that each meets every variant of these
+CASES = [(*axes, schedule) for axes, schedule in zip(product(CRITERIA, GRANULARITIES, SCOPES), cycle(SCHEDULES))]
+
+
+def test_every_pair_of_variants_is_tested() -> None:
+    axes = (CRITERIA, GRANULARITIES, SCOPES, SCHEDULES)
+    for (i, ones), (j, others) in combinations(enumerate(axes), 2):
+        met = {(label(case[i]), label(case[j])) for case in CASES}
+        assert met == {(label(one), label(other)) for one in ones for other in others}
+
+
+@pytest.mark.parametrize(("criterion", "granularity", "scope", "schedule"), CASES, ids=label)
 def test_every_combination_ends_with_exactly_the_zeros_asked_for(
     criterion: Criterion,
     granularity: Granularity,

@@ -6,7 +6,9 @@ from functools import partial
 
 from lightning_prune import (
     ACDC,
+    NM,
     SET,
+    Block,
     Channel,
     Criterion,
     Entropy,
@@ -32,7 +34,7 @@ def square_root(progress: float) -> float:
 
 
 CRITERIA: tuple[Criterion, ...] = (Magnitude(), Random(seed=3), Entropy(bins=8, window=2), Sensitivity(window=2))
-GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel())
+GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 3))
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
     "local",
