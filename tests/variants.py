@@ -34,7 +34,7 @@ def square_root(progress: float) -> float:
 
 
 CRITERIA: tuple[Criterion, ...] = (Magnitude(), Random(seed=3), Entropy(bins=8, window=2), Sensitivity(window=2))
-GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 3))
+GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 2))
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
     "local",
