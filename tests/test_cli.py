@@ -220,6 +220,7 @@ SPARSE = {"sparsity": 0.5, "scope": "local", "drop_fraction": 0.25, "seed": 3, "
 GIVEN = {
     "ACDC": {"sparsity": 0.5, "start": 1, "end": 7, "frequency": 2, "scope": "local", "ignore": ["net.6.*"]},
     "ConstantSparsity": {"targets": ["net.*.weight"], "ignore": ["net.4.*"], "log_layers": True},
+    "Distillation": {"teacher": entry("models.MLP", seed=1), "temperature": 1.5, "weight": 0.25, "dim": 1},
     "EntropyPruning": {**SHARED, "prune": "low", "bins": 4, "window": 2, "granularity": {"class_path": "Weight"}},
     "GuardedPruning": {
         **{"monitor": "val_loss", "mode": "min", "max_drop": 0.5, "sparsity": 0.8, "reference": 2.0, "step": 0.6},
@@ -266,7 +267,7 @@ def test_print_config_round_trips(name: str, short: bool, tmp_path: Path, capsys
     first, second = run("--config", config, train=False), run("--config", str(again))
     assert type(callback_of(second)) is PUBLIC[name]
     for argument, value in GIVEN.get(name, SHARED).items():
-        if argument not in ("criterion", "granularity"):
+        if argument not in ("criterion", "granularity", "teacher"):
             wanted = tuple(value) if isinstance(value, list) else value
             assert getattr(callback_of(second), argument) == wanted
     callback = callback_of(second)
