@@ -77,14 +77,45 @@ def _relative(tensor: Tensor, other: Tensor) -> float:
 @torch.no_grad()
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return what the model puts out in eval mode, without a trace of the run: modes, random state."""
+    with keeping_modes(model), torch.random.fork_rng(devices=[]), eager():
+        model.eval()
+        return call(model, inputs)
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module back into the mode, training or eval, that it is in now.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with keeping_modes(model):
+    ...     _ = model.eval()
+    >>> model.training
+    True
+    """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]), eager():
-            return call(model, inputs)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def keeping_gradients(model: nn.Module) -> Iterator[None]:
+    """Put the gradients back that every parameter has now.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with keeping_gradients(model):
+    ...     model(torch.ones(1, 2)).sum().backward()
+    >>> model.weight.grad is None
+    True
+    """
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
 
 
 @contextmanager

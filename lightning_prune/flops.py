@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
+from lightning_prune.calling import call, keeping_modes
 from lightning_prune.shards import local
 from lightning_prune.targets import named_parameters
 
@@ -34,17 +35,12 @@ def dense_flops(model: nn.Module, inputs: Any) -> dict[str, int]:
     >>> dense_flops(nn.Linear(4, 3), torch.zeros(2, 4))
     {'weight': 48}
     """
-    modes = {module: module.training for module in model.modules()}
     mode = _ByParameter(lambda: named_parameters(model))
     device = next(model.parameters()).device
     drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    model.eval()
-    try:
-        with _unfused(), drawn, torch.no_grad(), mode:
-            _call(model, tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with keeping_modes(model), _unfused(), drawn, torch.no_grad(), mode:
+        model.eval()
+        call(model, tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs))
     return dict(mode.found)
 
 
@@ -101,12 +97,3 @@ def _unfused() -> Iterator[None]:
 
 def _storage(tensor: Tensor) -> int:
     return local(tensor).untyped_storage().data_ptr()  # a transposed weight shares it
-
-
-def _call(model: nn.Module, inputs: Any) -> None:
-    if isinstance(inputs, dict):
-        model(**inputs)
-    elif isinstance(inputs, tuple | list):
-        model(*inputs)
-    else:
-        model(inputs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal, scopes
+from lightning_prune.calling import convert, keeping_gradients, keeping_modes
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, make_masks
@@ -94,32 +95,28 @@ def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | N
     criterion = observation.criterion
     if data is None:
         raise ValueError(f"data must be given: {type(criterion).__name__} needs {criterion.needs}, got None")
-    modes = {module: module.training for module in model.modules()}
-    grads = {parameter: parameter.grad for parameter in model.parameters()}
     ids = {id(unit.parameter) for unit in observation.units}
     device = next(model.parameters()).device
-    model.eval()
-    observation.open()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for batch in islice(data, criterion.window):
-                batch = _to(batch, device)
-                if criterion.needs == "gradients":
-                    model.zero_grad(set_to_none=True)
-                    with torch.enable_grad():
-                        loss(model, batch).backward()
-                    observation.gradients(ids)
-                else:
-                    with torch.no_grad():
-                        model(_inputs(batch))
-                observation.step()
-        observation.finish()
-    finally:
-        observation.close()
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, grad in grads.items():
-            parameter.grad = grad
+    drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with keeping_modes(model), keeping_gradients(model):
+        model.eval()
+        observation.open()
+        try:
+            with drawn:
+                for batch in islice(data, criterion.window):
+                    batch = convert(batch, device)
+                    if criterion.needs == "gradients":
+                        model.zero_grad(set_to_none=True)
+                        with torch.enable_grad():
+                            loss(model, batch).backward()
+                        observation.gradients(ids)
+                    else:
+                        with torch.no_grad():
+                            model(_inputs(batch))
+                    observation.step()
+            observation.finish()
+        finally:
+            observation.close()
 
 
 def _inputs(batch: Any) -> Any:
@@ -135,12 +132,3 @@ def _default_loss(model: nn.Module, batch: Any) -> Tensor:
         if target.is_floating_point()
         else nn.functional.cross_entropy(output, target)
     )
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, list | tuple):
-        parts = [_to(part, device) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return {key: _to(part, device) for key, part in batch.items()} if isinstance(batch, dict) else batch

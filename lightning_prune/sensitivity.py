@@ -15,6 +15,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
+from lightning_prune.calling import keeping_gradients, keeping_modes
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import make_masks
@@ -210,8 +211,6 @@ def _validate(model: nn.Module, trainer: Any, metric: str, dataloaders: Any) -> 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Give a function that puts parameters and buffers back; the end does so too, and puts modes and gradients back."""
-    modes = {module: module.training for module in model.modules()}
-    grads = {parameter: parameter.grad for parameter in model.parameters()}
     saved = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
 
     @torch.no_grad()
@@ -219,14 +218,11 @@ def _restoring(model: nn.Module) -> Iterator[Callable[[], None]]:
         for name, tensor in _tensors(model):
             tensor.copy_(saved[name])
 
-    try:
-        yield restore
-    finally:
-        restore()
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, grad in grads.items():
-            parameter.grad = grad
+    with keeping_modes(model), keeping_gradients(model):
+        try:
+            yield restore
+        finally:
+            restore()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
