@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_prune import goal, rewinding, scopes
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
-from lightning_prune.masks import Masks, make_masks, pack_all, unpack_all
+from lightning_prune.masks import Masks, pack_all, unpack_all
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.schedules import Horizon
 from lightning_prune.search import Search
@@ -118,9 +118,7 @@ class GuardedPruning(ScheduledTraining):
 
     @override
     def choose(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
-        found = goal.find_targets(model, amount, self.targets, self.ignore)
-        allocate = goal.allocation(found, amount, None, self.criterion, self._scope)
-        return make_masks(self._units, self.criterion, allocate, self.masks)
+        return self.choose_for(model, amount)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

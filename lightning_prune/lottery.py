@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_prune import goal, rewinding, scopes
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
-from lightning_prune.masks import Masks, make_masks
+from lightning_prune.masks import Masks
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.schedules import Horizon
 from lightning_prune.shards import is_sharded
@@ -156,9 +156,7 @@ class LotteryTicket(ScheduledTraining):
         level = self.sparsity
         assert level is not None
         due = {p: _after(amount, s) for p, s in level.items()} if isinstance(level, Mapping) else _after(amount, level)
-        found = goal.find_targets(model, due, self.targets, self.ignore)
-        allocate = goal.allocation(found, due, None, self.criterion, self._scope)
-        return make_masks(self._units, self.criterion, allocate, self.masks)
+        return self.choose_for(model, due)
 
     @override
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
@@ -178,9 +176,7 @@ class LotteryTicket(ScheduledTraining):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"memory", "moment"}.difference(state_dict)
-        if missing:
-            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
+        self._expect(state_dict, "memory", "moment")
         super().load_state_dict(state_dict)
         self._memory, self._moment = state_dict["memory"], state_dict["moment"]
 

@@ -249,9 +249,7 @@ class MaskedTraining(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"steps", "levels", "masks"}.difference(state_dict)
-        if missing:
-            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
+        self._expect(state_dict, "steps", "levels", "masks")
         masks = unpack_all(state_dict["masks"])
         for name in state_dict["levels"]:
             if name not in masks:
@@ -261,6 +259,11 @@ class MaskedTraining(Callback):
         self._levels = dict(state_dict["levels"])
         total = sum(masks[name].numel() for name in self._levels)
         self._sparsity_now = sum(self._levels[n] * masks[n].numel() for n in self._levels) / max(1, total)
+
+    def _expect(self, state_dict: dict[str, Any], *keys: str) -> None:
+        missing = set(keys).difference(state_dict)
+        if missing:
+            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps what was decided, and nothing that is tied to this process or to the model

@@ -71,8 +71,12 @@ class ScheduledTraining(MaskedTraining):
 
     def choose(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
         """Return the masks of one update: here, of this fraction of the goal, by the criterion."""
-        found = goal.find_targets(model, self.sparsity, self.targets, self.ignore)
-        allocate = goal.allocation(found, self.sparsity, self.threshold, self.criterion, self._scope, amount)
+        return self.choose_for(model, self.sparsity, amount)
+
+    def choose_for(self, model: torch.nn.Module, sparsity: goal.Sparsity | None, due: float = 1.0) -> Masks:
+        """Return masks, by the criterion, for a goal of which this fraction is due."""
+        found = goal.find_targets(model, sparsity, self.targets, self.ignore)
+        allocate = goal.allocation(found, sparsity, self.threshold, self.criterion, self._scope, due)
         return make_masks(self._units, self.criterion, allocate, self.masks)
 
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
@@ -237,9 +241,7 @@ class ScheduledTraining(MaskedTraining):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"applied", "window", "observed"}.difference(state_dict)
-        if missing:
-            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
+        self._expect(state_dict, "applied", "window", "observed")
         super().load_state_dict(state_dict)
         self._applied = state_dict["applied"]
         self._window = tuple(state_dict["window"]) if state_dict["window"] else None

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_prune import goal, schedules, scopes
 from lightning_prune.criteria import Criterion, Magnitude, Random
+from lightning_prune.criteria.criterion import check_at_least
 from lightning_prune.granularities import Weight
 from lightning_prune.masks import Masks, make_masks, score
 from lightning_prune.scheduled import ScheduledTraining
@@ -191,8 +192,7 @@ class Gradient(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        check_at_least("window", self.window, 1)
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:

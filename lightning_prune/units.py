@@ -152,11 +152,10 @@ class Units:
         """Rank within groups of that size, None for all, along the first dimensions beside the channels."""
         axes = [d for d in range(scores.ndim) if d != self.dim][:dims]
         split = is_split(self.parameter, axes)
-        moved = (whole(scores, self.parameter) if split else scores).movedim(axes, list(range(-dims, 0)))
+        last = list(range(-dims, 0))
+        moved = (whole(scores, self.parameter) if split else scores).movedim(axes, last)
         rows = moved.flatten(-dims)
-        ranked = (
-            rank_within(rows, size or max(1, rows.shape[-1])).view(moved.shape).movedim(list(range(-dims, 0)), axes)
-        )
+        ranked = rank_within(rows, size or max(1, rows.shape[-1])).view(moved.shape).movedim(last, axes)
         return (piece(ranked, self.parameter) if split else ranked).contiguous()
 
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
