@@ -18,6 +18,7 @@ from lightning_prune.report import sparsity, summary
 from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.shrinking import shrink
 from lightning_prune.sparse_training import SET, RigL
+from lightning_prune.straight_through import SRSTE
 from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
 from lightning_prune.units import Units
 
@@ -27,6 +28,7 @@ __all__ = [
     "ACDC",
     "NM",
     "SET",
+    "SRSTE",
     "ActiveFLOPs",
     "ActiveParameters",
     "Block",

@@ -62,7 +62,7 @@ class ACDC(ScheduledTraining):
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(sparsity, None)
+        goal.check(sparsity, None, granularity)
         horizon = Horizon(start, end, interval, frequency)
         super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
 

@@ -40,12 +40,22 @@ class Holding:
         """Apply the masks to all parameters, also those that no optimizer has."""
         zero_pruned((local(parameter), self._masks[id(parameter)]) for parameter in self._parameters)
 
-    def attach(self, optimizer: Optimizer, before: Callable[[Optimizer], None] | None = None) -> None:
+    def change(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        """Replace the masks of some parameters from their next application on."""
+        self._masks.update({id(parameter): mask for parameter, mask in masks.items()})
+
+    def attach(
+        self,
+        optimizer: Optimizer,
+        before: Callable[[Optimizer], None] | None = None,
+        after: Callable[[Optimizer], None] | None = None,
+    ) -> None:
         """Apply the masks after every step of this optimizer; idempotent.
 
         Args:
             optimizer: As torch knows it, without wrappers.
             before: What to do before every step, for training loops in which gradients exist when it begins.
+            after: What to do right after every step, before the masks are applied; it may be called twice.
 
         Raises:
             TypeError: If the optimizer was not set up as a torch optimizer.
@@ -53,7 +63,10 @@ class Holding:
         if id(optimizer) in self._handles:
             return
         try:
-            handles = [optimizer.register_step_post_hook(self._after_step)]
+            handles = []
+            if after is not None:
+                handles.append(optimizer.register_step_post_hook(lambda stepped, args, kwargs: after(stepped)))
+            handles.append(optimizer.register_step_post_hook(self._after_step))
             if before is not None:
                 handles.append(optimizer.register_step_pre_hook(lambda stepping, args, kwargs: before(stepping)))
         except AttributeError as error:

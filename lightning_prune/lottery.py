@@ -75,7 +75,7 @@ class LotteryTicket(ScheduledTraining):
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(sparsity, None)
+        goal.check(sparsity, None, granularity)
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         if rewind not in ("weights", "learning_rate", "random"):

@@ -81,6 +81,9 @@ class MaskedTraining(Callback):
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Look at the gradients of an optimizer that is about to step: accumulated, reduced, not yet masked."""
 
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Look at the weights of an optimizer that has just stepped, not yet masked; it may be called twice a step."""
+
     def after_step(self) -> None:
         """Count one training batch in which an optimizer has stepped."""
 
@@ -104,9 +107,7 @@ class MaskedTraining(Callback):
             for optimizer in trainer.optimizers if changed.any() else ():
                 forget_entries(optimizer, parameters[name], changed)
         self.masks = masks
-        for average in _averages(trainer):
-            copies = named_parameters(average)
-            zero_pruned((local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items())
+        mask_averages(trainer, masks)
         self._count(parameters)
 
     def _count(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -168,7 +169,7 @@ class MaskedTraining(Callback):
         self._clips = bool(trainer.gradient_clip_val) or own or not pl_module.automatic_optimization
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
-            self._holding.attach(optimizer, self._before)
+            self._holding.attach(optimizer, self._before, self.stepped)
         self.put_in_force(trainer, pl_module, self.masks)
         self.advance(trainer, pl_module)
 
@@ -178,7 +179,7 @@ class MaskedTraining(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._holding.attach(optimizer, self._before)
+        self._holding.attach(optimizer, self._before, self.stepped)
         if pl_module.automatic_optimization:
             self._look(trainer, optimizer)
 
@@ -276,6 +277,20 @@ def _announce_pruning(trainer: Trainer, pl_module: nn.Module) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hook := getattr(callback, "on_before_pruning", None):
             hook(trainer, pl_module)
+
+
+def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """Return what the gradients of an optimizer are multiplied by when it is about to step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # unscales inside its step
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
+
+
+def mask_averages(trainer: Trainer, masks: Mapping[str, Tensor]) -> None:
+    """Apply masks to the copies of the model that averaging callbacks keep."""
+    for average in _averages(trainer):
+        copies = named_parameters(average)
+        zero_pruned((local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items())
 
 
 def _averages(trainer: Trainer) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_prune import goal, report, scopes
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
-from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.masked_training import MaskedTraining, gradient_scale
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.schedules import Horizon
@@ -126,11 +126,9 @@ class ScheduledTraining(MaskedTraining):
     @override
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._observing(trainer):
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # unscales inside its step
-            scale = scaler.get_scale() if scaler is not None and fused else 1.0
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
             stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._observation.gradients(stepping, scale, check=scaler is not None)
+            self._observation.gradients(stepping, gradient_scale(trainer, optimizer), check=scaled)
 
     @override
     def after_step(self) -> None:

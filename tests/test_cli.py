@@ -236,6 +236,7 @@ GIVEN = {
     "SensitivityPruning": {**SHARED, "window": 2},
     "RigL": {**SPARSE, "decay": "linear", "window": 2},
     "SET": {**SPARSE, "sparsity": {"net.0.*": 0.3, "net.4.*": 0.7}},
+    "SRSTE": {"n": 1, "m": 2, "decay": 0.001, "ignore": ["net.6.*"]},
     "SparseEarlyStopping": {"monitor": "val_loss", "patience": 7},
     "SparseModelCheckpoint": {"monitor": "val_loss", "save_top_k": 2},
 }

@@ -1,0 +1,145 @@
+"""Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from lightning_prune.criteria import Magnitude
+from lightning_prune.granularities import NM
+from lightning_prune.masked_training import MaskedTraining, gradient_scale, mask_averages
+from lightning_prune.masks import Masks, score
+from lightning_prune.shards import local, piece
+from lightning_prune.targets import find
+from lightning_prune.units import Units, make_units
+
+
+class SRSTE(MaskedTraining):
+    """Train N:M sparse weights from the first step, straight through the mask (SR-STE).
+
+    Of every m weights that follow each other along the inputs the n largest are used, and which these are is decided
+    anew after every step. The callback keeps the weights without zeros: their gradient is that of the masked ones,
+    and those that are pruned decay a little, so that the choice settles. Between two steps the model has the masked
+    weights only, as validation and checkpoints see them. The others are part of the callback's state, at one number for
+    each weight, and are what training goes on with when it is resumed.
+
+    Args:
+        n: How many of a group are kept, at least 1.
+        m: The size of a group, more than n.
+        decay: How strongly pruned weights decay: this times the weight is added to its gradient; 0 is the plain
+            straight-through estimator.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
+            is prunable, or an optimizer (LBFGS) runs the model inside its step.
+
+    Reference: Zhou et al., 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
+    arXiv:2102.04010.
+
+    >>> SRSTE(2, 4).granularity
+    NM(n=2, m=4)
+    """
+
+    def __init__(
+        self,
+        n: int = 2,
+        m: int = 4,
+        decay: float = 2e-4,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        log_layers: bool = False,
+    ) -> None:
+        if not 0.0 <= decay < float("inf"):
+            raise ValueError(f"decay must be a finite number of at least 0, got {decay}")
+        self.granularity = NM(n, m)
+        self.n = n
+        self.m = m
+        self.decay = decay
+        super().__init__(targets, ignore, log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._units: list[Units] = []
+        self._dense: dict[str, Tensor] = {}  # the weights without zeros, of this rank's pieces
+        self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
+        self._open: set[str] = set()  # the targets that are without zeros in the model itself, during a step
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
+        self._units = make_units(find(pl_module, self.targets, self.ignore), pl_module, self.granularity)
+        for unit in self._units:
+            weight = local(unit.parameter)
+            if unit.name in self._saved:
+                self._dense[unit.name] = piece(self._saved[unit.name], unit.parameter).to(weight, copy=True)
+            dense = self._dense.get(unit.name)
+            if dense is None or not ((weight == dense) | (weight == 0)).all():  # not those of this model
+                self._dense[unit.name] = weight.clone()
+        self._saved = {}
+        if not self.masks:
+            self.masks = self._choose(self._units)
+
+    def _choose(self, units: list[Units]) -> Masks:
+        places = score(units, Magnitude(), dict.fromkeys(unit.name for unit in units))
+        return Masks({name: place >= self.granularity.least for name, place in places.items()})
+
+    @override
+    def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        self.before_step(trainer, optimizer)  # and no gradient is masked: those of pruned weights are the point
+
+    @override
+    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        scale = gradient_scale(trainer, optimizer)
+        for unit in self._of(optimizer):
+            if unit.name not in self._open and unit.parameter.grad is not None:
+                self._open.add(unit.name)
+                dense = self._dense[unit.name]
+                local(unit.parameter).copy_(dense)
+                hidden = dense.masked_fill(self.masks[unit.name], 0.0)
+                local(unit.parameter.grad).add_(hidden, alpha=self.decay * scale)
+
+    @override
+    def stepped(self, optimizer: Optimizer) -> None:
+        units = [unit for unit in self._of(optimizer) if unit.name in self._open]
+        for unit in units:  # once, though the hook of an optimizer may be called twice
+            self._dense[unit.name].copy_(local(unit.parameter))
+            self._open.remove(unit.name)
+        chosen = self._choose(units) if units else Masks()
+        self._holding.change({unit.parameter: chosen[unit.name] for unit in units})
+        self.masks = Masks({**self.masks, **chosen})
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._open:  # a gradient scaler has skipped the step
+            self._open.clear()
+            self._holding.apply()
+        mask_averages(trainer, self.masks)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _of(self, optimizer: Optimizer) -> list[Units]:
+        stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [unit for unit in self._units if id(unit.parameter) in stepping]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        dense = {name: self._whole(name, weight).to("cpu", copy=True) for name, weight in self._dense.items()}
+        return {**super().state_dict(), "dense": self._saved or dense}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "dense" not in state_dict:
+            raise ValueError(f"the state of SRSTE must have ['dense'], got {list(state_dict)}")
+        super().load_state_dict(state_dict)
+        self._saved = dict(state_dict["dense"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_units": [], "_open": set()}
