@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from models import fit
-from modes import KINDS, SGD, Probe, Regression, StatefulLoader, assert_nothing_left, assert_pruned, mlp
+from modes import KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_nothing_left, assert_pruned, mlp
 from torch import Tensor, nn
+from variants import METHODS
 
 from lightning_prune import (
     ConstantSparsity,
@@ -117,6 +118,18 @@ def test_an_average_of_sparse_weights_stays_sparse(average: str, net: str) -> No
         fit(model, AVERAGES[average](), callback, max_epochs=EPOCHS)
     probe.assert_sparse(updates=0)
     assert_pruned(model, callback, 0.75)
+
+
+@pytest.mark.parametrize("average", ["swa", "mean", "ema"])
+@pytest.mark.parametrize("first", [True, False], ids=["method first", "averaging first"])
+@pytest.mark.parametrize("method", METHODS)
+def test_averages_of_every_method_are_under_its_masks(method: str, first: bool, average: str) -> None:
+    model, callback = Regression(mlp(), optimizer=SGD), METHODS[method]()
+    callbacks = [callback, AVERAGES[average]()] if first else [AVERAGES[average](), callback]
+    with Probe(model, callback) as probe:
+        fit(model, *callbacks, max_epochs=3)
+    assert not probe.dense
+    assert_masked(model, callback)
 
 
 class Resumable(Regression):
