@@ -16,7 +16,6 @@ from lightning_prune.masks import Masks, pack_all, unpack_all
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.schedules import Horizon
 from lightning_prune.search import Search
-from lightning_prune.shards import is_sharded
 from lightning_prune.targets import named_parameters
 
 
@@ -132,9 +131,7 @@ class GuardedPruning(ScheduledTraining):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().begin(trainer, pl_module)
-        for unit in self._units:
-            if is_sharded(unit.parameter):
-                raise ValueError(f"parameters must be whole on every rank to go back, got pieces of {unit.name!r}")
+        rewinding.check(trainer, pl_module)
         if self._search.done:  # resumed from the last checkpoint
             trainer.should_stop = True
 

@@ -16,7 +16,6 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.schedules import Horizon
-from lightning_prune.shards import is_sharded
 
 
 class LotteryTicket(ScheduledTraining):
@@ -50,7 +49,8 @@ class LotteryTicket(ScheduledTraining):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if the rounds do not fit into the run,
-            ``rewind_to`` lies behind the first of them, or parameters are sharded.
+            ``rewind_to`` lies behind the first of them, parameters are sharded, or stochastic weight averaging
+            replaces the schedulers.
 
     Reference: Frankle and Carbin, 2019, arXiv:1803.03635; late rewinding: Frankle et al., 2020, arXiv:1912.05671;
     learning-rate rewinding: Renda et al., 2020, arXiv:2003.02389.
@@ -110,14 +110,12 @@ class LotteryTicket(ScheduledTraining):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rewinding.check(trainer, pl_module)
         if self.rewind == "random":
             rewinding.check_resettable(pl_module)
         if self.frequency is None and math.isinf(self._length(trainer, self.interval)):
             raise ValueError("frequency must be given where the length of the run is unknown, got None")
         super().begin(trainer, pl_module)
-        for unit in self._units:
-            if is_sharded(unit.parameter):
-                raise ValueError(f"parameters must be whole on every rank to be rewound, got pieces of {unit.name!r}")
         if self._moment is None:
             self._moment = self._resolve(trainer)
         positions = [0, *(position for position, _ in self._updates)]

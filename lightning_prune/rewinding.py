@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_prune.shards import is_sharded
 from lightning_prune.targets import named_parameters, plain_name
 
 
@@ -32,6 +33,23 @@ def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
         optimizer.load_state_dict(_copy(saved))
     for config, saved in zip(trainer.lr_scheduler_configs, memory["schedulers"], strict=True):
         config.scheduler.load_state_dict(_copy(saved))
+
+
+def check(trainer: Trainer, model: nn.Module) -> None:
+    """Refuse a run that cannot go back.
+
+    Raises:
+        ValueError: If parameters are sharded, or stochastic weight averaging replaces the schedulers on the way.
+    """
+    for name, parameter in named_parameters(model).items():
+        if is_sharded(parameter):
+            raise ValueError(f"parameters must be whole on every rank to be rewound, got pieces of {name!r}")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
+            raise ValueError(
+                f"schedulers must stay the same to be rewound, got {type(callback).__name__}, which replaces them: "
+                f"use WeightAveraging or EMAWeightAveraging"
+            )
 
 
 def check_resettable(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 1.0 - schedules.cosine(progress),
 }
+_SETTLED = 50  # steps: less and new weights are dropped before they have grown (measured with RigL on LeNet-300-100)
 DecayName = Literal["constant", "linear", "cosine"]
 
 
@@ -44,7 +45,8 @@ class SET(ScheduledTraining):
         start: No update before it: an int counts intervals, a float in [0, 1] is a fraction of the run.
         end: No update from here on; likewise.
         interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
-        frequency: Intervals from one update to the next; None spreads about 100 updates over the window.
+        frequency: Intervals from one update to the next; None spreads at most about 100 updates over the window, 50
+            steps or more apart (in windows of less than 500 steps, 10 updates), so that new weights can grow.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
@@ -104,11 +106,13 @@ class SET(ScheduledTraining):
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
-        every = self.frequency or max(1, round((last - first) / 100))
+        length = last - first
+        least = min(_SETTLED, length // 10) if self.interval == "step" else 1
+        every = self.frequency or max(1, least, round(length / 100))
         left = _DECAYS[self.decay] if isinstance(self.decay, str) else self.decay
         plan = []
         for position in range(first or every, last, every):
-            remaining = left((position - first) / (last - first))
+            remaining = left((position - first) / length)
             if not 0.0 <= remaining <= 1.0:
                 raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
             plan.append((position, self.drop_fraction * remaining))

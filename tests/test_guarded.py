@@ -329,7 +329,7 @@ def sharded() -> str:
 @pytest.mark.distributed
 def test_sharded_parameters_are_refused() -> None:
     for message in distributed.run(sharded, 2):
-        assert message.startswith("parameters must be whole on every rank to go back, got pieces of 'net.0.weight'")
+        assert message.startswith("parameters must be whole on every rank to be rewound, got pieces of 'net.0.weight'")
 
 
 # ------------------------------------------------------------------------------------------------ errors

@@ -83,6 +83,17 @@ def test_updates_fall_every_frequency_steps_and_stop_at_the_end(method: type[SET
 
 
 @pytest.mark.parametrize(
+    ("interval", "window", "first", "updates"),
+    [("step", 8, 1, 7), ("step", 300, 30, 9), ("step", 900, 50, 17), ("step", 20_000, 200, 99), ("epoch", 90, 1, 89)],
+)
+def test_without_a_frequency_new_weights_have_time_to_grow(
+    interval: Any, window: int, first: int, updates: int
+) -> None:
+    plan = SET(0.6, interval=interval).plan(0, window)
+    assert (plan[0][0], len(plan)) == (first, updates)
+
+
+@pytest.mark.parametrize(
     ("decay", "left"),
     [
         ("constant", [1, 1, 1]),
