@@ -48,8 +48,9 @@ class GuardedPruning(ScheduledTraining):
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
 
     Raises:
-        ValueError: If an argument is out of range; before training, if there is no validation; at the first validation,
-            if it does not log the metric.
+        ValueError: If an argument is out of range; before training, if there is no validation, parameters are sharded,
+            or stochastic weight averaging replaces the schedulers; at the first validation, if it does not log the
+            metric.
 
     >>> GuardedPruning("val_acc", max_drop=0.01).trials
     []

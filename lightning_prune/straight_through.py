@@ -74,6 +74,7 @@ class SRSTE(MaskedTraining):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
+        self._open.clear()  # an exception may have ended the last run within a step
         self._units = make_units(find(pl_module, self.targets, self.ignore), pl_module, self.granularity)
         for unit in self._units:
             weight = local(unit.parameter)
@@ -136,8 +137,7 @@ class SRSTE(MaskedTraining):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "dense" not in state_dict:
-            raise ValueError(f"the state of SRSTE must have ['dense'], got {list(state_dict)}")
+        self._expect(state_dict, "dense")
         super().load_state_dict(state_dict)
         self._saved = dict(state_dict["dense"])
 

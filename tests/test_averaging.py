@@ -22,6 +22,7 @@ from variants import METHODS
 
 from lightning_prune import (
     ConstantSparsity,
+    GuardedPruning,
     LotteryTicket,
     MagnitudePruning,
     Pruning,
@@ -135,6 +136,11 @@ def test_averages_of_every_method_are_under_its_masks(method: str, first: bool, 
         fit(model, *callbacks, max_epochs=3)
     assert not probe.dense
     assert_masked(model, callback)
+
+
+def test_guarded_pruning_refuses_an_average_that_replaces_schedulers() -> None:
+    with pytest.raises(ValueError, match="got StochasticWeightAveraging, which replaces them"):
+        fit(Regression(mlp(), optimizer=SGD), GuardedPruning("val_loss", mode="min"), AVERAGES["swa"]())
 
 
 class Resumable(Regression):

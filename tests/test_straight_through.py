@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from models import MLP, ConvNet, MaskRecorder, On, agrees, fit, weights
 from modes import SGD, Probe, Regression, mlp
@@ -172,18 +171,20 @@ def test_an_optimizer_that_runs_the_model_is_refused() -> None:
         fit(MLP(optimizer="lbfgs"), SRSTE())
 
 
-def test_nothing_is_open_after_an_exception() -> None:
-    class Broken(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            closure()
-            raise ConnectionError("lost")
+class Broken(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        raise ConnectionError("lost")
 
-    class Model(MLP):
-        def configure_optimizers(self) -> Any:
-            return Broken(self.parameters(), 0.1)
 
-    model, callback = Model(), SRSTE()
-    trainer: list[Trainer] = []
+def test_an_exception_within_a_step_leaves_masked_weights_and_those_that_they_hide() -> None:
+    model, callback = MLP(), SRSTE(2, 4)
+    fit(model, callback, limit_val_batches=0)
+    model.configure_optimizers = lambda: Broken(model.parameters(), 0.1)
     with pytest.raises(ConnectionError):
-        trainer.append(fit(model, callback))
+        fit(model, callback)
     assert agrees(model, callback.masks)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.1)
+    fit(model, callback, limit_val_batches=0)
+    for dense in callback.state_dict()["dense"].values():
+        assert dense.count_nonzero() == dense.numel()
