@@ -15,7 +15,7 @@ demo: $(BIN)/.demo ## prune a real network with every strategy, about a minute (
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for a part of it)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS) # one thread each: the tests' models are tiny
 
 lint: $(BIN)/.dev ## check style and types
 	$(BIN)/ruff check .
