@@ -28,8 +28,12 @@ def test_no_block_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
-def test_python_runs_and_prints_what_stands_below_it(block: str, tmp_path: Path) -> None:
-    printed = run(sys.executable, "-c", block, folder=tmp_path)
+def test_python_runs_and_prints_what_stands_below_it(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
     below = TEXT[TEXT.index(block) + len(block) :]
     if below.startswith("```\n\n```text\n"):
         expected = below.removeprefix("```\n\n```text\n").partition("```")[0]
