@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune.flags import count
 from lightning_prune.holding import Holding, entrywise, forget_entries
 from lightning_prune.masks import Masks, pack_all, unpack_all, zero_pruned
 from lightning_prune.namespaces import Callback
@@ -113,7 +114,7 @@ class MaskedTraining(Callback):
     def _count(self, parameters: Mapping[str, nn.Parameter]) -> None:
         names = [name for name in self.target_names() if name in self.masks]
         several = any(is_sharded(parameters[name]) for name in names)
-        found = [int(self.masks[n].sum()) if not several or counts_here(parameters[n]) else 0 for n in names]
+        found = [count(self.masks[n]) if not several or counts_here(parameters[n]) else 0 for n in names]
         counted = torch.tensor(found)
         kept: list[int] = (over_ranks(counted) if several else counted).tolist()
         total = sum(parameters[name].numel() for name in self.target_names())

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion
-from lightning_prune.selection import Reduce, Scores, chunks, identity
+from lightning_prune.flags import chunks, count, slices
+from lightning_prune.radix import Reduce, identity
+from lightning_prune.selection import Scores, Source
 from lightning_prune.shards import is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
@@ -33,7 +34,7 @@ class Masks(dict[str, Tensor]):
     def sparsity(self) -> float:
         """The fraction of zeros among all masked entries."""
         total = sum(mask.numel() for mask in self.values())
-        return 1.0 - sum(int(mask.sum()) for mask in self.values()) / total if total else 0.0
+        return 1.0 - sum(count(mask) for mask in self.values()) / total if total else 0.0
 
     def apply(self, model: nn.Module) -> None:
         """Zero the pruned entries of the model's parameters, in place.
@@ -165,7 +166,7 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     due = _settle(_due(allocate(scores), scores.sizes), scores.pruned())
     masks = Masks()
     for unit in units:
-        masks.update(unit.masks(~scores.lowest(unit.name, due[unit.name])))
+        masks.update(unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_()))
     return masks
 
 
@@ -178,30 +179,40 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
     """
     several = any(is_sharded(unit.parameter) for unit in units)
     reduce = over_ranks if several else identity
-    sources = {unit.name: unit.source(partial(criterion.scores, unit), kept[unit.name], several) for unit in units}
-    _check_scores(units, criterion, reduce)
-    wide = any(unit.ranks or unit.parameter.dtype == torch.float64 for unit in units)
-    return Scores(sources, reduce, 64 if wide else 32)
+    sources = {u.name: u.source(criterion.scores, kept[u.name], several, criterion.entrywise) for u in units}
+    types = _check_scores(units, sources, criterion, reduce)
+    wide = torch.float64 in types or any(unit.ranks for unit in units)
+    compared = {unit.name: unit.compared(sources[unit.name]) for unit in units}
+    return Scores(compared, reduce, 64 if wide else 32)
 
 
-def _check_scores(units: Sequence[Units], criterion: Criterion, reduce: Reduce) -> None:
+def _check_scores(
+    units: Sequence[Units], sources: Mapping[str, Source], criterion: Criterion, reduce: Reduce
+) -> set[torch.dtype]:
+    """Refuse scores that are none, and return the types of the others."""
+    faults, types = zip(*(_look(sources[unit.name], unit.held) for unit in units), strict=True)
     # all ranks learn of what one has found, since they have to raise together
-    codes = reduce(torch.tensor([_fault(unit, criterion.scores(unit)) for unit in units]))
-    for unit, code in zip(units, codes.tolist(), strict=True):
-        if code >= _WRONG_SHAPE:
+    for unit, fault in zip(units, reduce(torch.tensor(faults)).tolist(), strict=True):
+        if fault >= _WRONG_SHAPE:
             raise ValueError(
                 f"{criterion} must give one score for each of the {unit.size} units of {unit.name!r}: pool what "
                 f"weights give with units.sum or units.mean"
             )
-        if code:
+        if fault:
             raise ValueError(f"scores must be finite, got NaN or infinity from {criterion} for {unit.name!r}")
+    return set(types)
 
 
 _WRONG_SHAPE = 1 << 31
 
 
-def _fault(unit: Units, scores: Tensor) -> int:
-    return int(not _is_finite(scores)) if scores.numel() == unit.held else _WRONG_SHAPE
+def _look(source: Source, size: int) -> tuple[int, torch.dtype]:
+    """Return what is wrong with the scores of a target, 0 for nothing, and their type."""
+    scores, part = source.open()
+    dtype = part(slice(0)).dtype
+    if scores.numel() != size:
+        return _WRONG_SHAPE, dtype
+    return int(not all(_is_finite(part(piece)) for piece in slices(size, scores.device))), dtype
 
 
 def _is_finite(scores: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_prune.selection import keys
+from lightning_prune.radix import keys
 
 _FEW = 16  # of a group: comparing each with each is faster than sorting
 

@@ -1,6 +1,6 @@
 """Selection: which k of n scores are the lowest, exactly, without sorting, concatenating or gathering them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,77 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-Reduce = Callable[[Tensor], Tensor]
+from lightning_prune.flags import count, exceeds, places, slices
+from lightning_prune.radix import Reduce, identity, keys, kth, likely
 
-_DIGIT = 16  # bits a pass: 2**16 counters stay in the cache
-_CHUNK = 1 << 20  # elements: temporaries of this size are reused by the allocator instead of being mapped anew
+Part = Callable[[slice | Tensor], Tensor]
 
-
-def identity(counts: Tensor) -> Tensor:
-    """Return the counters as they are: the sum over one process."""
-    return counts
-
-
-def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the entries of a tensor in flat order, a cache-sized piece at a time; views where it is contiguous."""
-    flat = tensor.reshape(-1)
-    return (flat[begin : begin + _CHUNK] for begin in range(0, max(1, flat.numel()), _CHUNK))
-
-
-def keys(scores: Tensor, bits: int = 32, kept: Tensor | None = None) -> Tensor:
-    """Return signed integers of 32 or 64 bits that order as the floats do (-0.0 equals 0.0).
-
-    Where ``kept`` (bool) is False, the key is the lowest of all, whatever the score.
-
-    >>> keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).diff().sign().tolist()
-    [1, 0, 1]
-    """
-    floats, integer = (torch.float32, torch.int32) if bits == 32 else (torch.float64, torch.int64)
-    most = torch.iinfo(integer).max
-    key = (scores.to(floats) + 0.0).view(integer)
-    if key.numel() and int(key.amin()) < 0:  # negative floats order backwards: flip all their bits but the sign
-        key.bitwise_xor_(key.bitwise_right_shift(bits - 1).bitwise_and_(most))
-    if kept is not None:  # zero or minus one, flipped: the greatest or the lowest integer; no branch on single entries
-        torch.minimum(key, kept.view(torch.int8).sub(1).to(integer).bitwise_xor_(most), out=key)
-    return key
-
-
-def _histogram(key: Tensor, shift: int, prefix: int | None) -> Tensor:
-    """Count the 16-bit digits at ``shift`` of the keys that begin with ``prefix``."""
-    if prefix is None:
-        digits = key.bitwise_right_shift(shift).add_(1 << (_DIGIT - 1))  # signed: the lowest key gets digit 0
-    else:
-        inside = key[key.bitwise_right_shift(shift + _DIGIT) == prefix]
-        digits = inside.bitwise_right_shift_(shift).bitwise_and_((1 << _DIGIT) - 1)
-    return torch.bincount(digits, minlength=1 << _DIGIT)
-
-
-def kth(stream: Callable[[], Iterable[Tensor]], k: int, bits: int, reduce: Reduce = identity) -> tuple[int, int, int]:
-    """Return the k-th smallest key, how many keys equal to it are among the k smallest, and how many there are.
-
-    Args:
-        stream: Gives the keys, integer tensors of any number and size, anew at each pass.
-        k: From 1 to the number of keys on all ranks.
-        bits: Width of the keys: 32 or 64.
-        reduce: Sums a vector of counters over the ranks.
-
-    >>> kth(lambda: [torch.tensor([3, 1], dtype=torch.int32), torch.tensor([1, 1], dtype=torch.int32)], 2, 32)
-    (1, 2, 3)
-    """
-    prefix: int | None = None
-    left, present = k, 0
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        total = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for key in stream():
-            total = total.to(key.device).add_(_histogram(key, shift, prefix))
-        counts = reduce(total).cpu()
-        below = counts.cumsum(0)
-        digit = int(torch.searchsorted(below, left))
-        present = int(counts[digit])
-        left -= int(below[digit]) - present
-        prefix = digit - (1 << (_DIGIT - 1)) if prefix is None else (prefix << _DIGIT) | digit
-    assert prefix is not None
-    return prefix, left, present
+_FEW = 1 << 18  # units: to count the digits of fewer takes no longer than to look at a sample first
+_ROOM = 16  # one of so many units, at most, is noted while the range of the k-th is wider than one key
 
 
 @dataclass(frozen=True)
@@ -92,6 +28,8 @@ class Source:
         counts: Whether this rank counts its units; False where another rank counts a copy of them.
         index: Returns the flat position of this rank's units in the whole (int64); None if it holds all of them.
         kept: Which of this rank's units (bool) are not pruned yet; pruned ones come first. None means all.
+        part: Returns some of these scores, by flat position; None if no score can be had without the others.
+        like: A tensor of the shape and on the device of what ``compute`` returns; needed with ``part``.
     """
 
     compute: Callable[[], Tensor]
@@ -100,20 +38,62 @@ class Source:
     counts: bool = True
     index: Callable[[], Tensor] | None = None
     kept: Tensor | None = None
+    part: Part | None = None
+    like: Tensor | None = None
+
+    def open(self) -> tuple[Tensor, Part]:
+        """Return a tensor of the shape of these scores, and a function that gives some of them by flat position."""
+        if self.part is not None and self.like is not None:
+            return self.like, self.part
+        scores = self.compute()
+        return scores, scores.reshape(-1).__getitem__
 
     @property
     def pruned(self) -> int:
         """The number of this rank's units that are not kept."""
-        return 0 if self.kept is None else self.kept.numel() - int(self.kept.sum())
+        return 0 if self.kept is None else self.kept.numel() - count(self.kept)
+
+    def keys(self, bits: int, step: int = 1) -> Iterator[Tensor]:
+        """Yield the keys of every ``step``-th unit of this rank, a piece at a time; pruned units have the lowest."""
+        like, part = self.open()
+        kept = None if self.kept is None else self.kept.reshape(-1)
+        for piece in slices(like.numel(), like.device, step):
+            yield keys(part(piece), bits, None if kept is None else kept[piece])
+
+
+@dataclass
+class _Found:
+    """What one pass over this rank's units of a target has found out about a range of keys.
+
+    Args:
+        picked: Which units (bool) have keys in the range or below it.
+        at_most: How many these are.
+        inside: How many have keys in the range.
+        places: Flat positions of those inside; empty if they were too many to note.
+        keys: Their keys.
+    """
+
+    picked: Tensor
+    at_most: int
+    inside: int
+    places: Tensor
+    keys: Tensor
+
+    def narrow(self, key: int) -> None:
+        """Reduce the range to one key."""
+        above, at = self.places[self.keys > key], self.keys == key
+        self.picked.view(-1)[above] = False
+        self.at_most -= above.numel()
+        self.places, self.keys = self.places[at], self.keys[at]
+        self.inside = self.places.numel()
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """The lowest units of a target: keys below ``key``, and the first ``ties`` of the ``equal`` ones at it."""
+    """The lowest units of some targets: all below a key, and the first ``ties`` of those at it."""
 
     key: int
     ties: int
-    equal: int
 
 
 class Scores(Mapping[str, Tensor]):
@@ -135,7 +115,7 @@ class Scores(Mapping[str, Tensor]):
         self._sources = dict(sources)
         self._reduce = reduce
         self._bits = bits
-        self._selected: dict[tuple[str, int], tuple[Tensor, _Cut]] = {}  # by name and number, ties not yet broken
+        self._selected: dict[tuple[str, int], tuple[_Found, _Cut, int]] = {}  # by name and number, ties not yet broken
         self.sizes = {name: source.size for name, source in self._sources.items()}
         self.shapes = {name: source.shape for name, source in self._sources.items()}
 
@@ -147,12 +127,9 @@ class Scores(Mapping[str, Tensor]):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        scores, kept = self._computed(name), self._sources[name].kept
+        scores, kept = self._sources[name].compute(), self._sources[name].kept
+        scores = scores if scores.dtype == torch.float64 else scores.float()
         return scores if kept is None else scores.masked_fill(~kept.view_as(scores), -torch.inf)
-
-    def _computed(self, name: str) -> Tensor:
-        scores = self._sources[name].compute()
-        return scores if scores.dtype == torch.float64 else scores.float()
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -170,69 +147,101 @@ class Scores(Mapping[str, Tensor]):
     def below(self, level: float) -> int:
         """Return how many units score below ``level``, on all ranks."""
         mark = int(keys(torch.tensor([level], dtype=torch.float64), self._bits)) - 1
-        found = [self._at_most(name, mark)[1] for name in self]
-        return int(self._reduce(torch.tensor(found)).sum())
+        return sum(at_most for at_most, _ in self._totals({name: self._survey(name, mark, mark) for name in self}))
 
     def counts(self, k: int) -> dict[str, int]:
         """Return how many of the k lowest units lie in each target; equal scores fall in the order of the targets."""
         if k == 0:
             return dict.fromkeys(self, 0)
-        key, ties, _ = self._kth(list(self), k)
-        selected = {name: self._at_most(name, key) for name in self}
-        found = self._reduce(torch.tensor([counted for _, *counted in selected.values()])).tolist()
-        shares = {}
-        for (name, (picked, *_)), (at_most, equal) in zip(selected.items(), found, strict=True):
-            cut = _Cut(key, min(ties, equal), equal)
-            ties -= cut.ties
-            shares[name] = at_most - equal + cut.ties
-            self._selected[name, shares[name]] = picked, cut
+        found, totals, cut = self._select(list(self), k)
+        shares, ties = {}, cut.ties
+        for (name, one), (at_most, equal) in zip(found.items(), totals, strict=True):
+            mine = min(ties, equal)
+            ties -= mine
+            shares[name] = at_most - equal + mine
+            self._selected[name, shares[name]] = one, _Cut(cut.key, mine), equal
         return shares
 
     def lowest(self, name: str, k: int) -> Tensor:
         """Return a bool tensor of the shape of these scores: True at the k lowest, ties in flat order."""
         if k in (0, self.sizes[name]):
-            return torch.full_like(self._computed(name), k > 0, dtype=torch.bool)
+            return torch.full_like(self._sources[name].open()[0], k > 0, dtype=torch.bool)
         if (name, k) in self._selected:
-            picked, cut = self._selected.pop((name, k))
+            one, cut, equal = self._selected.pop((name, k))
         else:
-            cut = _Cut(*self._kth([name], k))
-            picked = self._at_most(name, cut.key)[0]
-        if cut.ties < cut.equal:
-            self._break_ties(name, picked, cut)
-        return picked
+            found, totals, cut = self._select([name], k)
+            one, equal = found[name], totals[0][1]
+        if cut.ties < equal:
+            self._break_ties(name, one, cut)
+        return one.picked
 
-    def _keys_of(self, name: str, scores: Tensor) -> Iterator[Tensor]:
-        kept = self._sources[name].kept
-        if kept is None:
-            return (keys(part, self._bits) for part in chunks(scores))
-        return (keys(part, self._bits, left) for part, left in zip(chunks(scores), chunks(kept), strict=True))
+    def _select(self, names: list[str], k: int) -> tuple[dict[str, _Found], list[list[int]], _Cut]:
+        """Find the k-th lowest unit: return what is at its key, per target and in numbers over all ranks."""
+        most = sum(self.sizes[name] for name in names) // _ROOM
+        for low, high in self._ranges(names, k):
+            found = {name: self._survey(name, low, high, most if low < high else 0) for name in names}
+            totals = self._totals(found)
+            at_most, inside = map(sum, zip(*totals, strict=True))
+            left = k - (at_most - inside)
+            if 0 < left <= inside and (low == high or inside <= most):
+                break
+        if low == high:
+            return found, totals, _Cut(low, left)
+        key, ties, _ = kth(
+            lambda: [found[n].keys for n in names if self._sources[n].counts], left, self._bits, self._reduce
+        )
+        for one in found.values():
+            one.narrow(key)
+        return found, self._totals(found), _Cut(key, ties)
 
-    def _kth(self, names: list[str], k: int) -> tuple[int, int, int]:
+    def _ranges(self, names: list[str], k: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of keys for the k-th lowest: one that is likely and holds few units, then the key itself."""
+        sources, size = [self._sources[name] for name in names], sum(self.sizes[name] for name in names)
+        if size >= _FEW:
+            step = round(size ** (1 / 3)) | 1  # a larger sample takes as long as it saves; odd, to hit all columns
+            sample = [key for source in sources for key in source.keys(self._bits, step) if source.counts]
+            yield likely(sample, k / size, self._bits, self._reduce)
+
+        # scores are computed on all ranks, since that may be a common effort; one rank counts them
         def stream() -> Iterator[Tensor]:
-            for name in names:  # all ranks compute scores, since that may be a common effort; one counts them
-                scores = self._computed(name)
-                yield from self._keys_of(name, scores) if self._sources[name].counts else ()
+            return (key for source in sources for key in source.keys(self._bits) if source.counts)
 
-        return kth(stream, k, self._bits, self._reduce)
+        key = kth(stream, k, self._bits, self._reduce)[0]
+        yield key, key
 
-    def _at_most(self, name: str, mark: int) -> tuple[Tensor, int, int]:
-        """Return which units of a target have keys up to a mark, how many this rank counts, and how many at it."""
-        counts = self._sources[name].counts
-        scores, at_most, equal = self._computed(name), 0, 0
-        picked = torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
-        for out, key in zip(chunks(picked), self._keys_of(name, scores), strict=True):
-            torch.le(key, mark, out=out)
-            if counts:
-                at_most += int(out.sum())
-                equal += int((key == mark).sum())
-        return picked, at_most, equal
+    def _totals(self, found: Mapping[str, _Found]) -> list[list[int]]:
+        """Return for each target how many units are picked and how many are inside the range, on all ranks."""
+        counted = [[o.at_most, o.inside] if self._sources[n].counts else [0, 0] for n, o in found.items()]
+        totals: list[list[int]] = self._reduce(torch.tensor(counted).view(-1)).view(-1, 2).tolist()
+        return totals
 
-    def _break_ties(self, name: str, picked: Tensor, cut: _Cut) -> None:
-        """Unpick all equal scores but the first ``cut.ties`` in the flat order of the whole target."""
+    def _survey(self, name: str, low: int, high: int, room: int = 0) -> _Found:
+        """Look for the keys of a target in a range, both ends included, and note up to so many of them."""
         source = self._sources[name]
-        at = torch.cat([key == cut.key for key in self._keys_of(name, self._computed(name))])
-        place = at.nonzero().squeeze(1)
-        flat = picked.view(-1)
+        least = -(1 << (self._bits - 1))  # the key of what is pruned, which does not exceed any
+        like, part = source.open()
+        picked = torch.empty_like(like, dtype=torch.bool, memory_format=torch.contiguous_format)
+        within, kept = torch.empty_like(picked).view(-1), None if source.kept is None else source.kept.reshape(-1)
+        at_most = inside = 0
+        for piece in slices(picked.numel(), picked.device):
+            key, above, reach = keys(part(piece), self._bits), picked.view(-1)[piece], within[piece]
+            exceeds(key, high, above)
+            exceeds(key, low - 1, reach) if low > least else reach.fill_(True)
+            if kept is not None:
+                above.logical_and_(kept[piece])
+                reach.logical_and_(kept[piece]) if low > least else reach
+            at_most += count(above.logical_not_())
+            inside += count(reach.logical_and_(above))
+        at = places(within if inside <= room else within[:0])
+        return _Found(picked, at_most, inside, at, keys(part(at), self._bits, None if kept is None else kept[at]))
+
+    def _break_ties(self, name: str, one: _Found, cut: _Cut) -> None:
+        """Unpick all units at the cut but the first ``cut.ties`` in the flat order of the whole target."""
+        source = self._sources[name]
+        place = one.places
+        if place.numel() < one.inside:
+            place = torch.cat([key == cut.key for key in source.keys(self._bits)]).nonzero().squeeze(1)
+        flat = one.picked.view(-1)
         if source.index is None:
             flat[place[cut.ties :]] = False
             return

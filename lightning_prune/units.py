@@ -1,13 +1,15 @@
 """Units: one target as a criterion sees it, in units of a granularity."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.dataflow import norms_behind
-from lightning_prune.granularities import Granularity
+from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.ranking import rank_within
 from lightning_prune.selection import Source
 from lightning_prune.shards import counts_here, flat_index, is_sharded, is_split, local, over_ranks, piece, whole
@@ -106,23 +108,45 @@ class Units:
         """Return values of all units as values of this rank's units."""
         return piece(values, self.parameter).contiguous() if self.split else values
 
-    def source(self, scores: Callable[[], Tensor], kept: Tensor | None, several: bool) -> Source:
+    def source(
+        self, scores: Callable[["Units"], Tensor], kept: Tensor | None, several: bool, entrywise: bool = False
+    ) -> Source:
         """Return where the scores of these units come from; units that are pruned already come first.
 
         Args:
-            scores: Returns a finite score for each unit that this rank scores.
+            scores: Gives a finite score for each unit that this rank scores.
             kept: Which units are not pruned yet; None means all.
             several: Whether counters are summed over ranks, so that only one rank may count a unit.
+            entrywise: Whether ``scores`` may be asked for single weights as if they were all.
         """
         owner = counts_here(self.parameter if self.split else torch.empty(0))
+        weight = local(self.parameter)
+        flat = all(values.is_contiguous() for values in (weight, self.statistic) if values is not None)
+        pieces = entrywise and flat and isinstance(self.granularity, Weight)
         return Source(
-            compute=scores if self.granularity.group is None else partial(self._among_group, scores, kept),
+            compute=partial(scores, self),
             size=self.size,
             shape=tuple(self.parameter.shape),
             counts=owner or not several,
             index=self.index if self.split else None,
             kept=kept,
+            part=(lambda at: scores(self._entries(at))) if pieces else None,
+            like=weight if pieces else None,
         )
+
+    def _entries(self, at: slice | Tensor) -> "Units":
+        """Return single weights of this rank's piece, by flat position, as units of their own."""
+        some = copy.copy(self)
+        some.parameter = nn.Parameter(local(self.parameter).view(-1)[at], requires_grad=False)
+        some.statistic = None if self.statistic is None else self.statistic.view(-1)[at]
+        some.size = some.parameter.numel()
+        return some
+
+    def compared(self, source: Source) -> Source:
+        """Return scores that compare units with those of their group, if the granularity has groups."""
+        if not self.ranks:
+            return source
+        return replace(source, compute=partial(self._among_group, source.compute, source.kept), part=None, like=None)
 
     @property
     def ranks(self) -> bool:

@@ -1,7 +1,8 @@
 """Masks: apply, pack, and how scores become masks."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Criterion, Granularity, Magnitude, Masks, Random, Weight, goal, prune, scopes
+from lightning_prune import (
+    Channel,
+    Criterion,
+    Granularity,
+    Magnitude,
+    Masks,
+    Random,
+    Sensitivity,
+    Weight,
+    goal,
+    prune,
+    scopes,
+)
 from lightning_prune.masks import make_masks, pack, pack_all, unpack, unpack_all, zero_pruned
 from lightning_prune.scopes import SCOPES
 from lightning_prune.selection import Scores
@@ -470,3 +483,54 @@ def test_a_criterion_with_scores_of_another_shape_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"PerWeight.* one score for each of the 4 units of 'weight'"):
         prune(nn.Linear(4, 4), 0.5, criterion=PerWeight(), granularity=Channel())
+
+
+# ------------------------------------------------------------------------------------------------ piece by piece
+
+
+class Relative(Magnitude):
+    """Looks at the other weights of the target, unlike what it is made from."""
+
+    def scores(self, units: Units) -> Tensor:
+        return units.mean(lambda weight: weight.abs() / weight.abs().sum())
+
+
+@dataclass(frozen=True)
+class Counting(Magnitude):
+    """Notes how many weights it was asked for at a time."""
+
+    entrywise: ClassVar[bool] = True
+
+    asked: list[int] = field(default_factory=list)
+
+    def scores(self, units: Units) -> Tensor:
+        self.asked.append(units.parameter.numel())
+        return super().scores(units)
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Sensitivity(window=1)])
+@pytest.mark.parametrize("held", [False, True])
+def test_scores_of_pieces_give_the_masks_of_whole_scores(criterion: Criterion, held: bool) -> None:
+    model = nn.Sequential(nn.Linear(900, 700, bias=False), nn.Linear(700, 30, bias=False))
+    masks = Masks({"0.weight": torch.rand(700, 900) > 0.3, "1.weight": torch.rand(30, 700) > 0.3}) if held else Masks()
+    units = make_units(find(model), model, Weight())
+    for unit in units:
+        unit.statistic, unit.steps = torch.rand_like(unit.parameter), 1
+    scores = torch.cat([criterion.scores(unit).detach().view(-1) for unit in units])
+    if held:
+        scores[~torch.cat([masks[unit.name].view(-1) for unit in units])] = -1.0
+    expected = torch.ones(len(scores), dtype=torch.bool)
+    expected[scores.argsort(stable=True)[: round(0.6 * len(scores))]] = False
+    found = make_masks(units, criterion, lambda scores: scopes.global_(scores, 0.6), masks)
+    assert torch.equal(torch.cat([mask.view(-1) for mask in found.values()]), expected)
+
+
+def test_only_scores_that_say_so_are_asked_for_in_pieces() -> None:
+    model, criterion = nn.Linear(1000, 600), Counting()
+    new_masks(model, lambda scores: scopes.local(scores, 0.5), criterion=criterion)
+    assert max(criterion.asked) < 600_000
+    assert Magnitude.entrywise
+    assert not Relative.entrywise
+    found = new_masks(model, lambda scores: scopes.local(scores, 0.5), criterion=Relative())
+    assert torch.equal(found["weight"], new_masks(model, lambda scores: scopes.local(scores, 0.5))["weight"])
+    assert found.sparsity == 0.5

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_prune.selection import Reduce, Scores, Source, keys, kth
+from lightning_prune.radix import Reduce, keys, kth
+from lightning_prune.selection import Scores, Source
 
 INF = float("inf")
 CHUNK = 1 << 20  # scores are worked through in pieces of this size
@@ -481,3 +482,60 @@ def test_below_counts_every_unit_once_over_ranks() -> None:
         return []
 
     assert on_ranks(3, work) == [[], [], []]
+
+
+# ------------------------------------------------------------------------------------------------ from a sample
+
+SAMPLED = 300_000  # scores: of so many, a sample is looked at first
+
+HARD = {
+    "normal": lambda: torch.randn(SAMPLED),
+    "mostly equal": lambda: torch.randn(SAMPLED).relu(),
+    "few values": lambda: torch.randint(0, 4, (SAMPLED,)).double(),
+    "sorted": lambda: torch.arange(SAMPLED).float() - SAMPLED / 2,
+    "a sample sees the others": lambda: (torch.arange(SAMPLED) % 67 == 0).float().mul_(torch.rand(SAMPLED)),
+    "heavy tails": lambda: torch.randn(SAMPLED).pow(9),
+    "one value": lambda: torch.ones(SAMPLED),
+}
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("distribution", HARD)
+def test_many_scores_of_any_distribution_are_selected_exactly(distribution: str, pruned: bool) -> None:
+    torch.manual_seed(2)
+    whole = HARD[distribution]()
+    kept = torch.rand(SAMPLED) > 0.5 if pruned else None
+    order = (whole if kept is None else whole.masked_fill(~kept, -INF)).argsort(stable=True)
+    parts = {"a": slice(0, 1000), "b": slice(1000, 1000), "c": slice(1000, SAMPLED)}
+    sources = {}
+    for name, part in parts.items():
+        left = None if kept is None else kept[part]
+        size = part.stop - part.start
+        sources[name] = Source(lambda part=part: whole[part], size, (size,), kept=left)  # type: ignore[misc]
+    scores = Scores(sources, bits=64 if whole.dtype == torch.float64 else 32)
+    for k in (1, SAMPLED // 10, SAMPLED // 2, SAMPLED - 1000, SAMPLED - 1, SAMPLED):
+        expected = torch.zeros(SAMPLED, dtype=torch.bool)
+        expected[order[:k]] = True
+        counts = scores.counts(k)
+        assert torch.equal(torch.cat([scores.lowest(name, counts[name]) for name in parts]), expected), k
+
+
+def test_many_scores_are_sampled_and_then_read_once() -> None:
+    scores, asked = torch.randn(SAMPLED), []
+
+    def part(at: slice | Tensor) -> Tensor:
+        asked.append(scores[at].numel())
+        return scores[at]
+
+    source = Source(lambda: scores, SAMPLED, (SAMPLED,), part=part, like=scores)
+    assert int(Scores({"w": source}).lowest("w", SAMPLED // 2).sum()) == SAMPLED // 2
+    assert sum(asked) < 1.1 * SAMPLED
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_random_pieces_of_many_scores_are_selected_as_one(pruned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.selection._FEW", 1)
+    test_random_pieces_with_many_ties_are_selected_as_one(0, pruned)
+    test_ranks_select_what_one_process_selects(
+        {"a": [([0, 1, 2], True), ([3, 4, 5], True)], "b": [([0, 1], True), ([2, 3], True)]}
+    )

@@ -21,6 +21,8 @@ class Criterion:
         needs: What it observes during ``window`` optimizer steps before an update: nothing beyond the weights, the
             gradients (``observe`` is called once a step), or forward passes (once a forward of the weight's module).
         window: How many optimizer steps it observes.
+        entrywise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
+            that ``scores`` may be asked for a piece of them at a time.
 
     >>> class Squared(Criterion):
     ...     def scores(self, units):
@@ -28,7 +30,14 @@ class Criterion:
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
+    entrywise: ClassVar[bool] = False
     window: int = 0
+
+    def __init_subclass__(cls) -> None:
+        """Let a subclass with scores of its own say anew whether they are entrywise."""
+        super().__init_subclass__()
+        if "scores" in vars(cls):
+            cls.entrywise = vars(cls).get("entrywise", False)
 
     def scores(self, units: Units) -> Tensor:
         """Return a finite score for each unit: ``units.sum`` and ``units.mean`` pool values of single weights."""

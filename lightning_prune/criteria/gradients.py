@@ -26,6 +26,7 @@ class Sensitivity(Criterion):
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+    entrywise: ClassVar[bool] = True
 
     window: int = 16
 

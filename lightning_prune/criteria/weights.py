@@ -2,13 +2,14 @@
 
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.selection import chunks
+from lightning_prune.flags import chunks
 from lightning_prune.units import Units
 
 
@@ -18,6 +19,8 @@ class Magnitude(Criterion):
 
     Reference: Han et al., 2015, "Learning both Weights and Connections", arXiv:1506.02626.
     """
+
+    entrywise: ClassVar[bool] = True
 
     @override
     def scores(self, units: Units) -> Tensor:

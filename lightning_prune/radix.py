@@ -1,0 +1,94 @@
+"""Radix selection: the k-th smallest of any number of floats, by counting the digits of their bits."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+
+_DIGIT = 16  # bits a pass: 2**16 counters stay in the cache
+_SIGMAS = 4.0  # a range that follows from a random sample misses the k-th once in 16,000
+
+
+def identity(counts: Tensor) -> Tensor:
+    """Return the counters as they are: the sum over one process."""
+    return counts
+
+
+def keys(scores: Tensor, bits: int = 32, kept: Tensor | None = None) -> Tensor:
+    """Return signed integers of 32 or 64 bits that order as the floats do (-0.0 equals 0.0).
+
+    Where ``kept`` (bool) is False, the key is the lowest of all, whatever the score.
+
+    >>> keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).diff().sign().tolist()
+    [1, 0, 1]
+    """
+    floats, integer = (torch.float32, torch.int32) if bits == 32 else (torch.float64, torch.int64)
+    most = torch.iinfo(integer).max
+    key = scores.to(floats).view(integer)  # positive floats order as their bits do: nothing to compute, nor to write
+    if key.numel() and int(key.amin()) < 0:  # negative ones order backwards: flip all their bits but the sign
+        key = (scores.to(floats) + 0.0).view(integer)
+        key.bitwise_xor_(key.bitwise_right_shift(bits - 1).bitwise_and_(most))
+    if kept is not None:  # zero or minus one, flipped: the greatest or the lowest integer; no branch on single entries
+        key = torch.minimum(key, kept.view(torch.int8).sub(1).to(integer).bitwise_xor_(most))
+    return key
+
+
+def _histogram(key: Tensor, shift: int, prefix: int | None) -> Tensor:
+    """Count the 16-bit digits at ``shift`` of the keys that begin with ``prefix``."""
+    if prefix is None:
+        digits = key.bitwise_right_shift(shift).add_(1 << (_DIGIT - 1))  # signed: the lowest key gets digit 0
+    else:
+        inside = key[key.bitwise_right_shift(shift + _DIGIT) == prefix]
+        digits = inside.bitwise_right_shift_(shift).bitwise_and_((1 << _DIGIT) - 1)
+    return torch.bincount(digits, minlength=1 << _DIGIT)
+
+
+def kth(stream: Callable[[], Iterable[Tensor]], k: int, bits: int, reduce: Reduce = identity) -> tuple[int, int, int]:
+    """Return the k-th smallest key, how many keys equal to it are among the k smallest, and how many there are.
+
+    Args:
+        stream: Gives the keys, integer tensors of any number and size, anew at each pass.
+        k: From 1 to the number of keys on all ranks.
+        bits: Width of the keys: 32 or 64.
+        reduce: Sums a vector of counters over the ranks.
+
+    >>> kth(lambda: [torch.tensor([3, 1], dtype=torch.int32), torch.tensor([1, 1], dtype=torch.int32)], 2, 32)
+    (1, 2, 3)
+    """
+    prefix: int | None = None
+    left, present = k, 0
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        total = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+        for key in stream():
+            total = total.to(key.device).add_(_histogram(key, shift, prefix))
+        counts = reduce(total).cpu()
+        below = counts.cumsum(0)
+        digit = int(torch.searchsorted(below, left))
+        present = int(counts[digit])
+        left -= int(below[digit]) - present
+        prefix = digit - (1 << (_DIGIT - 1)) if prefix is None else (prefix << _DIGIT) | digit
+    assert prefix is not None
+    return prefix, left, present
+
+
+def likely(sample: Sequence[Tensor], share: float, bits: int, reduce: Reduce = identity) -> tuple[int, int]:
+    """Return the least and the greatest key of a range that very likely holds a quantile of all keys.
+
+    Args:
+        sample: Some of the keys, on this rank.
+        share: How many of all keys are up to the quantile, above 0 to 1.
+        bits: Width of the keys: 32 or 64.
+        reduce: Sums a vector of counters over the ranks.
+
+    >>> low, high = likely([keys(torch.linspace(0, 1, 1001))], 0.5, 32)
+    >>> low < int(keys(torch.tensor([0.5]))) < high
+    True
+    """
+    n = int(reduce(torch.tensor([sum(key.numel() for key in sample)])))
+    apart = 1.0 + _SIGMAS * math.sqrt(n * share * (1.0 - share))
+    ends = (int(min(n, max(1.0, n * share + way * apart))) for way in (-1, 1))
+    low, high = (kth(lambda: sample, end, bits, reduce)[0] for end in ends)
+    return low, high
