@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format examples clean
+.PHONY: help demo test lint format examples evidence clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that .venv is made with
@@ -33,6 +33,9 @@ examples: $(BIN)/.dev ## run every file in examples/
 	    echo "== $$file $$arguments"; \
 	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \
 	done
+
+evidence: $(BIN)/.dev ## test what the papers claim, and write the tables (FULL=1 for all data and sparsities; hours)
+	@MPLBACKEND=Agg $(BIN)/python examples/benchmarks/evidence $(if $(FULL),--full)
 
 clean: ## remove .venv and everything that tools and runs left behind
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output

@@ -1,0 +1,101 @@
+"""What the papers claim, as pairs of settings, and what came of it here."""
+
+import statistics
+from dataclasses import dataclass
+
+from running import Results, Setting, spread
+from scipy import stats
+
+NEURONS = 0.9
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One setting is better than another.
+
+    Args:
+        text: The claim, in few words.
+        source: Whose it is.
+        one: The setting that should be better.
+        other: The setting that it should beat.
+        margin: By how many points it may fall short.
+        or_equal: Whether it is enough not to be worse.
+    """
+
+    text: str
+    source: str
+    one: Setting
+    other: Setting
+    margin: float = 0.0
+    or_equal: bool = False
+
+    def judge(self, results: Results, seeds: range) -> list[str] | None:
+        """Return a row of the table, or None if a run is missing; pairs of a seed share data and initialisation."""
+        one, other = results.accuracies(self.one, seeds), results.accuracies(self.other, seeds)
+        if one is None or other is None:
+            return None
+        gains = [a - b for a, b in zip(one, other, strict=True)]
+        return [self.text, self.source, spread(one), spread(other), _signed(gains), self.verdict(gains)]
+
+    def verdict(self, gains: list[float]) -> str:
+        """Return what a paired t-test at 5 %, one-sided, says of the gains."""
+        p = float(stats.ttest_1samp([gain + self.margin for gain in gains], 0.0, alternative="greater").pvalue)
+        if p < 0.05:
+            return "holds"
+        if p > 0.95:
+            return "**the reverse holds**"
+        return "holds: no worse" if self.or_equal else "**not beyond chance**"
+
+
+def _signed(gains: list[float]) -> str:
+    return f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
+
+
+def _mnist(method: str) -> Setting:
+    return Setting("mnist", method, 0.98)
+
+
+def _rounds(method: str) -> Setting:
+    return Setting("rounds", method, 0.98)
+
+
+def _neurons(method: str) -> Setting:
+    return Setting("mnist", f"neurons, {method}", NEURONS)
+
+
+DENSE = Setting("mnist", "dense", 0.0)
+CLAIMS = [
+    Claim("gradual > one-shot", "Zhu and Gupta, 2017", _mnist("gradual"), _mnist("one-shot")),
+    Claim("magnitude > random", "Han et al., 2015", _mnist("one-shot"), _mnist("one-shot, random")),
+    Claim("ERK > uniform, static", "Evci et al., 2020", _mnist("static"), _mnist("static, uniform")),
+    Claim("ERK > uniform, gradual", "Evci et al., 2020", _mnist("gradual, ERK"), _mnist("gradual, uniform")),
+    Claim("SET > static", "Mocanu et al., 2018", _mnist("SET"), _mnist("static")),
+    Claim("RigL >= SET", "Evci et al., 2020", _mnist("RigL"), _mnist("SET"), or_equal=True),
+    Claim(
+        "rewound ticket > random weights",
+        "Frankle and Carbin, 2019",
+        _rounds("LotteryTicket"),
+        _rounds("LotteryTicket, random"),
+    ),
+    Claim(
+        "learning-rate rewinding > fine-tuning",
+        "Renda et al., 2020",
+        _rounds("LotteryTicket, learning rate"),
+        _rounds("fine-tuning in rounds"),
+    ),
+    Claim("2:4 within a point of dense, `SRSTE`", "Zhou et al., 2021", Setting("mnist", "2:4, SRSTE", 0.5), DENSE, 1.0),
+    Claim("2:4 within a point of dense, gradual", "", Setting("mnist", "2:4, gradual", 0.5), DENSE, 1.0),
+    Claim("neurons: Taylor > random", "Molchanov et al., 2019", _neurons("Taylor"), _neurons("random")),
+    Claim("neurons: Taylor > L2", "Molchanov et al., 2019", _neurons("Taylor"), _neurons("L2")),
+    Claim("neurons: entropy, low first > random", "", _neurons("entropy, low first"), _neurons("random")),
+    Claim("neurons: entropy, low first > L2", "", _neurons("entropy, low first"), _neurons("L2")),
+    Claim("neurons: entropy, high first > random", "", _neurons("entropy, high first"), _neurons("random")),
+    Claim("neurons: entropy, high first > L2", "", _neurons("entropy, high first"), _neurons("L2")),
+]
+PEERS = [
+    (_mnist("gradual"), _mnist("ModelPruning, gradual")),
+    (_mnist("one-shot"), _mnist("ModelPruning, one-shot")),
+    (_mnist("one-shot"), _mnist("torch.nn.utils.prune, one-shot")),
+    (_mnist("gradual"), _mnist("fasterai, gradual")),
+    (_neurons("L2"), Setting("mnist", "Torch-Pruning, neurons", NEURONS)),
+]

@@ -1,0 +1,84 @@
+"""How it is pruned: callbacks as a user writes them, by the name of the method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import Callback
+from peers import PEERS
+from torch import Tensor
+
+from lightning_prune import (
+    ACDC,
+    NM,
+    SET,
+    SRSTE,
+    Channel,
+    Criterion,
+    EntropyPruning,
+    LotteryTicket,
+    MagnitudePruning,
+    Pruning,
+    Random,
+    RandomPruning,
+    RigL,
+    SensitivityPruning,
+    Units,
+    Weight,
+)
+
+ROUNDS = 5
+HALFWAY: dict[str, Any] = {"schedule": "one_shot", "start": 0.5}
+AT_ONCE: dict[str, Any] = {"schedule": "one_shot", "start": 0}
+NEURONS: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",), **HALFWAY}
+
+
+class L2(Criterion):
+    """The mean of the squares of a unit's weights, which orders units of a layer as their norms do."""
+
+    def scores(self, units: Units) -> Tensor:
+        return units.mean(torch.square)
+
+
+def random_weights(sparsity: float, seed: int, **options: Any) -> Callback:
+    """Return a callback that prunes weights by lot."""
+    return Pruning(sparsity, criterion=Random(seed), granularity=Weight(), **options)
+
+
+def fine_tuning(sparsity: float, seed: int) -> Callback:
+    """Return the rounds of ``LotteryTicket``, without going back to anything."""
+
+    def due(progress: float) -> float:
+        rounds = 1 + (ROUNDS - 1) * progress
+        return (1 - (1 - sparsity) ** (rounds / ROUNDS)) / sparsity
+
+    window: dict[str, Any] = {"start": 1 / (ROUNDS + 1), "end": ROUNDS / (ROUNDS + 1)}
+    return MagnitudePruning(sparsity, schedule=due, interval="epoch", frequency=5, **window)
+
+
+METHODS: dict[str, Callable[[float, int], Callback | None]] = {
+    "dense": lambda sparsity, seed: None,
+    "gradual": lambda sparsity, seed: MagnitudePruning(sparsity),
+    "gradual, ERK": lambda sparsity, seed: MagnitudePruning(sparsity, scope="erk"),
+    "gradual, uniform": lambda sparsity, seed: MagnitudePruning(sparsity, scope="local"),
+    "one-shot": lambda sparsity, seed: MagnitudePruning(sparsity, **HALFWAY),
+    "one-shot, random": lambda sparsity, seed: random_weights(sparsity, seed, **HALFWAY),
+    "ACDC": lambda sparsity, seed: ACDC(sparsity),
+    "RigL": lambda sparsity, seed: RigL(sparsity, seed=seed),
+    "RigL, uniform": lambda sparsity, seed: RigL(sparsity, seed=seed, scope="local"),
+    "SET": lambda sparsity, seed: SET(sparsity, seed=seed),
+    "static": lambda sparsity, seed: random_weights(sparsity, seed, scope="erk", **AT_ONCE),
+    "static, uniform": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_ONCE),
+    "LotteryTicket": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS),
+    "LotteryTicket, random": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS, "random", seed=seed),
+    "LotteryTicket, learning rate": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS, "learning_rate"),
+    "fine-tuning in rounds": fine_tuning,
+    "2:4, SRSTE": lambda sparsity, seed: SRSTE(2, 4),
+    "2:4, gradual": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=NM(2, 4)),
+    "neurons, random": lambda sparsity, seed: RandomPruning(sparsity, seed=seed, **NEURONS),
+    "neurons, L2": lambda sparsity, seed: Pruning(sparsity, criterion=L2(), granularity=Channel(), **NEURONS),
+    "neurons, Taylor": lambda sparsity, seed: SensitivityPruning(sparsity, **NEURONS),
+    "neurons, entropy, low first": lambda sparsity, seed: EntropyPruning(sparsity, prune="low", **NEURONS),
+    "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),
+    **PEERS,
+}

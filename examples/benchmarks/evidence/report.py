@@ -1,0 +1,63 @@
+"""Tables for pages: what the claims came to, the peers, and everything that was run."""
+
+from pathlib import Path
+
+from claims import CLAIMS, PEERS
+from running import Results, Setting, spread
+from tasks import TASKS
+
+
+def claims(results: Results, seeds: range) -> str:
+    """Return the claims with both accuracies, their difference seed by seed, and the verdict."""
+    rows = [row for claim in CLAIMS if (row := claim.judge(results, seeds))]
+    return _table(["claim", "source", "first", "second", "difference", "here"], rows)
+
+
+def peers(results: Results, seeds: range) -> str:
+    """Return what others reach beside what these callbacks reach."""
+    rows = []
+    for ours, theirs in PEERS:
+        found = [results.accuracies(setting, seeds) for setting in (ours, theirs)]
+        if found[0] and found[1]:
+            rows.append([_named(ours), spread(found[0]), _named(theirs), spread(found[1])])
+    return _table(["lightning_prune", "", "peer", ""], rows)
+
+
+def grid(results: Results, seeds: range) -> str:
+    """Return a table for each task: a method in a line, a sparsity in a column."""
+    parts = []
+    for name, task in TASKS.items():
+        complete = [s for s in dict.fromkeys(s for s, _ in results.rows) if results.accuracies(s, seeds)]
+        settings = [setting for setting in complete if setting.task == name]
+        dense = results.accuracies(Setting(name, "dense", 0.0), seeds)
+        levels = sorted({setting.sparsity for setting in settings if setting.method != "dense"})
+        rows = []
+        for method in dict.fromkeys(setting.method for setting in settings if setting.method != "dense"):
+            found = [results.accuracies(Setting(name, method, level), seeds) for level in levels]
+            rows.append([method, *(spread(values) if values else "" for values in found)])
+        title = f"{task.title}{f': dense {spread(dense)}' if dense else ''}"
+        if rows:
+            parts.append(f"**{title}**\n\n{_table(['', *(f'{level:.1%}' for level in levels)], rows)}")
+    return "\n\n".join(parts)
+
+
+def _named(setting: Setting) -> str:
+    return f"{setting.method}, {setting.sparsity:.0%}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def replace(path: Path, name: str, text: str) -> None:
+    """Put text between the markers of that name in a page.
+
+    Raises:
+        ValueError: If the page does not have each of the two markers once.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    page = path.read_text()
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{path.name} must have the lines {begin} and {end} once each")
+    path.write_text(f"{page.partition(begin)[0]}{begin}\n{text}\n{end}{page.partition(end)[2]}")
