@@ -2,7 +2,23 @@
 
 from lightning_prune.acdc import ACDC
 from lightning_prune.constant import ConstantSparsity
-from lightning_prune.criteria import Criterion, Entropy, Magnitude, Random, Sensitivity
+from lightning_prune.criteria import (
+    FPGM,
+    LAMP,
+    SNIP,
+    APoZ,
+    BatchNormScale,
+    Criterion,
+    Entropy,
+    Fisher,
+    GraSP,
+    Magnitude,
+    Movement,
+    Random,
+    Sensitivity,
+    SynFlow,
+    Wanda,
+)
 from lightning_prune.distillation import Distillation
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import NM, Block, Channel, Granularity, Weight
@@ -19,18 +35,31 @@ from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.shrinking import shrink
 from lightning_prune.sparse_training import SET, RigL
 from lightning_prune.straight_through import SRSTE
-from lightning_prune.strategies import EntropyPruning, MagnitudePruning, RandomPruning, SensitivityPruning
+from lightning_prune.strategies import (
+    EntropyPruning,
+    MagnitudePruning,
+    MovementPruning,
+    RandomPruning,
+    SensitivityPruning,
+    SNIPPruning,
+    WandaPruning,
+)
 from lightning_prune.units import Units
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACDC",
+    "FPGM",
+    "LAMP",
     "NM",
     "SET",
+    "SNIP",
     "SRSTE",
+    "APoZ",
     "ActiveFLOPs",
     "ActiveParameters",
+    "BatchNormScale",
     "Block",
     "Channel",
     "ConstantSparsity",
@@ -38,6 +67,8 @@ __all__ = [
     "Distillation",
     "Entropy",
     "EntropyPruning",
+    "Fisher",
+    "GraSP",
     "Granularity",
     "GuardedPruning",
     "History",
@@ -46,17 +77,23 @@ __all__ = [
     "MagnitudePruning",
     "MaskOverlap",
     "Masks",
+    "Movement",
+    "MovementPruning",
     "Pruning",
     "Random",
     "RandomPruning",
     "RigL",
+    "SNIPPruning",
     "Sensitivity",
     "SensitivityAnalysis",
     "SensitivityPruning",
     "SparseEarlyStopping",
     "SparseModelCheckpoint",
     "Sparsity",
+    "SynFlow",
     "Units",
+    "Wanda",
+    "WandaPruning",
     "Weight",
     "plot_history",
     "plot_masks",

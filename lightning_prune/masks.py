@@ -181,8 +181,8 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
     reduce = over_ranks if several else identity
     sources = {u.name: u.source(criterion.scores, kept[u.name], several, criterion.entrywise) for u in units}
     types = _check_scores(units, sources, criterion, reduce)
-    wide = torch.float64 in types or any(unit.ranks for unit in units)
-    compared = {unit.name: unit.compared(sources[unit.name]) for unit in units}
+    wide = torch.float64 in types or any(unit.ranks(criterion.by_row) for unit in units)
+    compared = {unit.name: unit.compared(sources[unit.name], criterion.by_row) for unit in units}
     return Scores(compared, reduce, 64 if wide else 32)
 
 

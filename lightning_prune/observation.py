@@ -108,10 +108,11 @@ class Observation:
             unit.statistic = self.criterion.observe(unit)
 
     @torch.no_grad()
-    def forward(self, unit: Units, inputs: tuple[Any, ...], output: Any) -> None:
-        """Observe one forward pass of a unit's module, unless it is a recomputation inside a backward pass."""
+    def forward(self, unit: Units, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Observe one forward pass of a module of the unit, unless it is a recomputation inside a backward pass."""
         if self.active() and torch._C._current_graph_task_id() == -1:
             self._seen.add(unit.name)
+            unit.module = module
             unit.statistic = self.criterion.observe(unit, inputs, output)
 
     def step(self) -> None:
@@ -171,7 +172,8 @@ class Observation:
         for unit in self.units:
             parts = [part for part in state["statistics"].get(unit.name, [])[rank::ranks] if part is not None]
             found = self.criterion.merge(unit, parts) if len(parts) > 1 else parts[0] if parts else None
-            unit.statistic = None if found is None else unit.piece(found).to(unit.parameter.device)
+            found = found if found is None or self.several else unit.piece(found)
+            unit.statistic = None if found is None else found.to(unit.parameter.device)
             unit.steps = self.steps
 
 
@@ -184,7 +186,7 @@ class _Watch:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self.observation is not None and self.unit is not None:
-            self.observation.forward(self.unit, inputs, output)
+            self.observation.forward(self.unit, module, inputs, output)
 
     def __reduce__(self) -> tuple[type["_Watch"], tuple[()]]:
         return _Watch, ()

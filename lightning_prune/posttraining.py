@@ -1,23 +1,21 @@
 """Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import goal, scopes
-from lightning_prune.calling import convert, keeping_gradients, keeping_modes
-from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune import goal, schedules, scopes
+from lightning_prune.calibration import Run, Stage, forward, stages, take, undisturbed
+from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
 from lightning_prune.targets import Target
 from lightning_prune.units import Units, make_units
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def prune(
@@ -32,6 +30,8 @@ def prune(
     threshold: float | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    rounds: int = 1,
+    sequential: str | None = None,
 ) -> Masks:
     """Prune a model in place and return the masks; ``masks.apply(model)`` keeps the zeros while it trains on.
 
@@ -47,6 +47,12 @@ def prune(
         data: Batches for a criterion that observes; as many as its ``window`` are taken.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
             cross-entropy for integer targets, else the mean squared error.
+        rounds: Times to score and prune a part, along the exponential schedule. With more than one, as with
+            ``sequential``, the batches are held.
+        sequential: Name of the ModuleList or Sequential whose blocks run one after another, for a criterion that needs
+            forward passes. Each block is observed behind the pruned ones, and pruned, before the next one; what is
+            outside of the blocks comes last. No more than one block's input is held, and the scope shares out inside
+            each block.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a score is not finite.
@@ -57,16 +63,32 @@ def prune(
     75
     """
     goal.check(sparsity, threshold, granularity)
+    _check_data(criterion, data, sequential)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     allocator = scopes.resolve(scope)
     found = goal.find_targets(model, sparsity, targets, ignore)
     if not found:
         raise ValueError(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
-    units = observed_units(model, found, criterion, granularity, data, loss)
-    allocate = goal.allocation(found, sparsity, threshold, criterion, allocator)
-    masks = make_masks(units, criterion, allocate, {})
-    masks.apply(model)
+    units = make_units(found, model, granularity)
+    masks = Masks()
+    with undisturbed(model):  # also while a loader is asked for batches, which may draw random numbers
+        batches = take(data, criterion.window, model)
+        batches = list(batches) if rounds > 1 else batches
+        for number in range(1, rounds + 1):
+            due = schedules.exponential(number / rounds)
+            allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due)
+            left = list(units)
+            for stage in stages(model, batches, _passes(criterion, model, loss), sequential):
+                inside = set(stage.part.parameters())
+                now = [unit for unit in left if unit.parameter in inside]
+                left = [unit for unit in left if unit.parameter not in inside]
+                if now:
+                    _observe(now, criterion, stage)
+                    masks.update(make_masks(now, criterion, allocate, masks))
+                    masks.apply(model)
     return masks
 
 
@@ -83,44 +105,50 @@ def observed_units(
     Raises:
         ValueError: If the criterion needs data, and there are none.
     """
+    _check_data(criterion, data)
     units = make_units(found, model, granularity)
-    observation = Observation(criterion, units)
-    if observation.needed:
-        _observe(model, observation, data, loss or _default_loss)
+    with undisturbed(model):
+        (stage,) = stages(model, take(data, criterion.window, model), _passes(criterion, model, loss))
+        _observe(units, criterion, stage)
     return units
 
 
-def _observe(model: nn.Module, observation: Observation, data: Iterable[Any] | None, loss: Loss) -> None:
-    """Run the model in eval mode over the data and leave it as it was: mode, gradients, buffers."""
-    criterion = observation.criterion
-    if data is None:
-        raise ValueError(f"data must be given: {type(criterion).__name__} needs {criterion.needs}, got None")
-    ids = {id(unit.parameter) for unit in observation.units}
-    device = next(model.parameters()).device
-    drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with keeping_modes(model), keeping_gradients(model):
-        model.eval()
-        observation.open()
-        try:
-            with drawn:
-                for batch in islice(data, criterion.window):
-                    batch = convert(batch, device)
-                    if criterion.needs == "gradients":
-                        model.zero_grad(set_to_none=True)
-                        with torch.enable_grad():
-                            loss(model, batch).backward()
-                        observation.gradients(ids)
-                    else:
-                        with torch.no_grad():
-                            model(_inputs(batch))
-                    observation.step()
-            observation.finish()
-        finally:
-            observation.close()
+def _check_data(criterion: Criterion, data: Iterable[Any] | None, sequential: str | None = None) -> None:
+    name, needs = type(criterion).__name__, criterion.needs
+    if data is None and needs != "weights":
+        raise ValueError(f"data must be given: {name} needs {needs}, got None")
+    if sequential is not None and needs != "forwards":
+        raise ValueError(f"sequential must go with a criterion that needs forwards, got {name}, which needs {needs}")
 
 
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, list | tuple) else batch
+def _passes(criterion: Criterion, model: nn.Module, loss: Loss | None) -> Run:
+    """Return what is run on a batch for the criterion to observe."""
+    if criterion.needs == "gradients":
+        return partial(_backward, criterion, model, loss or _default_loss)
+    return partial(forward, model)
+
+
+def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage) -> None:
+    """Let the criterion observe these units while a stage is run."""
+    observation = Observation(criterion, units)
+    if not observation.needed:
+        return
+    observation.reset()
+    ids = {id(unit.parameter) for unit in units}
+    observation.open()
+    try:
+        for _ in stage.passes():
+            observation.gradients(ids)
+            observation.step()
+        observation.finish()
+    finally:
+        observation.close()
+
+
+def _backward(criterion: Criterion, model: nn.Module, loss: Loss, batch: Any) -> None:
+    model.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        criterion.backward(model, batch, loss)
 
 
 def _default_loss(model: nn.Module, batch: Any) -> Tensor:

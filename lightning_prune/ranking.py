@@ -1,4 +1,4 @@
-"""Ranking: units that are compared only with the others of their group, as scores that the selection can compare."""
+"""Ranking: scores that say where units stand among others: those of their group, or those of their layer."""
 
 import torch
 from torch import Tensor
@@ -38,3 +38,17 @@ def _rank(groups: Tensor) -> Tensor:
         rank[..., : place + 1] += other < groups[..., : place + 1]
         rank[..., place + 1 :] += other <= groups[..., place + 1 :]
     return rank
+
+
+def tail_share(scores: Tensor) -> Tensor:
+    """Return the square of each score over the sum of the squares of all that are no less; a negative one counts as 0.
+
+    >>> tail_share(torch.tensor([1.0, 3.0, 2.0, 1.0])).tolist()
+    [0.06666666666666667, 1.0, 0.3076923076923077, 0.06666666666666667]
+    """
+    ordered, order = scores.reshape(-1).double().clamp(min=0.0).sort(descending=True)
+    squares = ordered.square()
+    total = squares.cumsum(0)
+    last = torch.searchsorted(ordered.neg(), ordered.neg(), right=True) - 1  # equal ones share the sum with all of them
+    shares = torch.where(squares > 0, squares / total[last].clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    return torch.empty_like(shares).scatter_(0, order, shares).view(scores.shape)

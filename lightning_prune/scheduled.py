@@ -52,6 +52,12 @@ class ScheduledTraining(MaskedTraining):
         threshold: float | None = None,
         log_layers: bool = False,
     ) -> None:
+        if type(criterion).backward is not Criterion.backward:
+            raise ValueError(
+                f"criterion must observe the training that is under way, got {criterion}, which needs passes of its "
+                f"own: call prune(model, ..., criterion={type(criterion).__name__}(), data=...) before fit, and add "
+                f"ConstantSparsity() to keep the zeros"
+            )
         self._scope = scopes.resolve(scope)
         self._horizon = horizon
         self.sparsity = sparsity

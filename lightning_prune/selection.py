@@ -1,7 +1,7 @@
 """Selection: which k of n scores are the lowest, exactly, without sorting, concatenating or gathering them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,6 +30,9 @@ class Source:
         kept: Which of this rank's units (bool) are not pruned yet; pruned ones come first. None means all.
         part: Returns some of these scores, by flat position; None if no score can be had without the others.
         like: A tensor of the shape and on the device of what ``compute`` returns; needed with ``part``.
+        raw: Returns what the criterion gave, where ``compute`` only says how units rank in their group or row.
+        whole: Returns values of this rank's units as values of all units; all ranks call it.
+        piece: Returns values of all units as values of this rank's units.
     """
 
     compute: Callable[[], Tensor]
@@ -40,6 +43,9 @@ class Source:
     kept: Tensor | None = None
     part: Part | None = None
     like: Tensor | None = None
+    raw: Callable[[], Tensor] | None = None
+    whole: Callable[[Tensor], Tensor] = identity
+    piece: Callable[[Tensor], Tensor] = identity
 
     def open(self) -> tuple[Tensor, Part]:
         """Return a tensor of the shape of these scores, and a function that gives some of them by flat position."""
@@ -124,6 +130,28 @@ class Scores(Mapping[str, Tensor]):
         """Return scores that are already there, as one process holds them."""
         sources = {n: Source(partial(torch.clone, s), s.numel(), tuple(s.shape)) for n, s in scores.items()}
         return cls(sources, bits=64 if any(s.dtype == torch.float64 for s in scores.values()) else 32)
+
+    def only(self, names: Iterable[str]) -> "Scores":
+        """Return the scores of these targets alone."""
+        return Scores({name: self._sources[name] for name in names}, self._reduce, self._bits)
+
+    def raw(self, name: str) -> Tensor:
+        """Return what the criterion gave to all units of a target, 0 to those that are pruned; all ranks call it."""
+        source = self._sources[name]
+        found = (source.raw or source.compute)()
+        found = found if source.kept is None else found.masked_fill(~source.kept.view_as(found), 0.0)
+        return source.whole(found)
+
+    def within_targets(self, values: Callable[[Tensor], Tensor]) -> "Scores":
+        """Return other scores, float64: what ``values`` gives for those of all units of a target, one at a time."""
+        sources = {
+            name: replace(source, compute=partial(self._within, name, values), raw=None, part=None, like=None)
+            for name, source in self._sources.items()
+        }
+        return Scores(sources, self._reduce, 64)
+
+    def _within(self, name: str, values: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._sources[name].piece(values(self.raw(name)))
 
     @override
     def __getitem__(self, name: str) -> Tensor:

@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
 from lightning_prune.calling import keeping_gradients, keeping_modes
-from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import make_masks
-from lightning_prune.posttraining import Loss, observed_units
+from lightning_prune.posttraining import observed_units
 from lightning_prune.trials import Trials, fingerprint, lasting_name
 
 if TYPE_CHECKING:

@@ -1,10 +1,11 @@
 """Strategies: the named methods, as presets of ``Pruning``; every other argument is passed on."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_prune.criteria import Entropy, Magnitude, Random, Sensitivity
+from lightning_prune.criteria import SNIP, Entropy, Magnitude, Movement, Random, Sensitivity, Wanda
 from lightning_prune.granularities import Channel, Granularity
-from lightning_prune.pruning import Pruning
+from lightning_prune.pruning import Pruning, ScheduleName
 
 
 class MagnitudePruning(Pruning):
@@ -104,4 +105,72 @@ class SensitivityPruning(Pruning):
         **kwargs: Any,
     ) -> None:
         super().__init__(sparsity, criterion=Sensitivity(window), granularity=granularity, **kwargs)
+        self.window = window
+
+
+class MovementPruning(Pruning):
+    """Prune the weights that move towards zero while a pretrained model is fine-tuned.
+
+    Args:
+        sparsity: Fraction of zeros at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
+        window: Number of optimizer steps observed before an update.
+        **kwargs: All other arguments of ``Pruning``.
+
+    Reference: Sanh et al., 2020, arXiv:2005.07683.
+
+    >>> MovementPruning(0.9).criterion
+    Movement(window=32)
+    """
+
+    def __init__(self, sparsity: float | dict[str, float] | None = None, window: int = 32, **kwargs: Any) -> None:
+        super().__init__(sparsity, criterion=Movement(window), **kwargs)
+        self.window = window
+
+
+class WandaPruning(Pruning):
+    """Prune the weights that contribute least to their output channel: ``|w|`` times the size of their input.
+
+    Args:
+        sparsity: Fraction of zeros at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
+        window: Number of optimizer steps observed before an update.
+        **kwargs: All other arguments of ``Pruning``.
+
+    Reference: Sun et al., 2023, arXiv:2306.11695.
+
+    >>> WandaPruning(0.5).criterion
+    Wanda(window=16)
+    """
+
+    def __init__(self, sparsity: float | dict[str, float] | None = None, window: int = 16, **kwargs: Any) -> None:
+        super().__init__(sparsity, criterion=Wanda(window), **kwargs)
+        self.window = window
+
+
+class SNIPPruning(Pruning):
+    """Prune a network at its initialisation, at once, by how sensitive the loss is to each connection.
+
+    The scores are of the gradients before the first optimizer step; the masks come into force right after it.
+
+    Args:
+        sparsity: Fraction of zeros, in [0, 1), or ``{pattern: fraction}`` per layer.
+        window: Number of optimizer steps observed; from the second one on the network has begun to train.
+        schedule: From progress to the fraction that is due, all at once unless told otherwise.
+        start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
+        **kwargs: All other arguments of ``Pruning``.
+
+    Reference: Lee et al., 2019, arXiv:1810.02340.
+
+    >>> SNIPPruning(0.9).schedule
+    'one_shot'
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        window: int = 1,
+        schedule: ScheduleName | Callable[[float], float] = "one_shot",
+        start: int | float = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(sparsity, criterion=SNIP(window), schedule=schedule, start=start, **kwargs)
         self.window = window

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,13 @@ class Units:
         target: The parameter to prune.
         granularity: How its entries form units.
         followers: Parameters with one entry per output channel that die with it (bias, norm), by name.
+        norms: Finds the norm behind every layer of the model that has one.
 
     Attributes:
         name: Qualified name of the parameter.
         statistic: What the criterion has observed so far; None before the first observation.
         steps: Number of optimizer steps (or batches) observed.
+        module: The one of its modules whose forward pass is observed at this moment.
         grad_scale: What the gradients are multiplied by at this moment (a gradient scaler's factor).
 
     >>> from lightning_prune.granularities import Channel
@@ -40,23 +42,34 @@ class Units:
     """
 
     def __init__(
-        self, target: Target, granularity: Granularity, followers: Mapping[str, nn.Parameter] | None = None
+        self,
+        target: Target,
+        granularity: Granularity,
+        followers: Mapping[str, nn.Parameter] | None = None,
+        norms: Callable[[], Mapping[nn.Module, nn.Module]] = dict,
     ) -> None:
         self.name = target.name
         self.parameter = target.parameter
         self.modules = target.modules
         self.granularity = granularity
         self.followers = dict(followers or {})
+        self._norms = norms
         self.dim = channel_dim(target)
         self.size = granularity.count(self.parameter.shape, self.dim)
         self.statistic: Tensor | None = None
         self.steps = 0
+        self.module: nn.Module | None = None
         self.grad_scale = 1.0
 
     @property
     def channels(self) -> int:
         """The number of output channels of the whole weight."""
         return self.parameter.shape[self.dim]
+
+    def norm(self) -> nn.Module | None:
+        """Return the norm over the output channels of the weight's layer, or None where there is none."""
+        norms = self._norms()
+        return next((norms[module] for module in self.modules if module in norms), None)
 
     def weight(self) -> Tensor:
         """Return this rank's piece of the weight, detached, at least float32; ``grad`` is its unscaled gradient."""
@@ -132,6 +145,8 @@ class Units:
             kept=kept,
             part=(lambda at: scores(self._entries(at))) if pieces else None,
             like=weight if pieces else None,
+            whole=self.whole,
+            piece=self.piece,
         )
 
     def _entries(self, at: slice | Tensor) -> "Units":
@@ -142,35 +157,23 @@ class Units:
         some.size = some.parameter.numel()
         return some
 
-    def compared(self, source: Source) -> Source:
-        """Return scores that compare units with those of their group, if the granularity has groups."""
-        if not self.ranks:
+    def ranks(self, by_row: bool) -> bool:
+        """Whether units are compared within groups or rows, by float64 scores."""
+        return self.granularity.group is not None or (by_row and not self.granularity.spans)
+
+    def compared(self, source: Source, by_row: bool) -> Source:
+        """Return scores that compare units with those of their group or row only, if they are to be."""
+        if not self.ranks(by_row):
             return source
-        return replace(source, compute=partial(self._among_group, source.compute, source.kept), part=None, like=None)
+        ranked = partial(self._ranked, source.compute, source.kept)
+        return replace(source, compute=ranked, raw=source.compute, part=None, like=None)
 
-    @property
-    def ranks(self) -> bool:
-        """Whether units are compared within groups, by float64 scores."""
-        return self.granularity.group is not None
-
-    def _among_group(self, scores: Callable[[], Tensor], kept: Tensor | None) -> Tensor:
-        """Return scores that compare units with those of their group; pruned ones are the lowest of it."""
-        assert self.granularity.group is not None
+    def _ranked(self, scores: Callable[[], Tensor], kept: Tensor | None) -> Tensor:
+        """Return scores that compare units with those of their group or row only; pruned ones are the lowest of it."""
         found = scores().view(local(self.parameter).shape)
-        return self._rank(found if kept is None else found.masked_fill(~kept, -torch.inf), 1, self.granularity.group)
-
-    def among_row(self, scores: Tensor) -> Tensor:
-        """Return scores that compare a weight with those of its output channel only; of larger units as they are.
-
-        >>> from lightning_prune.granularities import Weight
-        >>> weight = nn.Parameter(torch.tensor([[1.0, 2.0], [30.0, 40.0]]))
-        >>> units = Units(Target("weight", weight, (nn.Linear(2, 2),)), Weight())
-        >>> (units.among_row(weight.detach()) < 0.5).tolist()
-        [[True, False], [True, False]]
-        """
-        if self.granularity.spans or self.ranks:
-            return scores
-        return self._rank(scores.view(local(self.parameter).shape), self.parameter.ndim - 1, None)
+        found = found if kept is None else found.masked_fill(~kept, -torch.inf)
+        group = self.granularity.group  # lies inside a row
+        return self._rank(found, self.parameter.ndim - 1 if group is None else 1, group)
 
     def _rank(self, scores: Tensor, dims: int, size: int | None) -> Tensor:
         """Rank within groups of that size, None for all, along the first dimensions beside the channels."""
@@ -221,10 +224,11 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 def make_units(found: Sequence[Target], model: nn.Module, granularity: Granularity) -> list[Units]:
     """Return the units of every target, with the parameters of the model that follow them."""
+    norms = cache(partial(norms_behind, model))  # traces the model: only if somebody asks
     if not granularity.follows:
-        return [Units(target, granularity) for target in found]
-    norms, names = norms_behind(model), {parameter: name for name, parameter in named_parameters(model).items()}
-    return [Units(target, granularity, _followers(target, norms, names)) for target in found]
+        return [Units(target, granularity, norms=norms) for target in found]
+    names = {parameter: name for name, parameter in named_parameters(model).items()}
+    return [Units(target, granularity, _followers(target, norms(), names), norms) for target in found]
 
 
 def _followers(

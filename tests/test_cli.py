@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 from models import MLP, QUIET, fit, size, weights, zeros
 from torch import Tensor
-from variants import at_least, square_root
+from variants import CRITERIA, at_least, label, square_root
 
 import lightning_prune
 from lightning_prune import (
@@ -188,6 +188,14 @@ def test_a_schedule_and_a_scope_of_the_user_by_import_path(tmp_path: Path) -> No
     assert {name: int(weight.count_nonzero()) for name, weight in weights(cli.model).items()} == kept
 
 
+@pytest.mark.parametrize("criterion", CRITERIA, ids=label)
+def test_every_criterion_by_its_name(criterion: Criterion, tmp_path: Path) -> None:
+    config = yaml_file(
+        tmp_path, entry("Pruning", sparsity=0.6, criterion=entry(type(criterion).__name__, **vars(criterion)))
+    )
+    assert callback_of(run("--config", config, train=False)).criterion == criterion
+
+
 def test_a_sparsity_for_each_layer_and_patterns(tmp_path: Path) -> None:
     arguments = {"sparsity": {"net.0.*": 0.25, "*": 0.5}, "ignore": ["net.6.*"]}
     cli = run("--config", yaml_file(tmp_path, entry("MagnitudePruning", **arguments)))
@@ -230,6 +238,8 @@ GIVEN = {
         **{"sparsity": 0.75, "rounds": 2, "rewind": "random", "rewind_to": 1, "frequency": 2, "interval": "step"},
         **{"criterion": "Random", "granularity": "Channel", "scope": "local", "seed": 3, "ignore": ["net.6.*"]},
     },
+    "MovementPruning": {**SHARED, "window": 2},
+    "WandaPruning": {**SHARED, "window": 2},
     "MagnitudePruning": {"sparsity": {"net.4.*": 0.3, "*": 0.7}, "interval": "epoch", "start": 0, "end": 1},
     "Pruning": {**SHARED, "criterion": entry("Random", seed=7), "granularity": "Channel"},
     "RandomPruning": {**SHARED, "seed": 5},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,17 @@ def assert_resumes_exactly(
     assert not resume(folder, bits(trainer, one, first), callback, model, **kwargs)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("granularity", GRANULARITIES, ids=label)
-@pytest.mark.parametrize("criterion", CRITERIA, ids=label)
+# criteria and granularities all meet; the regimes take turns, so that each meets every variant of these
+CASES = [(*axes, regime) for axes, regime in zip(product(CRITERIA, GRANULARITIES), cycle(REGIMES))]
+
+
+def test_every_pair_of_variants_resumes() -> None:
+    for i, axis in enumerate((CRITERIA, GRANULARITIES)):
+        met = {(label(case[i]), case[2]) for case in CASES}
+        assert met == {(label(variant), regime) for variant in axis for regime in REGIMES}
+
+
+@pytest.mark.parametrize(("criterion", "granularity", "regime"), CASES, ids=label)
 def test_every_combination_resumes_exactly(
     criterion: Criterion, granularity: Granularity, regime: str, tmp_path: Path
 ) -> None:

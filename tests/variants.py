@@ -6,19 +6,26 @@ from functools import partial
 
 from lightning_prune import (
     ACDC,
+    FPGM,
+    LAMP,
     NM,
     SET,
+    SNIP,
     SRSTE,
+    APoZ,
     Block,
     Channel,
     Criterion,
     Entropy,
+    Fisher,
     Granularity,
     LotteryTicket,
     Magnitude,
+    Movement,
     Random,
     RigL,
     Sensitivity,
+    Wanda,
     Weight,
 )
 from lightning_prune.masked_training import MaskedTraining
@@ -34,7 +41,11 @@ def square_root(progress: float) -> float:
     return progress**0.5
 
 
-CRITERIA: tuple[Criterion, ...] = (Magnitude(), Random(seed=3), Entropy(bins=8, window=2), Sensitivity(window=2))
+CRITERIA: tuple[Criterion, ...] = (
+    *(Magnitude(), Random(seed=3), LAMP(), FPGM()),
+    *(Entropy(bins=8, window=2), Wanda(window=2), APoZ(window=2)),
+    *(Sensitivity(window=2), Movement(window=2), SNIP(window=1), Fisher(window=2)),
+)
 GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 2))
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",

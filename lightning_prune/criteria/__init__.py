@@ -1,8 +1,28 @@
 """Criteria, by what they need: the weights alone, gradients, or activations."""
 
-from lightning_prune.criteria.criterion import Criterion, OverRanks
+from lightning_prune.criteria.activations import APoZ, Wanda
+from lightning_prune.criteria.criterion import Criterion, Loss, OverRanks
 from lightning_prune.criteria.entropy import Entropy
-from lightning_prune.criteria.gradients import Sensitivity
-from lightning_prune.criteria.weights import Magnitude, Random
+from lightning_prune.criteria.foresight import GraSP, SynFlow
+from lightning_prune.criteria.gradients import SNIP, Fisher, Movement, Sensitivity
+from lightning_prune.criteria.weights import FPGM, LAMP, BatchNormScale, Magnitude, Random
 
-__all__ = ["Criterion", "Entropy", "Magnitude", "OverRanks", "Random", "Sensitivity"]
+__all__ = [
+    "FPGM",
+    "LAMP",
+    "SNIP",
+    "APoZ",
+    "BatchNormScale",
+    "Criterion",
+    "Entropy",
+    "Fisher",
+    "GraSP",
+    "Loss",
+    "Magnitude",
+    "Movement",
+    "OverRanks",
+    "Random",
+    "Sensitivity",
+    "SynFlow",
+    "Wanda",
+]

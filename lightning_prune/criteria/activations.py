@@ -1,12 +1,16 @@
-"""Activations: what a weight's module puts out, channel by channel."""
+"""Criteria that watch activations: what a weight's module takes in, or puts out, channel by channel."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_prune.shards import local, output_rows
+from lightning_prune.criteria.criterion import Criterion, check_at_least
+from lightning_prune.features import no_squares, per_weight, squares
+from lightning_prune.shards import local, output_rows, piece
 from lightning_prune.units import Units
 
 
@@ -60,3 +64,87 @@ def _spread(values: Tensor, room: int, turn: int) -> Tensor:
     while math.gcd(step, n) > 1:
         step += 1
     return values[..., torch.arange(turn * room, (turn + 1) * room, device=values.device) * step % n]
+
+
+@dataclass(frozen=True)
+class Wanda(Criterion):
+    """``|w|`` times the root mean square, over the window, of the input that the weight meets. Needs forward passes.
+
+    Weights are compared with those of their output channel only, and with ``NM`` inside their group; other units have
+    the mean, and are compared with all. The root mean square is the paper's norm, divided by one number for a layer.
+    Linear layers, convolutions (every place of the kernel has an input of its own; those of a transposed one share that
+    of their channel) and the projections of queries, keys and values in ``MultiheadAttention``.
+
+    Args:
+        window: Number of optimizer steps, or batches, observed.
+
+    Raises:
+        ValueError: If the window is shorter than one step; when it observes, if the layer is of another kind.
+
+    Reference: Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
+    by_row: ClassVar[bool] = True
+
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_at_least("window", self.window, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(squares(units.module, inputs, units.parameter, units.name))
+
+    @override
+    def nothing(self, units: Units) -> Tensor:
+        return no_squares(units.modules[0], units.parameter)
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        total, count = units.statistic
+        norms = per_weight((total / count.clamp(min=1)).sqrt().float(), units.parameter.shape)
+        return units.mean(lambda weight: weight.abs() * piece(norms, units.parameter))
+
+
+@dataclass(frozen=True)
+class APoZ(Criterion):
+    """How often a channel is active: the share of positive values among what the weight's module puts out.
+
+    One minus the average percentage of zeros, of a layer that a ReLU follows: with it, neurons that are zero most go
+    first. The output is looked at before the ReLU. Every weight of an output channel scores alike. Needs forward
+    passes.
+
+    Args:
+        window: Number of optimizer steps, or batches, observed.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+
+    Reference: Hu et al., 2016, "Network Trimming", arXiv:1607.03250.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
+
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_at_least("window", self.window, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        values = channel_values(output, units, output.numel() if isinstance(output, Tensor) else 1)
+        return units.add(torch.stack([(values > 0).sum(1), (~values.isnan()).sum(1)]))
+
+    @override
+    def nothing(self, units: Units) -> Tensor:
+        return torch.zeros(2, units.channels, dtype=torch.int64, device=units.parameter.device)
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        active, count = units.statistic
+        return units.mean(lambda weight: units.spread(active / count))

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune.shards import Operation
 from lightning_prune.units import Units
 
 OverRanks = Callable[[Tensor, Operation], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Criterion:
@@ -23,6 +24,7 @@ class Criterion:
         window: How many optimizer steps it observes.
         entrywise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
             that ``scores`` may be asked for a piece of them at a time.
+        by_row: Whether weights are compared with those of their output channel only; larger units never are.
 
     >>> class Squared(Criterion):
     ...     def scores(self, units):
@@ -32,6 +34,7 @@ class Criterion:
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
     entrywise: ClassVar[bool] = False
     window: int = 0
+    by_row: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Let a subclass with scores of its own say anew whether they are entrywise."""
@@ -47,13 +50,20 @@ class Criterion:
         """Return the new ``units.statistic``; inputs and output are those of the module, for forward passes."""
         raise NotImplementedError
 
+    def backward(self, model: nn.Module, batch: Any, loss: Loss) -> None:
+        """Fill the gradients that are to be observed: those of the loss.
+
+        A criterion that overrides this needs passes of its own, which no training step makes: it is for ``prune``.
+        """
+        loss(model, batch).backward()
+
     def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
         """Return the statistic at the end of the window, over what all ranks have seen of their batches.
 
         ``over_ranks(values, "sum" | "min" | "max")`` reduces a tensor over the ranks; gradients are reduced already.
         """
-        assert units.statistic is not None
-        return over_ranks(units.statistic, "sum") if self.needs == "forwards" else units.statistic
+        seen = self.nothing(units) if units.statistic is None else units.statistic
+        return over_ranks(seen, "sum") if self.needs == "forwards" else seen
 
     def nothing(self, units: Units) -> Tensor:
         """Return the statistic of a rank that has seen no forward pass where others have."""

@@ -44,6 +44,114 @@ class Sensitivity(Criterion):
         return units.statistic / units.steps
 
 
+@dataclass(frozen=True)
+class Movement(Criterion):
+    """How far weights move away from zero: the mean over the window of ``-w * dL/dw``, with its sign. Needs gradients.
+
+    A weight that shrinks while it is trained goes before one that grows, whatever their size. The scores are of the
+    window before an update and begin anew after it. Pruned weights are zero, do not move, and stay pruned; the paper,
+    which keeps them under straight-through gradients, lets some come back. Of larger units, the mean.
+
+    Args:
+        window: Number of optimizer steps observed before an update.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+
+    Reference: Sanh et al., 2020, "Movement Pruning", arXiv:2005.07683.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+    entrywise: ClassVar[bool] = True
+
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_at_least("window", self.window, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(units.mean(lambda weight: -weight_times_gradient(weight)))
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        return units.statistic / units.steps
+
+
+@dataclass(frozen=True)
+class SNIP(Criterion):
+    """Connection sensitivity: the absolute value of the mean of ``sum w * dL/dw``, over the unit. Needs gradients.
+
+    It is for a network at its initialisation. In training, the scores are of the gradients before the first optimizer
+    step, as in the paper, but the masks come into force right after it: to train from the pruned initialisation, call
+    ``prune`` before. The paper divides by the sum of all scores, which leaves their order as it is.
+
+    Args:
+        window: Number of optimizer steps, or batches, observed; the paper takes one large batch.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+
+    Reference: Lee et al., 2019, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv:1810.02340.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+    entrywise: ClassVar[bool] = True
+
+    window: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_at_least("window", self.window, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(units.sum(weight_times_gradient))
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        return units.statistic.abs() / units.steps
+
+
+@dataclass(frozen=True)
+class Fisher(Criterion):
+    """What pruning costs to second order: ``sum w**2 * h / 2``, over the unit, h the diagonal of the empirical Fisher.
+
+    h stands for the Hessian's diagonal and is the mean over the window of ``(dL/dw)**2``, where a gradient is that of
+    an optimizer step, a mean over its batch: small batches come closer to the Fisher information of single samples.
+    Needs gradients.
+
+    Args:
+        window: Number of optimizer steps observed before an update.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+
+    Reference: LeCun et al., 1990, "Optimal Brain Damage"; Theis et al., 2018, arXiv:1801.05787.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+    entrywise: ClassVar[bool] = True
+
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_at_least("window", self.window, 1)
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(units.sum(lambda weight: weight_times_gradient(weight).square()))
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        return units.statistic / (2 * units.steps)
+
+
 def weight_times_gradient(weight: Tensor) -> Tensor:
     """Return ``w * dL/dw``: minus the first-order change of the loss when the weight becomes zero."""
     assert weight.grad is not None

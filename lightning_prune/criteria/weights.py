@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.flags import chunks
+from lightning_prune.ranking import tail_share
+from lightning_prune.shards import local, whole
 from lightning_prune.units import Units
 
 
@@ -54,3 +56,60 @@ def _hash(index: Tensor, salt: int) -> Tensor:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & mask
     return mixed ^ (mixed >> 16)
+
+
+@dataclass(frozen=True)
+class LAMP(Criterion):
+    """Layer-adaptive magnitude: the square of a magnitude over the sum of all squares in its layer that are no less.
+
+    With the global scope it keeps what ``Magnitude`` keeps with the scope "lamp". Sorts each target, and gathers one
+    that ranks hold in pieces. Needs nothing.
+
+    Reference: Lee et al., 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv:2010.07611.
+    """
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        return units.piece(tail_share(units.whole(units.mean(torch.abs))))
+
+
+@dataclass(frozen=True)
+class FPGM(Criterion):
+    """The sum of a filter's distances to all other filters of its layer: what is nearest to the others goes first.
+
+    Every weight of an output channel scores alike. The distances inside one layer take the square of its number of
+    channels in memory. Needs nothing.
+
+    Reference: He et al., 2019, "Filter Pruning via Geometric Median", arXiv:1811.00250.
+    """
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        filters = whole(units.weight(), units.parameter).movedim(units.dim, 0).flatten(1)
+        distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+        return units.mean(lambda weight: units.spread(distances))
+
+
+@dataclass(frozen=True)
+class BatchNormScale(Criterion):
+    """The absolute value of the factor that the batch norm behind a layer has for its output channel.
+
+    Every weight of an output channel scores alike. It says most where the factors were trained towards zero, by the sum
+    of their absolute values in the loss ("network slimming"). Needs nothing but the norm.
+
+    Raises:
+        ValueError: When masks are made, if no norm with factors is found behind a target.
+
+    Reference: Liu et al., 2017, "Learning Efficient Convolutional Networks through Network Slimming", arXiv:1708.06519.
+    """
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        norm = units.norm()
+        if norm is None or not isinstance(norm.weight, nn.Parameter):
+            raise ValueError(
+                f"a norm with factors must stand behind the layer of {units.name!r}, got "
+                f"{'none' if norm is None else type(norm).__name__}: ignore the parameter"
+            )
+        factors = whole(local(norm.weight), norm.weight).abs().to(units.parameter.device)
+        return units.mean(lambda weight: units.spread(factors))
