@@ -34,6 +34,7 @@ from lightning_prune.report import sparsity, summary
 from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.shrinking import shrink
 from lightning_prune.sparse_training import SET, RigL
+from lightning_prune.sparsegpt import sparsegpt
 from lightning_prune.straight_through import SRSTE
 from lightning_prune.strategies import (
     EntropyPruning,
@@ -103,6 +104,7 @@ __all__ = [
     "prune",
     "sensitivity",
     "shrink",
+    "sparsegpt",
     "sparsity",
     "summary",
 ]
