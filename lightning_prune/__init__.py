@@ -31,6 +31,7 @@ from lightning_prune.plots import plot_history, plot_masks, plot_schedule, plot_
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.report import sparsity, summary
+from lightning_prune.scopes import OWL
 from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.shrinking import shrink
 from lightning_prune.sparse_training import SET, RigL
@@ -54,6 +55,7 @@ __all__ = [
     "FPGM",
     "LAMP",
     "NM",
+    "OWL",
     "SET",
     "SNIP",
     "SRSTE",

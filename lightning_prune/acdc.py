@@ -53,7 +53,7 @@ class ACDC(ScheduledTraining):
         sparsity: float | dict[str, float],
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk"] | scopes.Scope = "global",
+        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
         start: int | float = 0.1,
         end: int | float = 0.85,
         interval: Literal["step", "epoch"] = "step",

@@ -15,11 +15,17 @@ from lightning_prune.targets import Target, find, fractions
 Sparsity = float | Mapping[str, float]
 
 
-def check(sparsity: Sparsity | None, threshold: float | None, granularity: Granularity = Weight()) -> None:
+def check(
+    sparsity: Sparsity | None,
+    threshold: float | None,
+    granularity: Granularity = Weight(),
+    min_density: float = 0.0,
+) -> None:
     """Refuse a goal that is none, or that the granularity cannot serve.
 
     Raises:
-        ValueError: If both or neither are given, a sparsity is outside [0, 1), or lower than N:M needs.
+        ValueError: If both or neither are given, a sparsity is outside [0, 1), or lower than N:M needs, or the density
+            that every target is to keep leaves no room for it.
 
     >>> check(90, None)
     Traceback (most recent call last):
@@ -38,6 +44,16 @@ def check(sparsity: Sparsity | None, threshold: float | None, granularity: Granu
         _check_fraction("sparsity", sparsity, granularity)
     elif granularity.group is not None:
         raise ValueError(f"threshold must be None for {granularity}, which compares within groups, got {threshold}")
+    _check_density(sparsity, min_density)
+
+
+def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
+    if not 0.0 <= min_density <= 1.0:
+        raise ValueError(f"min_density must be in [0, 1], got {min_density}")
+    if min_density and not isinstance(sparsity, int | float):
+        raise ValueError(f"min_density must go with one sparsity for all targets, got min_density={min_density}")
+    if isinstance(sparsity, int | float) and min_density > 1.0 - sparsity + 1e-9:
+        raise ValueError(f"min_density must be at most 1 - sparsity, got {min_density} for a sparsity of {sparsity}")
 
 
 def _check_fraction(argument: str, value: float, granularity: Granularity) -> None:
@@ -69,6 +85,7 @@ def allocation(
     criterion: Criterion,
     scope: Scope,
     due: float = 1.0,
+    min_density: float = 0.0,
 ) -> Allocate:
     """Return the function from scores to the units that each target keeps when this fraction of the goal is due."""
     if threshold is not None:
@@ -79,4 +96,6 @@ def allocation(
         return lambda scores: scopes.per_layer(scores, decided, due)
     assert sparsity is not None
     amount = sparsity * due
+    if min_density:
+        return lambda scores: scopes.at_least(scores, amount, scope, min_density)
     return lambda scores: scope(scores, amount)

@@ -69,7 +69,7 @@ class GuardedPruning(ScheduledTraining):
         warmup: int = 0,
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk"] | scopes.Scope = "global",
+        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
         targets: tuple[str, ...] = (),
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,

@@ -69,7 +69,7 @@ class LotteryTicket(ScheduledTraining):
         interval: Literal["step", "epoch"] = "epoch",
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk"] | scopes.Scope = "global",
+        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
         seed: int = 0,
         targets: tuple[str, ...] = (),
         ignore: tuple[str, ...] = (),

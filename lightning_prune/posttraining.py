@@ -28,6 +28,7 @@ def prune(
     targets: Sequence[str] = (),
     ignore: Sequence[str] = (),
     threshold: float | None = None,
+    min_density: float = 0.0,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     rounds: int = 1,
@@ -40,10 +41,11 @@ def prune(
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
         criterion: Scores the units; the lowest go.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out.
         threshold: Instead of a sparsity: prune every unit that scores below it.
+        min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
         data: Batches for a criterion that observes; as many as its ``window`` are taken.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
             cross-entropy for integer targets, else the mean squared error.
@@ -62,7 +64,7 @@ def prune(
     >>> int((model.weight == 0).sum())
     75
     """
-    goal.check(sparsity, threshold, granularity)
+    goal.check(sparsity, threshold, granularity, min_density)
     _check_data(criterion, data, sequential)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -79,7 +81,7 @@ def prune(
         batches = list(batches) if rounds > 1 else batches
         for number in range(1, rounds + 1):
             due = schedules.exponential(number / rounds)
-            allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due)
+            allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due, min_density)
             left = list(units)
             for stage in stages(model, batches, _passes(criterion, model, loss), sequential):
                 inside = set(stage.part.parameters())

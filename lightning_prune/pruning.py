@@ -13,7 +13,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.scheduled import ScheduledTraining
 
 ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
-ScopeName = Literal["global", "local", "erk"]
+ScopeName = Literal["global", "local", "erk", "lamp"]
 
 
 class Pruning(ScheduledTraining):
@@ -27,7 +27,8 @@ class Pruning(ScheduledTraining):
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets: "global" ranks all units together, "local" prunes every
-            target alike, "erk" keeps more of small ones; or a callable from scores and sparsity to units to keep.
+            target alike, "erk" keeps more of small ones, "lamp" more of those whose low scores add up to much; or a
+            callable from scores and sparsity to units to keep, such as ``OWL()``.
         schedule: From progress through the window to the fraction of the sparsity that is due, both 0 to 1:
             "one_shot", "linear", "cubic", "cosine", "exponential" or a callable.
         start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
@@ -39,6 +40,7 @@ class Pruning(ScheduledTraining):
         ignore: Names to leave out, in the same form.
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+        min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
 
     Attributes:
         masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
@@ -67,14 +69,15 @@ class Pruning(ScheduledTraining):
         ignore: tuple[str, ...] = (),
         threshold: float | None = None,
         log_layers: bool = False,
+        min_density: float = 0.0,
     ) -> None:
-        goal.check(sparsity, threshold, granularity)
+        goal.check(sparsity, threshold, granularity, min_density)
         self._schedule = schedules.resolve(schedule)
         self.schedule = schedule
         last = start if schedule == "one_shot" else end
         horizon = schedules.Horizon(start, last, interval, frequency)
         axes = (sparsity, criterion, granularity, scope)
-        super().__init__(*axes, horizon, targets, ignore, threshold=threshold, log_layers=log_layers)
+        super().__init__(*axes, horizon, targets, ignore, threshold, log_layers, min_density)
         self.end = end
 
     @override

@@ -38,6 +38,7 @@ class ScheduledTraining(MaskedTraining):
         ignore: Names to leave out, in the same form.
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total.
+        min_density: Fraction of every target that is kept at least.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ScheduledTraining(MaskedTraining):
         ignore: tuple[str, ...] = (),
         threshold: float | None = None,
         log_layers: bool = False,
+        min_density: float = 0.0,
     ) -> None:
         if type(criterion).backward is not Criterion.backward:
             raise ValueError(
@@ -69,6 +71,7 @@ class ScheduledTraining(MaskedTraining):
         self.interval = horizon.interval
         self.frequency = horizon.frequency
         self.threshold = threshold
+        self.min_density = min_density
         super().__init__(targets, ignore, log_layers)
 
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
@@ -82,7 +85,8 @@ class ScheduledTraining(MaskedTraining):
     def choose_for(self, model: torch.nn.Module, sparsity: goal.Sparsity | None, due: float = 1.0) -> Masks:
         """Return masks, by the criterion, for a goal of which this fraction is due."""
         found = goal.find_targets(model, sparsity, self.targets, self.ignore)
-        allocate = goal.allocation(found, sparsity, self.threshold, self.criterion, self._scope, due)
+        axes = (sparsity, self.threshold, self.criterion, self._scope)
+        allocate = goal.allocation(found, *axes, due, self.min_density)
         return make_masks(self._units, self.criterion, allocate, self.masks)
 
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:

@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from torch import Tensor
+
+from lightning_prune.ranking import tail_share
 from lightning_prune.selection import Scores
 
 Scope = Callable[[Scores, float], Mapping[str, int]]
@@ -53,7 +57,115 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     return _whole(keep, wanted)
 
 
-SCOPES: dict[str, Scope] = {"global": global_, "local": local, "erk": erk}
+def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
+    """Rank the units of all targets by the square of their score over that of all in the target that are no less.
+
+    So every target keeps its highest one. Negative scores count as 0. Each target is sorted, and gathered where ranks
+    hold it in pieces, one at a time.
+
+    Reference: Lee et al., 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv:2010.07611.
+
+    >>> import torch
+    >>> lamp(Scores.of({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([30.0, 40.0])}), 0.5)
+    {'a': 1, 'b': 1}
+    """
+    return global_(scores.within_targets(tail_share), sparsity)
+
+
+@dataclass(frozen=True)
+class OWL:
+    """Keep more of targets with more outliers: scores that are many times their mean. Made for ``Wanda``.
+
+    Densities lie around that of the whole, no further apart than ``2 * spread``.
+
+    Args:
+        outliers: How many times the mean a score has to exceed, to be an outlier.
+        spread: The most, a fraction, that densities may lie above or below the middle of theirs.
+        depth: Parts of a name, between dots, that targets of one block share, which then all have one density: 3 for
+            "model.layers.7.mlp.up_proj.weight". 0 gives every target its own; the paper goes by blocks.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference: Yin et al., 2023, "Outlier Weighed Layerwise Sparsity", arXiv:2310.05175.
+
+    >>> import torch
+    >>> OWL(outliers=3.0, spread=0.1)(Scores.of({"a": torch.ones(10), "b": torch.tensor([1.0] * 9 + [50.0])}), 0.5)
+    {'a': 4, 'b': 6}
+    """
+
+    outliers: float = 5.0
+    spread: float = 0.08
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not self.outliers > 0:
+            raise ValueError(f"outliers must be greater than 0, got {self.outliers}")
+        if not 0.0 <= self.spread < 1.0:
+            raise ValueError(f"spread must be in [0, 1), got {self.spread}")
+        if self.depth < 0:
+            raise ValueError(f"depth must be at least 0, got {self.depth}")
+
+    def __call__(self, scores: Scores, sparsity: float) -> dict[str, int]:
+        """Return how many units each target keeps."""
+        blocks: dict[str, list[str]] = {}
+        for name in scores:
+            blocks.setdefault(".".join(name.split(".")[: self.depth]) if self.depth else name, []).append(name)
+        share = {}
+        for names in blocks.values():
+            found = [self._outliers(scores.raw(name)) for name in names]
+            share.update(dict.fromkeys(names, sum(found) / sum(scores.sizes[name] for name in names)))
+        low, high = min(share.values()), max(share.values())
+        wide = {name: 2 * self.spread * (ratio - low) / (high - low or 1.0) for name, ratio in share.items()}
+        return _shifted(wide, scores.sizes, sparsity)
+
+    def _outliers(self, scores: Tensor) -> int:
+        return int((scores > self.outliers * scores.mean()).sum())
+
+
+def _shifted(density: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, int]:
+    """Shift densities by one number, within 0 and 1, until as many units are kept in all as the sparsity leaves."""
+    wanted = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
+    low, high = -2.0, 2.0
+    keep: dict[str, float] = {}
+    for _ in range(60):
+        shift = (low + high) / 2
+        keep = {name: min(1.0, max(0.0, density[name] + shift)) * size for name, size in sizes.items()}
+        low, high = (low, shift) if sum(keep.values()) > wanted else (shift, high)
+    return _whole(keep, wanted)
+
+
+def at_least(scores: Scores, sparsity: float, scope: Scope, density: float) -> dict[str, int]:
+    """Share out by a scope, but keep this fraction of every target, rounded down, and one unit, at least.
+
+    Targets that would keep less are held there, and the scope shares out the rest over the others.
+
+    Raises:
+        ValueError: If that is more than the sparsity leaves in all.
+
+    >>> import torch
+    >>> at_least(Scores.of({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}), 0.5, global_, 0.1)
+    {'a': 1, 'b': 1}
+    """
+    sizes = scores.sizes
+    floor = {name: max(1, int(density * size)) for name, size in sizes.items()}
+    keep = dict(scope(scores, sparsity))
+    total, held = sum(keep.values()), {}
+    if sum(floor.values()) > total:
+        raise ValueError(
+            f"min_density must leave room for the sparsity, got {density}, which keeps {sum(floor.values())} units of "
+            f"{total} that are to be left"
+        )
+    while any(keep[name] < floor[name] for name in keep):
+        held.update({name: floor[name] for name in keep if keep[name] < floor[name]})
+        others = [name for name in sizes if name not in held]
+        left = sum(sizes[name] for name in others)
+        keep = dict(scope(scores.only(others), 1.0 - (total - sum(held.values())) / left)) if left else {}
+    return {name: held[name] if name in held else keep[name] for name in sizes}
+
+
+SCOPES: dict[str, Scope] = {"global": global_, "local": local, "erk": erk, "lamp": lamp}
 
 
 def resolve(scope: str | Scope) -> Scope:

@@ -16,6 +16,7 @@ from variants import CRITERIA, at_least, label, square_root
 
 import lightning_prune
 from lightning_prune import (
+    OWL,
     Channel,
     ConstantSparsity,
     Criterion,
@@ -196,6 +197,14 @@ def test_every_criterion_by_its_name(criterion: Criterion, tmp_path: Path) -> No
     assert callback_of(run("--config", config, train=False)).criterion == criterion
 
 
+def test_owl_with_its_arguments(tmp_path: Path) -> None:
+    scope = entry("lightning_prune.OWL", outliers=1.5, spread=0.2)
+    cli = run("--config", yaml_file(tmp_path, entry("MagnitudePruning", sparsity=0.6, scope=scope, min_density=0.1)))
+    assert callback_of(cli).scope == OWL(outliers=1.5, spread=0.2)
+    assert callback_of(cli).min_density == 0.1
+    assert zeros(cli.model) == round(0.6 * size(cli.model))
+
+
 def test_a_sparsity_for_each_layer_and_patterns(tmp_path: Path) -> None:
     arguments = {"sparsity": {"net.0.*": 0.25, "*": 0.5}, "ignore": ["net.6.*"]}
     cli = run("--config", yaml_file(tmp_path, entry("MagnitudePruning", **arguments)))
@@ -239,7 +248,7 @@ GIVEN = {
         **{"criterion": "Random", "granularity": "Channel", "scope": "local", "seed": 3, "ignore": ["net.6.*"]},
     },
     "MovementPruning": {**SHARED, "window": 2},
-    "WandaPruning": {**SHARED, "window": 2},
+    "WandaPruning": {**SHARED, "window": 2, "min_density": 0.1, "scope": "lamp"},
     "MagnitudePruning": {"sparsity": {"net.4.*": 0.3, "*": 0.7}, "interval": "epoch", "start": 0, "end": 1},
     "Pruning": {**SHARED, "criterion": entry("Random", seed=7), "granularity": "Channel"},
     "RandomPruning": {**SHARED, "seed": 5},

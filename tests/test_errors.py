@@ -62,7 +62,7 @@ def test_a_sparsity_outside_0_to_1_is_refused(strategy: type[Pruning], sparsity:
         ),
         (
             {"sparsity": 0.5, "scope": "layer"},
-            "scope must be one of ['erk', 'global', 'local'] or a callable, got 'layer'",
+            "scope must be one of ['erk', 'global', 'lamp', 'local'] or a callable, got 'layer'",
         ),
         ({"sparsity": 0.5, "targets": "net.*"}, "targets must be a sequence of patterns, got the string 'net.*'"),
         ({"sparsity": 0.5, "ignore": "net.*"}, "ignore must be a sequence of patterns, got the string 'net.*'"),

@@ -393,7 +393,7 @@ def test_a_batch_that_is_a_mapping_goes_to_the_model_as_it_is() -> None:
         ({"sparsity": 1.0}, "sparsity must be in [0, 1), got 1.0"),
         ({}, "give either sparsity or threshold"),
         ({"sparsity": 0.5, "threshold": 1.0}, "give either sparsity or threshold"),
-        ({"sparsity": 0.5, "scope": "globel"}, "scope must be one of ['erk', 'global', 'local'] or a callable"),
+        ({"sparsity": 0.5, "scope": "globel"}, "scope must be one of ['erk', 'global', 'lamp', 'local'] or a callable"),
         ({"sparsity": 0.5, "targets": ["6.*"]}, "targets must match a parameter, got '6.*'"),
         ({"sparsity": {"6.*": 0.5}}, "got '6.*'; close names"),
         ({"sparsity": 0.5, "ignore": ["*"]}, "the model must have a prunable parameter"),

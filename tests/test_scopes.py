@@ -1,12 +1,14 @@
 """Scopes: how many units each target keeps, worked out by hand."""
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_prune import scopes
+from lightning_prune import LAMP, OWL, Masks, Pruning, Wanda, prune, scopes
 from lightning_prune.scopes import SCOPES
 from lightning_prune.selection import Scores, Source
 
@@ -162,7 +164,7 @@ def test_the_names() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"\['erk', 'global', 'local'\] or a callable, got 'layer'"):
+    with pytest.raises(ValueError, match=r"\['erk', 'global', 'lamp', 'local'\] or a callable, got 'layer'"):
         scopes.resolve("layer")
 
 
@@ -179,3 +181,159 @@ def test_local_and_erk_do_not_compute_scores() -> None:
 
     scores = Scores({"a": Source(compute, 6, (2, 3))})
     assert scopes.local(scores, 0.5) == scopes.erk(scores, 0.5) == {"a": 3}
+
+
+# ------------------------------------------------------------------------------------------------ LAMP
+
+
+def test_lamp_ranks_shares_of_what_is_no_less() -> None:
+    # squares over tails: a 1/14, 4/13, 9/9; b 1/19802, 99^2/(99^2+100^2) = .495, 1
+    scores = Scores.of({"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([1.0, 99.0, 100.0])})
+    assert [scopes.lamp(scores, k / 6) for k in range(6)] == [
+        {"a": 3, "b": 3},
+        {"a": 3, "b": 2},
+        {"a": 2, "b": 2},
+        {"a": 1, "b": 2},
+        {"a": 1, "b": 1},
+        {"a": 0, "b": 1},
+    ]
+
+
+def test_lamp_counts_negative_and_pruned_scores_as_nothing() -> None:
+    kept = torch.tensor([False, True, True])
+    sources = {
+        "a": Source(lambda: torch.tensor([9.0, 2.0, 2.0]), 3, (3,), kept=kept),
+        "b": Source(lambda: torch.tensor([-8.0, 1.0, 3.0]), 3, (3,)),
+    }
+    # a: pruned, 1/2 and 1/2 (equal ones share the sum); b: 0, 1/10, 1
+    assert [scopes.lamp(Scores(sources), k / 6) for k in (2, 3, 4)] == [
+        {"a": 2, "b": 2},
+        {"a": 2, "b": 1},
+        {"a": 1, "b": 1},
+    ]
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.9, 0.98])
+def test_the_criterion_and_the_scope_of_lamp_give_the_same_masks(sparsity: float) -> None:
+    def masks(**axes: Any) -> Masks:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(24, 30), nn.Linear(30, 3))
+        with torch.no_grad():
+            model[2].weight.mul_(0.01)
+        return prune(model, sparsity, **axes)
+
+    one, other = masks(criterion=LAMP()), masks(scope="lamp")
+    assert all(torch.equal(mask, other[name]) for name, mask in one.items())
+    plain = masks()
+    assert not all(torch.equal(mask, other[name]) for name, mask in plain.items())
+
+
+# ------------------------------------------------------------------------------------------------ OWL
+
+
+def test_owl_spreads_densities_by_outliers() -> None:
+    spiky, flat, middle = torch.ones(20), torch.ones(20), torch.ones(20)
+    spiky[:2] = 100.0  # the mean is 10.9: two of twenty are more than five times that
+    middle[0] = 100.0  # one of twenty
+    scores = Scores.of({"a": flat, "b": middle, "c": spiky})
+    # densities 0, .1, .2 from the lowest on, shifted to a mean of 0.5
+    assert OWL(outliers=5.0, spread=0.1)(scores, 0.5) == {"a": 8, "b": 10, "c": 12}
+    assert OWL(outliers=5.0, spread=0.0)(scores, 0.5) == {"a": 10, "b": 10, "c": 10}
+    assert OWL(outliers=500.0, spread=0.1)(scores, 0.5) == {"a": 10, "b": 10, "c": 10}
+    # no target can have less than nothing: what a lacks is taken from the others
+    assert OWL(outliers=5.0, spread=0.2)(scores, 0.9) == {"a": 0, "b": 1, "c": 5}
+
+
+def test_owl_gives_a_block_one_density() -> None:
+    spiky = torch.ones(20)
+    spiky[:2] = 100.0
+    names = ["layers.0.q.weight", "layers.0.k.weight", "layers.1.q.weight", "layers.1.k.weight"]
+    scores = Scores.of(dict(zip(names, [torch.ones(20), torch.ones(10), torch.ones(10), spiky], strict=True)))
+    assert list(OWL(spread=0.1, depth=2)(scores, 0.5).values()) == [8, 4, 6, 12]
+
+
+def test_owl_looks_at_scores_and_not_at_ranks() -> None:
+    layers = nn.Sequential(nn.Linear(40, 10, bias=False), nn.Linear(10, 40, bias=False))
+    for layer in layers:
+        nn.init.ones_(layer.weight)
+    data = torch.ones(1, 40)
+    data[:, 0] = 100.0
+    masks = prune(layers, 0.5, criterion=Wanda(), data=[data], scope=OWL(spread=0.1))
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"0.weight": 240, "1.weight": 160}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"outliers": 0.0}, "outliers must be greater than 0, got 0.0"),
+        ({"spread": 1.0}, r"spread must be in \[0, 1\), got 1.0"),
+        ({"depth": -1}, "depth must be at least 0, got -1"),
+    ],
+)
+def test_owl_refuses_what_makes_no_sense(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OWL(**arguments)
+
+
+# ------------------------------------------------------------------------------------------------ a minimum density
+
+
+@pytest.mark.parametrize("scope", [scopes.global_, scopes.erk, scopes.lamp, OWL(spread=0.5)], ids=str)
+@pytest.mark.parametrize(("sparsity", "density"), [(0.5, 0.3), (0.9, 0.1), (0.9, 0.001), (0.95, 0.05)])
+def test_every_target_keeps_its_least_and_the_total_stays(scope: scopes.Scope, sparsity: float, density: float) -> None:
+    shapes = {"a": (30, 20), "b": (20, 20), "c": (20, 3), "d": (100, 10)}
+    scores = Scores.of({n: s * 10.0**place for place, (n, s) in enumerate(ranked(shapes).items())})
+    keep = scopes.at_least(scores, sparsity, scope, density)
+    sizes = scores.sizes
+    assert list(keep) == list(sizes)
+    assert all(keep[name] >= max(1, int(density * sizes[name])) for name in sizes)
+    assert sum(keep.values()) == sum(sizes.values()) - round(sparsity * sum(sizes.values()))
+
+
+def test_a_scope_that_keeps_enough_is_left_alone() -> None:
+    scores = ranked({"a": (30, 20), "b": (20, 20)})
+    assert scopes.at_least(scores, 0.5, scopes.global_, 0.2) == scopes.global_(scores, 0.5)
+
+
+def test_the_others_share_what_is_left_by_their_scores() -> None:
+    scores = Scores.of({"a": torch.arange(4.0), "b": torch.arange(4.0) + 10, "c": torch.arange(4.0) + 12.5})
+    # six are kept: by rank two of b (12, 13) and all of c; with two of a, the highest four of the others
+    assert scopes.global_(scores, 0.5) == {"a": 0, "b": 2, "c": 4}
+    assert scopes.at_least(scores, 0.5, scopes.global_, 0.5) == {"a": 2, "b": 2, "c": 2}
+    assert scopes.at_least(scores, 0.5, scopes.global_, 0.25) == {"a": 1, "b": 1, "c": 4}
+
+
+def test_no_layer_is_lost() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30), nn.Linear(30, 4))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    assert not prune(copy.deepcopy(model), 0.9)["1.weight"].any()
+    masks = prune(model, 0.9, min_density=0.02)
+    assert int(masks["1.weight"].sum()) == 18
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.9 * 1920)
+
+
+def test_more_than_the_sparsity_leaves_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"min_density must leave room .* got 0\.1, which keeps 3 units of 1 "):
+        prune(model, 0.7, min_density=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.5, "min_density": -0.1}, r"min_density must be in \[0, 1\], got -0.1"),
+        (
+            {"sparsity": 0.9, "min_density": 0.2},
+            "must be at most 1 - sparsity, got 0.2 for a sparsity of 0.9",
+        ),
+        ({"sparsity": {"*": 0.5}, "min_density": 0.2}, "min_density must go with one sparsity for all targets"),
+        ({"threshold": 0.5, "min_density": 0.2}, "min_density must go with one sparsity for all targets"),
+    ],
+)
+def test_a_minimum_density_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune(nn.Linear(4, 4), **arguments)
+    with pytest.raises(ValueError, match=message):
+        Pruning(**arguments)

@@ -9,6 +9,7 @@ from lightning_prune import (
     FPGM,
     LAMP,
     NM,
+    OWL,
     SET,
     SNIP,
     SRSTE,
@@ -51,6 +52,8 @@ SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
     "local",
     "erk",
+    "lamp",
+    OWL(outliers=1.5, spread=0.2),
     {"net.0.*": 0.3, "net.*": 0.7},
     at_least,
 )
