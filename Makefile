@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format examples evidence clean
+.PHONY: help demo test lint format docs examples evidence clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that .venv is made with
@@ -26,6 +26,9 @@ format: $(BIN)/.dev ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(BIN)/.dev ## build the documentation, for a browser to open at site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # An example that comes with a YAML file of its own name is a command line, and is run with that file.
 examples: $(BIN)/.dev ## run every file in examples/
 	@set -e; for file in examples/*.py; do \
@@ -38,7 +41,7 @@ evidence: $(BIN)/.dev ## test what the papers claim, and write the tables (FULL=
 	@MPLBACKEND=Agg $(BIN)/python examples/benchmarks/evidence $(if $(FULL),--full)
 
 clean: ## remove .venv and everything that tools and runs left behind
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is a finished installation; it is made again when the dependencies or their pinned versions change.
