@@ -30,6 +30,7 @@ from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, 
 from lightning_prune.plots import plot_history, plot_masks, plot_schedule, plot_sensitivity, plot_sparsity
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
+from lightning_prune.pruning_report import PruningReport
 from lightning_prune.report import sparsity, summary
 from lightning_prune.scopes import OWL
 from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
@@ -83,6 +84,7 @@ __all__ = [
     "Movement",
     "MovementPruning",
     "Pruning",
+    "PruningReport",
     "Random",
     "RandomPruning",
     "RigL",

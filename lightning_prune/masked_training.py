@@ -91,6 +91,10 @@ class MaskedTraining(Callback):
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
 
+    def explain(self) -> str:
+        """Return what the callback does in this run, as text."""
+        return f"{type(self).__name__}: {len(self.target_names())} parameters"
+
     def target_names(self) -> list[str]:
         """Return the names of the parameters whose zeros count as sparsity."""
         return list(self.masks)

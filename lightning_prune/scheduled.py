@@ -99,6 +99,12 @@ class ScheduledTraining(MaskedTraining):
         return what, "level", [(position, amount * final) for position, amount in self._updates]
 
     @override
+    def explain(self) -> str:
+        parameters = {unit.name: unit.parameter for unit in self._units}
+        what, told, updates = self.describe()
+        return report.plan(type(self).__name__, what, parameters, updates, self.interval, told)
+
+    @override
     def forget(self) -> None:
         super().forget()
         self._units: list[Units] = []
@@ -227,9 +233,7 @@ class ScheduledTraining(MaskedTraining):
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         name = type(self).__name__
-        parameters = {unit.name: unit.parameter for unit in self._units}
-        what, told, updates = self.describe()
-        _tell(report.plan(name, what, parameters, updates, self.interval, told))
+        _tell(self.explain())
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if not self.reached and last > reachable:

@@ -251,6 +251,7 @@ GIVEN = {
     "WandaPruning": {**SHARED, "window": 2, "min_density": 0.1, "scope": "lamp"},
     "MagnitudePruning": {"sparsity": {"net.4.*": 0.3, "*": 0.7}, "interval": "epoch", "start": 0, "end": 1},
     "Pruning": {**SHARED, "criterion": entry("Random", seed=7), "granularity": "Channel"},
+    "PruningReport": {"log_figures": False},
     "RandomPruning": {**SHARED, "seed": 5},
     "SensitivityPruning": {**SHARED, "window": 2},
     "RigL": {**SPARSE, "decay": "linear", "window": 2},

@@ -1,0 +1,444 @@
+"""The report of a run: what it records, what it writes, and how the page behaves in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import distributed
+import pytest
+import torch
+import yaml
+from distributed import Layout, Net
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib import pyplot as plt
+from models import MLP, QUIET, fit, size, zeros
+from torch import nn
+from variants import square_root
+
+from lightning_prune import (
+    Channel,
+    ConstantSparsity,
+    Criterion,
+    Distillation,
+    Entropy,
+    EntropyPruning,
+    GuardedPruning,
+    MagnitudePruning,
+    Pruning,
+    PruningReport,
+    Random,
+    plot_history,
+)
+from lightning_prune.configuration import arguments_of, as_yaml, plain
+
+LINEAR: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 8, "frequency": 4}
+
+
+class Example(MLP):
+    """Has an example input, and a metric whose name has to be escaped."""
+
+    example_input_array = torch.zeros(2, 6)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("acc<b>&", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+class Deep(Example):
+    """Has sixty layers with weights."""
+
+    def build(self, dropout: float) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 8), *(nn.Linear(8, 8) for _ in range(58)), nn.Linear(8, 3))
+
+
+def written(folder: Path, model: nn.Module | None = None, *callbacks: Any, **trainer_kwargs: Any) -> dict[str, Any]:
+    """Fit with a report and return what it has written as JSON."""
+    path = folder / "report.html"
+    callbacks = callbacks or (MagnitudePruning(0.5, **LINEAR),)
+    fit(model or Example(), *callbacks, PruningReport(str(path)), **{"max_epochs": 3, **trainer_kwargs})
+    assert path.read_text().startswith("<!doctype html>")
+    return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+# ------------------------------------------------------------------------------------------------ what it records
+
+
+def test_it_says_what_was_planned_what_happened_and_what_is_left(tmp_path: Path) -> None:
+    model, callback = Example(), MagnitudePruning(0.5, ignore=("net.6.*",), **LINEAR)
+    found = written(tmp_path, model, callback)
+    assert (found["model"], found["steps"], found["epochs"]) == ("Example", 12, 3)
+    assert found["history"]["sparsity"] == [[0, 0.0], [4, 0.25], [8, 0.5]]
+    assert found["sparsity"] == callback.sparsity_now == 0.5
+    assert [(row["name"], row["shape"], row["weights"]) for row in found["layers"]] == [
+        ("net.0.weight", [8, 6], 48),
+        ("net.4.weight", [10, 8], 80),
+        ("net.6.weight", [3, 10], 30),
+    ]
+    assert sum(row["zeros"] for row in found["layers"]) == zeros(model) == 64
+    assert {row["name"]: row["sparsity"] for row in found["layers"]}["net.6.weight"] == 0.0
+    [told] = found["callbacks"]
+    assert told["class_path"] == "lightning_prune.MagnitudePruning"
+    assert told["plan"].startswith("MagnitudePruning to sparsity 0.5: 2 parameters, 128 weights\n")
+    assert told["plan"].endswith("2 updates, step (level): 4 (25.0%), 8 (50.0%)")
+    assert (told["sparsity"], told["reached"]) == (0.5, True)
+    before, after = found["before"], found["after"]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert before["parameters"] == after["parameters"] == total
+    assert before["active_parameters"] - after["active_parameters"] == pytest.approx(64, abs=8)  # a norm begins at zero
+    assert after["active_parameters"] == total - 64
+    assert after["bytes"] == 4 * total
+    assert after["packed_bytes"] == 4 * (total - 64) + total / 8
+    assert before["flops"] == after["flops"] == before["active_flops"] == 2 * 2 * size(model)
+    assert after["active_flops"] == 2 * 2 * (size(model) - 64)
+
+
+def test_metrics_are_recorded_at_the_step_at_which_they_were_logged(tmp_path: Path) -> None:
+    seen: dict[str, list[list[float]]] = {"val_loss": [], "acc<b>&": [], "loss": []}
+
+    class Seeing(Example):
+        def on_validation_end(self) -> None:
+            for name in ("val_loss", "acc<b>&"):
+                seen[name].append([self.trainer.global_step, float(self.trainer.callback_metrics[name])])
+
+        def on_train_epoch_end(self) -> None:
+            seen["loss"].append([self.trainer.global_step, float(self.trainer.callback_metrics["loss"])])
+
+    found = written(tmp_path, Seeing(), val_check_interval=0.5, num_sanity_val_steps=1)
+    del seen["val_loss"][0], seen["acc<b>&"][0]  # of the sanity check
+    assert [step for step, _ in seen["val_loss"]] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, _ in seen["loss"]] == [4, 8, 12]
+    assert found["history"]["metrics"] == seen
+
+
+def test_several_callbacks_are_recorded_together(tmp_path: Path) -> None:
+    first = MagnitudePruning(0.5, targets=("net.0.*",), schedule="one_shot", start=2)
+    second = Pruning(0.25, criterion=Random(), targets=("net.4.*",), schedule="one_shot", start=4)
+    found = written(tmp_path, None, first, second)
+    assert found["history"]["sparsity"] == [[0, 0.0], [2, pytest.approx(24 / 128)], [4, pytest.approx(44 / 128)]]
+    assert [callback["sparsity"] for callback in found["callbacks"]] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("callback", [ConstantSparsity(), GuardedPruning("val_loss", 9.0, "min", step=0.3)])
+def test_every_pruning_callback_can_be_reported(callback: Any, tmp_path: Path) -> None:
+    found = written(tmp_path, None, callback)
+    assert found["callbacks"][0]["plan"].startswith(type(callback).__name__)
+    assert found["sparsity"] == pytest.approx(callback.sparsity_now)
+
+
+def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    class Broken(Example):
+        def on_validation_epoch_end(self) -> None:
+            self.log("broken", float("nan"))
+
+    found = written(tmp_path, Broken())
+    assert found["history"]["metrics"]["broken"] == [[4, None], [8, None], [12, None]]
+    assert "nan" not in (tmp_path / "report.html").read_text().partition("<svg")[0].lower()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_a_resumed_run_reports_all_of_it(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    whole = written(tmp_path / "whole", Example(), MagnitudePruning(0.5, **LINEAR), saver, enable_checkpointing=True)
+    for epoch in (0, 1):
+        path, rest = tmp_path / f"epoch={epoch}.ckpt", tmp_path / f"rest{epoch}.html"
+        fit(Example(), MagnitudePruning(0.5, **LINEAR), PruningReport(str(rest)), ckpt_path=str(path), max_epochs=3)
+        # the key of its state is its path: a report to another place begins anew
+        assert json.loads(rest.with_suffix(".json").read_text())["history"]["sparsity"][0][0] > 0
+        again = written(tmp_path / "whole", Example(), MagnitudePruning(0.5, **LINEAR), ckpt_path=str(path))
+        assert again == whole
+
+
+# ------------------------------------------------------------------------------------------------ the configuration
+
+
+class Power(Criterion):
+    """A user's criterion."""
+
+    def __init__(self, exponent: float = 1.0) -> None:
+        self.exponent = exponent
+
+    def scores(self, units: Any) -> Any:
+        return units.mean(lambda weight: weight.abs() ** self.exponent)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        MagnitudePruning({"net.4.*": 0.3, "*": 0.7}, start=1, end=2, interval="epoch"),
+        EntropyPruning(0.5, prune="low", bins=8, window=2, start=0.25, end=1.0, ignore=("net.6.*",)),
+        Pruning(0.6, criterion=Power(2.0), granularity=Channel(), scope="local", schedule=square_root, start=2),
+        Pruning(threshold=0.1, criterion=Random(3), schedule="one_shot", start=0),
+    ],
+    ids=["magnitude", "entropy", "own", "threshold"],
+)
+def test_the_configuration_repeats_the_run(callback: Any, tmp_path: Path) -> None:
+    model = Example()
+    found = written(tmp_path, model, callback)
+    (tmp_path / "config.yaml").write_text(found["config"])
+    cli = LightningCLI(
+        Example,
+        args=["fit", "--config", str(tmp_path / "config.yaml")],
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults={name: value for name, value in QUIET.items() if name != "max_epochs"},
+    )
+    assert cli.trainer.global_step == found["steps"]
+    assert type(cli.trainer.callbacks[0]) is type(callback)
+    for name, value in model.state_dict().items():
+        assert torch.equal(cli.model.state_dict()[name], value), name
+    assert zeros(model) > 0
+
+
+def test_arguments_are_those_that_differ_from_the_defaults() -> None:
+    assert arguments_of(MagnitudePruning(0.9)) == {"sparsity": 0.9}
+    assert arguments_of(MagnitudePruning(0.9, start=1, end=1)) == {"sparsity": 0.9, "start": 1, "end": 1}
+    assert arguments_of(Pruning(0.5, criterion=Entropy())) == {"sparsity": 0.5, "criterion": Entropy()}
+    assert plain(square_root) == "variants.square_root"
+    assert plain({"a": (1, None)}) == {"a": [1, None]}
+    assert as_yaml({}, []) == "trainer:\n  callbacks: []\n"
+
+
+def test_the_configuration_has_what_decides_over_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    arguments: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 1}
+    callbacks = (MagnitudePruning(0.5, start=0, end=2), Distillation(nn.Linear(6, 3), weight=0.25))
+    found = yaml.safe_load(written(tmp_path, None, *callbacks, **arguments)["config"])
+    assert found["seed_everything"] == 7
+    pruning, distillation = found["trainer"].pop("callbacks")
+    assert found["trainer"] == {**arguments, "precision": "32-true"}
+    assert pruning["init_args"] == {"sparsity": 0.5, "start": 0, "end": 2}
+    teacher = {"class_path": "torch.nn.modules.linear.Linear"}
+    assert distillation == {
+        "class_path": "lightning_prune.Distillation",
+        "init_args": {"teacher": teacher, "weight": 0.25},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ where and how
+
+
+def test_the_page_goes_where_the_logs_are(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"default_root_dir": tmp_path / "root", "max_epochs": 1}
+    fit(MLP(), MagnitudePruning(0.5, start=0, end=1), PruningReport(), **arguments)
+    assert (tmp_path / "root/pruning_report.html").exists()
+    logger = CSVLogger(tmp_path, name="logs")
+    fit(MLP(), MagnitudePruning(0.5, start=0, end=1), PruningReport(), **arguments, logger=logger)
+    assert Path(logger.log_dir, "pruning_report.json").exists()
+
+
+def test_wrong_paths_and_a_missing_package_are_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"path must end in .html, got report.pdf"):
+        PruningReport("report.pdf")
+    model = MLP()
+    monkeypatch.setattr("lightning_prune.pruning_report.find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"PruningReport needs matplotlib: pip install 'lightning-prune\[plots\]'"
+    ):
+        fit(model, PruningReport())
+    assert model.trainer.global_step == 0
+
+
+def test_a_pruning_callback_behind_the_report_is_refused(tmp_path: Path) -> None:
+    report = PruningReport(str(tmp_path / "report.html"))
+    with pytest.raises(ValueError, match="PruningReport must stand behind MagnitudePruning in callbacks"):
+        fit(MLP(), report, MagnitudePruning(0.5))
+
+
+def test_another_fit_begins_another_history(tmp_path: Path) -> None:
+    report = PruningReport(str(tmp_path / "report.html"))
+    fit(Deep(), MagnitudePruning(0.5, **LINEAR), report, max_epochs=3)
+    fit(Example(), MagnitudePruning(0.5, **LINEAR), report, max_epochs=3)
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again == written(tmp_path)
+
+
+class Figures(CSVLogger):
+    """A logger with TensorBoard's method for figures."""
+
+    added: list[tuple[str, Any, int]]
+
+    @property
+    def experiment(self) -> Any:
+        return SimpleNamespace(add_figure=lambda *args: self.added.append(args), log_metrics=None)
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def save(self) -> None: ...
+
+
+def test_figures_go_to_loggers_that_take_them(tmp_path: Path) -> None:
+    logger = Figures(tmp_path)
+    logger.added = []
+    report = PruningReport(str(tmp_path / "report.html"), log_figures=True)
+    fit(Example(), MagnitudePruning(0.5, **LINEAR), report, logger=[CSVLogger(tmp_path), logger], max_epochs=3)
+    names = ["val_loss", "acc<b>&", "loss", "sparsity", "masks"]
+    assert [(tag, step) for tag, _, step in logger.added] == [(f"pruning/{name}", 12) for name in names]
+    assert all(isinstance(figure, plt.Figure) for _, figure, _ in logger.added)
+    assert logger.added[0][1].get_facecolor() == (1, 1, 1, 1), "transparent, for the page"
+    assert not plt.get_fignums()
+    plot_history(report.history, "val_loss")
+    plt.close("all")
+    with pytest.warns(UserWarning, match="log_figures needs a logger whose experiment has add_figure"):
+        fit(MLP(), PruningReport(str(tmp_path / "other.html"), log_figures=True), max_epochs=1)
+
+
+# ------------------------------------------------------------------------------------------------ several ranks
+
+
+def reported(layout: Layout, folder: Path) -> bool:
+    model = Net(layout)
+    callback, report = Pruning(0.5, schedule="linear", start=0, end=4), PruningReport(str(folder / f"{layout}.html"))
+    distributed.fit(model, callback, report)
+    return torch.distributed.get_rank() == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_two_ranks_write_the_page_of_one(layout: Layout, tmp_path: Path) -> None:
+    distributed.run(reported, 1, "one", tmp_path)
+    assert distributed.run(reported, 2, layout, tmp_path) == [True, False]
+    [one, two] = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", layout)]
+    assert one["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert two == one
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
+
+
+OFFLINE = ("--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("needs chromium on the PATH: apt-get install chromium")
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    done = subprocess.run([found, *OFFLINE, profile, "--dump-dom", "about:blank"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{found} does not start here: {done.stderr[-300:]}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    written(folder, Example(), Pruning({"net.0.*": 0.25, "*": 0.5}, **LINEAR))
+    return folder / "report.html"
+
+
+def browse(chromium: str, page: Path, *options: str, script: str = "") -> str:
+    """Open a page from the disk, without a network, run a script in it, and return the document that is there then."""
+    if script:
+        page = page.with_name("scripted.html")
+        page.write_text(
+            page.with_name("report.html").read_text().replace("</body>", f"<script>{script}</script></body>")
+        )
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [chromium, *OFFLINE, profile, "--enable-logging=stderr", *options, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ":CONSOLE" not in done.stderr, done.stderr  # an error of a script, or something that did not load
+    return done.stdout
+
+
+class Cells(HTMLParser):
+    """The text of every cell of the table that can be sorted, by row."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        table = re.search(r'<table class="sortable">(.*?)</table>', text, re.DOTALL)
+        assert table is not None
+        self.feed(table[1])
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.rows[-1].append(data)
+
+
+def test_the_page_opens_without_a_network(chromium: str, page: Path) -> None:
+    source = page.read_text()
+    assert not re.search(r"<(script|img|iframe|link|image)[^>]+(src|href)\s*=\s*[\"'](?!data:|#)", source)
+    assert "@import" not in source
+    shown = browse(chromium, page)
+    assert "acc&lt;b&gt;&amp;" in shown
+    assert "<b>" not in shown
+    assert Cells(shown).rows[1:] == [
+        ["net.0.weight", "8 x 6", "48", "12", "25.00%"],
+        ["net.4.weight", "10 x 8", "80", "40", "50.00%"],
+        ["net.6.weight", "3 x 10", "30", "15", "50.00%"],
+        ["total", "158", "67", "42.41%"],
+    ]
+    assert shown.count("<svg") == 5  # three metrics, the layers, the masks
+
+
+@pytest.mark.parametrize(
+    ("column", "clicks", "order", "state"),
+    [(2, 1, "406", "descending"), (2, 2, "604", "ascending"), (0, 1, "640", "descending"), (0, 2, "046", "ascending")],
+)
+def test_a_click_sorts_the_table(column: int, clicks: int, order: str, state: str, chromium: str, page: Path) -> None:
+    click = f"document.querySelectorAll('table.sortable th button')[{column}].click();"
+    shown = browse(chromium, page, script=f"document.querySelectorAll('th button')[4].click();{click * clicks}")
+    rows = Cells(shown).rows
+    assert [row[0] for row in rows[1:4]] == [f"net.{layer}.weight" for layer in order]
+    assert rows[4][0] == "total"
+    heads = re.findall(r"<th[^>]*>(?=<button>)", shown)
+    assert [state in head for head in heads] == [place == column for place in range(5)]
+
+
+LOOK = """
+const style = getComputedStyle(document.body), path = getComputedStyle(document.querySelector("svg use"));
+document.title = [style.backgroundColor, path.fill, document.documentElement.scrollWidth - innerWidth].join("|");
+"""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "back", "ink"), [(1, "255, 255, 255", "31, 35, 40"), (0, "13, 17, 23", "230, 237, 243")]
+)
+def test_it_is_light_or_dark_and_fits_a_phone(scheme: int, back: str, ink: str, chromium: str, page: Path) -> None:
+    options = (f"--blink-settings=preferredColorScheme={scheme}", "--window-size=500,900")
+    shown = browse(chromium, page, *options, script=LOOK)
+    [title] = re.findall("<title>(.*?)</title>", shown)
+    background, letters, too_wide = title.split("|")
+    assert background == f"rgb({back})"
+    assert letters == f"rgb({ink})"
+    assert int(too_wide) <= 0
+
+
+def test_sixty_layers_print_on_whole_pages(chromium: str, tmp_path: Path) -> None:
+    written(tmp_path, Deep(), max_epochs=2)
+    pdf = tmp_path / "report.pdf"
+    # what is shown on paper must be as wide and, if it cannot be divided, as high as the paper at most
+    script = """
+    const print = [...document.styleSheets[0].cssRules].find((rule) => rule.conditionText === "print");
+    const style = document.createElement("style");
+    style.textContent = [...print.cssRules].map((rule) => rule.cssText).join("\\n") + "body { width: 190mm; }";
+    document.head.append(style);
+    const box = (element) => element.getBoundingClientRect();
+    const high = Math.max(...[...document.querySelectorAll("svg, tr")].map((element) => box(element).height));
+    const wide = Math.max(...[...document.querySelectorAll("svg, table, pre")].map((element) => box(element).right));
+    document.title = [high, wide, box(document.body).right].join("|");
+    """
+    [title] = re.findall("<title>(.*?)</title>", browse(chromium, tmp_path / "report.html", script=script))
+    high, wide, body = map(float, title.split("|"))
+    assert high <= 250 / 25.4 * 96
+    assert wide <= body + 1
+    options = [*OFFLINE, f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}"]
+    subprocess.run(
+        [chromium, *options, (tmp_path / "report.html").as_uri()], check=True, timeout=60, capture_output=True
+    )
+    pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+    assert 4 <= pages <= 9
