@@ -21,7 +21,7 @@ from lightning_prune.criteria import (
 )
 from lightning_prune.distillation import Distillation
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
-from lightning_prune.granularities import NM, Block, Channel, Granularity, Weight
+from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, Weight
 from lightning_prune.guarded import GuardedPruning
 from lightning_prune.history import History
 from lightning_prune.lottery import LotteryTicket
@@ -75,6 +75,7 @@ __all__ = [
     "GraSP",
     "Granularity",
     "GuardedPruning",
+    "Head",
     "History",
     "LotteryTicket",
     "Magnitude",

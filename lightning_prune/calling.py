@@ -36,6 +36,16 @@ def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = No
     return {key: convert(part, device, dtype) for key, part in inputs.items()} if isinstance(inputs, dict) else inputs
 
 
+def fitting(inputs: Inputs, model: nn.Module) -> Inputs:
+    """Return inputs on the device, and those of floats in the type, of the parameters of a model.
+
+    >>> fitting(torch.zeros(1), nn.Linear(1, 1).double()).dtype
+    torch.float64
+    """
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return inputs if first is None else convert(inputs, first.device, first.dtype)
+
+
 def tensors(output: Any) -> Iterator[Tensor]:
     """Yield every tensor of an output: of nested tuples, lists, dicts and dataclasses.
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_prune import scopes
+from lightning_prune.budget import Budget, Measure, make_budget
+from lightning_prune.calling import Inputs
 from lightning_prune.criteria import Criterion
-from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.granularities import NM, Block, Granularity, Weight
 from lightning_prune.masks import Allocate
 from lightning_prune.scopes import Scope
 from lightning_prune.targets import Target, find, fractions
+from lightning_prune.units import Units
 
 Sparsity = float | Mapping[str, float]
 
@@ -20,12 +23,13 @@ def check(
     threshold: float | None,
     granularity: Granularity = Weight(),
     min_density: float = 0.0,
+    of: Measure = "units",
 ) -> None:
     """Refuse a goal that is none, or that the granularity cannot serve.
 
     Raises:
         ValueError: If both or neither are given, a sparsity is outside [0, 1), or lower than N:M needs, or the density
-            that every target is to keep leaves no room for it.
+            that every target is to keep leaves no room for it, or it cannot be counted in what ``of`` says.
 
     >>> check(90, None)
     Traceback (most recent call last):
@@ -45,6 +49,7 @@ def check(
     elif granularity.group is not None:
         raise ValueError(f"threshold must be None for {granularity}, which compares within groups, got {threshold}")
     _check_density(sparsity, min_density)
+    _check_measure(sparsity, granularity, min_density, of)
 
 
 def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
@@ -54,6 +59,17 @@ def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
         raise ValueError(f"min_density must go with one sparsity for all targets, got min_density={min_density}")
     if isinstance(sparsity, int | float) and min_density > 1.0 - sparsity + 1e-9:
         raise ValueError(f"min_density must be at most 1 - sparsity, got {min_density} for a sparsity of {sparsity}")
+
+
+def _check_measure(sparsity: Sparsity | None, granularity: Granularity, min_density: float, of: Measure) -> None:
+    if of not in ("units", "parameters", "flops"):
+        raise ValueError(f'of must be "units", "parameters" or "flops", got {of!r}')
+    if of != "units" and not isinstance(sparsity, int | float):
+        raise ValueError(f'of must be "units" for a threshold or a sparsity per layer, got {of!r}')
+    if of != "units" and isinstance(granularity, NM | Block):
+        raise ValueError(f'of must be "units" for {granularity}, got {of!r}')
+    if min_density and (of != "units" or granularity.round_to > 1):
+        raise ValueError(f"min_density must be 0 for {granularity} and of={of!r}, got {min_density}")
 
 
 def _check_fraction(argument: str, value: float, granularity: Granularity) -> None:
@@ -86,8 +102,12 @@ def allocation(
     scope: Scope,
     due: float = 1.0,
     min_density: float = 0.0,
+    budget: Budget | None = None,
 ) -> Allocate:
-    """Return the function from scores to the units that each target keeps when this fraction of the goal is due."""
+    """Return the function from scores to the units that each target keeps when this fraction of the goal is due.
+
+    With a budget the goal is a fraction of what that counts.
+    """
     if threshold is not None:
         level = criterion.level(threshold)
         return lambda scores: scopes.below(scores, level, due)
@@ -96,6 +116,33 @@ def allocation(
         return lambda scores: scopes.per_layer(scores, decided, due)
     assert sparsity is not None
     amount = sparsity * due
+    if budget is not None:
+        return lambda scores: budget.keep(scores, scope, amount)
     if min_density:
         return lambda scores: scopes.at_least(scores, amount, scope, min_density)
     return lambda scores: scope(scores, amount)
+
+
+def budget_of(
+    sparsity: Sparsity | None,
+    of: Measure,
+    granularity: Granularity,
+    units: Sequence[Units],
+    model: nn.Module,
+    inputs: Inputs,
+    several: bool = False,
+) -> Budget | None:
+    """Return what the goal is counted in; None where it is a count of units that a scope can share out exactly.
+
+    Raises:
+        ValueError: If the units cannot reach the goal.
+    """
+    if not isinstance(sparsity, float | int) or (of == "units" and granularity.round_to == 1):
+        return None
+    budget = make_budget(of, units, model, inputs, several)
+    if budget.reach < sparsity - 1e-9:
+        raise ValueError(
+            f"sparsity must be at most {budget.reach:.4f} of the {of}, since {granularity} leaves some units in each "
+            f"target and others are no targets, got {sparsity}"
+        )
+    return budget

@@ -18,10 +18,14 @@ class Granularity:
     Attributes:
         spans: Whether a unit may lie on several ranks; its scores are then summed and held whole on each.
         follows: Whether bias and norm entries of the same channel share the fate of a unit.
+        coupled: Whether units follow the dependency graph of the model; None: where an example input is given.
+        round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
     """
 
     spans: ClassVar[bool] = True
     follows: ClassVar[bool] = False
+    coupled: bool | None = False
+    round_to: int = 1
 
     @property
     def group(self) -> int | None:
@@ -164,6 +168,20 @@ class Block(Granularity):
 class Channel(Granularity):
     """A unit is a neuron or output channel: its row of weights, its bias entry, the affine entries of its norm.
 
+    Coupled channels are those that can be removed from the model together: rows that are added to each other, and all
+    that reads them, die together. Channels that cannot be removed are left out: outputs of the model, and those that
+    a LayerNorm, RMSNorm or GroupNorm takes statistics over.
+
+    Args:
+        coupled: Whether channels follow the dependency graph of the model. None: if the model has an
+            ``example_input_array``, or ``prune`` is given ``example_inputs``. True: otherwise, too, by the first
+            training batch; an error where the model cannot be traced.
+        minimum: How many coupled channels of a layer stay, at least 1.
+        round_to: The number of coupled channels that stay in a layer is a multiple of this, if it is pruned.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
     >>> Channel().pool(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0)
     tensor([3., 7.])
     >>> Channel().expand(torch.tensor([True, False]), torch.Size([2, 2]), 0)
@@ -172,6 +190,14 @@ class Channel(Granularity):
     """
 
     follows: ClassVar[bool] = True
+
+    coupled: bool | None = None
+    minimum: int = 1
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_at_least_one(minimum=self.minimum, round_to=self.round_to)
 
     @override
     def pool(self, values: Tensor, dim: int) -> Tensor:
@@ -184,3 +210,39 @@ class Channel(Granularity):
     @override
     def count(self, shape: torch.Size, dim: int) -> int:
         return shape[dim]
+
+
+@dataclass(frozen=True)
+class Head(Granularity):
+    """A unit is a head of an attention: its rows in the projections of queries, keys and values, its columns behind.
+
+    Known are ``nn.MultiheadAttention``, and modules with linear layers that project queries, keys and values, apart or
+    in one, and an output layer. These need an example input, as coupled channels do. Other weights are not pruned.
+
+    Args:
+        heads: The number of heads of the latter; None reads it from an attribute such as ``num_heads`` or ``n_head``.
+        minimum: How many heads of an attention stay, at least 1.
+
+    Raises:
+        ValueError: If an argument is out of range; later on, if the model has no attention that is known.
+
+    Reference: Michel et al., 2019, "Are Sixteen Heads Really Better than One?", arXiv:1905.10650.
+
+    >>> Head(minimum=2).coupled
+    True
+    """
+
+    coupled = True
+
+    heads: int | None = None
+    minimum: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_at_least_one(heads=1 if self.heads is None else self.heads, minimum=self.minimum)
+
+
+def _check_at_least_one(**arguments: int) -> None:
+    for argument, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value}")

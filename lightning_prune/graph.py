@@ -81,12 +81,13 @@ class Graph:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Graph:
+def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     """Return the groups of channels and of attention heads of a model; the model is left as it is.
 
     Args:
         model: Any module whose outputs depend on its parameters by autograd.
         inputs: Example inputs: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        heads: The number of heads of attentions built of linear layers; None reads it from their module.
 
     Raises:
         ImportError: If torch-pruning is not installed.
@@ -114,8 +115,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         raise ValueError(
             f"the model must run on the example inputs and be traceable by torch-pruning, got {error!r}"
         ) from error
-    reader = _Reader(traced)
-    result: list[Group] = [*reader.packed_attentions()]
+    reader = _Reader(traced, heads)
+    result = packed_heads(traced)
     left_out: dict[str, str] = {}
     for group in groups:
         items = [
@@ -126,6 +127,32 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         except UnsupportedError as reason:
             left_out.update({name: str(reason) for name in reader.made(items)})
     return Graph(tuple(sorted(result, key=lambda group: reader.order[group.name])), left_out)
+
+
+def packed_heads(model: nn.Module) -> list[Group]:
+    """Return the heads of every ``nn.MultiheadAttention``: they need no trace.
+
+    >>> packed_heads(nn.MultiheadAttention(8, 2))[0].size
+    2
+    """
+    reader = _Reader(model)
+    found = [module for module in reader.modules if isinstance(module, nn.MultiheadAttention)]
+    return [_packed(module, reader) for module in found]
+
+
+def _packed(module: nn.MultiheadAttention, reader: "_Reader") -> Group:
+    rows = _by_head(module.embed_dim, module.num_heads)
+    three = torch.cat([rows + part * module.embed_dim for part in range(3)], 1)
+    apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    makers = [(weight, rows) for weight in apart] if module.in_proj_weight is None else [(module.in_proj_weight, three)]
+    members = [Member(reader.names[weight], 0, index, "makes") for weight, index in makers]
+    if module.in_proj_bias is not None:
+        members.append(Member(reader.names[module.in_proj_bias], 0, three, "follows"))
+    for bias in (module.bias_k, module.bias_v):
+        if bias is not None:
+            members.append(Member(reader.names[bias], 2, rows, "follows"))
+    members.append(Member(reader.names[module.out_proj.weight], 1, rows, "reads"))
+    return _group(members, reader.order, reader.modules[module])
 
 
 Direction = Literal["in", "out", "both"]
@@ -141,7 +168,8 @@ def _direction(found: Any, item: Any) -> Direction:
 class _Reader:
     """Turns the items of a dependency group into members of a group, by the types of the layers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, heads: int | None = None) -> None:
+        self.heads = heads
         self.modules = {module: plain_name(name) for name, module in model.named_modules()}
         self.names: dict[Tensor, str] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -176,28 +204,7 @@ class _Reader:
         for module, direction, places, roots in layers:
             for tensor, dim, index, role in _places(module, direction, _rows(places, roots, units)):
                 _add(members, Member(self.names[tensor], dim, index, role))
-        return self._group(members.values())
-
-    def packed_attentions(self) -> Iterator[Group]:
-        """Yield the heads of every ``nn.MultiheadAttention``: they need no trace."""
-        for module, name in self.modules.items():
-            if isinstance(module, nn.MultiheadAttention):
-                packed = module._qkv_same_embed_dim
-                inner = [module.in_proj_weight] * 3 if packed else [module.q_proj_weight, module.k_proj_weight]
-                inner += [] if packed else [module.v_proj_weight]
-                parts = [(weight, part if packed else 0) for part, weight in enumerate(inner)]
-                rows = _by_head(module.embed_dim, module.num_heads)
-                members: dict[tuple[str, int], Member] = {}
-                for weight, part in parts:
-                    _add(members, Member(self.names[weight], 0, rows + part * module.embed_dim, "makes"))
-                if module.in_proj_bias is not None:
-                    three = torch.cat([rows + part * module.embed_dim for part in range(3)], 1)
-                    _add(members, Member(self.names[module.in_proj_bias], 0, three, "follows"))
-                for bias in (module.bias_k, module.bias_v):
-                    if bias is not None:
-                        _add(members, Member(self.names[bias], 2, rows, "follows"))
-                _add(members, Member(self.names[module.out_proj.weight], 1, rows, "reads"))
-                yield self._group(members.values(), name)
+        return _group(members.values(), self.order)
 
     def _is_layer(self, module: Any) -> bool:
         return module in self.modules or isinstance(module, nn.Parameter)
@@ -210,10 +217,10 @@ class _Reader:
             return None
         parents = {self.modules[layer].rpartition(".")[0] for layer in (*makers, *readers)}
         parent = next((module for module, name in self.modules.items() if {name} == parents), None)
-        found = [getattr(parent, name) for name in HEADS if isinstance(getattr(parent, name, None), int)]
-        if not found or sum(layer.out_features for layer in makers) != 3 * readers[0].in_features:
+        stated = [getattr(parent, name) for name in HEADS if isinstance(getattr(parent, name, None), int)]
+        found = stated if self.heads is None else [self.heads]
+        if parent is None or not found or sum(layer.out_features for layer in makers) != 3 * readers[0].in_features:
             return None
-        assert parent is not None
         return parent, sorted(makers, key=list(self.modules).index), readers[0], found[0]
 
     def _heads(self, parent: nn.Module, makers: list[nn.Linear], reader: nn.Linear, heads: int) -> Group:
@@ -228,13 +235,14 @@ class _Reader:
             if layer.bias is not None:
                 _add(members, Member(self.names[layer.bias], 0, index, "follows"))
         _add(members, Member(self.names[reader.weight], 1, rows, "reads"))
-        return self._group(members.values(), self.modules[parent])
+        return _group(members.values(), self.order, self.modules[parent])
 
-    def _group(self, members: Iterable[Member], owner: str | None = None) -> Group:
-        kept = sorted(members, key=lambda member: (member.role != "makes", self.order[member.name]))
-        if kept[0].role != "makes":
-            raise UnsupportedError("no layer makes its channels")
-        return Group(kept[0].name, tuple(kept), owner)
+
+def _group(members: Iterable[Member], order: Mapping[str, int], owner: str | None = None) -> Group:
+    kept = sorted(members, key=lambda member: (member.role != "makes", order[member.name]))
+    if kept[0].role != "makes":
+        raise UnsupportedError("no layer makes its channels")
+    return Group(kept[0].name, tuple(kept), owner)
 
 
 def _by_head(width: int, heads: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
+from lightning_prune.clock import in_steps, length
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
@@ -113,7 +114,7 @@ class LotteryTicket(ScheduledTraining):
         rewinding.check(trainer, pl_module)
         if self.rewind == "random":
             rewinding.check_resettable(pl_module)
-        if self.frequency is None and math.isinf(self._length(trainer, self.interval)):
+        if self.frequency is None and math.isinf(length(trainer, self.interval, self._epochs)):
             raise ValueError("frequency must be given where the length of the run is unknown, got None")
         super().begin(trainer, pl_module)
         if self._moment is None:
@@ -124,14 +125,14 @@ class LotteryTicket(ScheduledTraining):
                 f"rounds must fit into the run, with at least one {self.interval} for each of the {self.rounds + 1} "
                 f"trainings, got rounds={self.rounds} that end at the {self.interval}s {positions[1:]}"
             )
-        first = self._in_steps(trainer, positions[1])
+        first = in_steps(trainer, self.interval, positions[1])
         if self._moment >= first > 0:
             raise ValueError(f"rewind_to must lie before the first round ends, got step {self._moment} of {first:g}")
 
     def _resolve(self, trainer: Trainer) -> int:
         if isinstance(self.rewind_to, int):
             return self.rewind_to
-        steps = self._length(trainer, "step")
+        steps = length(trainer, "step", self._epochs)
         if math.isinf(steps):
             raise ValueError(f"rewind_to must be an int where the length of the run is unknown, got {self.rewind_to}")
         return round(self.rewind_to * steps)

@@ -163,10 +163,13 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     """
     kept = {unit.name: unit.kept(held) for unit in units}
     scores = score(units, criterion, kept)
-    due = _settle(_due(allocate(scores), scores.sizes), scores.pruned())
+    wanted = _due(allocate(scores), scores.sizes)
+    due = _settle({unit.name: unit.size - unit.bound(unit.size - wanted[unit.name]) for unit in units}, scores.pruned())
     masks = Masks()
     for unit in units:
-        masks.update(unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_()))
+        chosen = unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_())
+        for name, mask in chosen.items():
+            masks[name] = masks[name] & mask if name in masks else mask
     return masks
 
 

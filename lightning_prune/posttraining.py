@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal, schedules, scopes
+from lightning_prune.budget import Measure
 from lightning_prune.calibration import Run, Stage, forward, stages, take, undisturbed
+from lightning_prune.calling import Inputs
+from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
 from lightning_prune.targets import Target
-from lightning_prune.units import Units, make_units
+from lightning_prune.units import Units
 
 
 def prune(
@@ -29,10 +32,12 @@ def prune(
     ignore: Sequence[str] = (),
     threshold: float | None = None,
     min_density: float = 0.0,
+    of: Measure = "units",
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     rounds: int = 1,
     sequential: str | None = None,
+    example_inputs: Inputs = None,
 ) -> Masks:
     """Prune a model in place and return the masks; ``masks.apply(model)`` keeps the zeros while it trains on.
 
@@ -46,6 +51,8 @@ def prune(
         ignore: Names to leave out.
         threshold: Instead of a sparsity: prune every unit that scores below it.
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
+        of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
+            model, where those count as gone that go with the pruned units. At least so many go.
         data: Batches for a criterion that observes; as many as its ``window`` are taken.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
             cross-entropy for integer targets, else the mean squared error.
@@ -55,16 +62,19 @@ def prune(
             forward passes. Each block is observed behind the pruned ones, and pruned, before the next one; what is
             outside of the blocks comes last. No more than one block's input is held, and the scope shares out inside
             each block.
+        example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
+            dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a score is not finite.
+        ImportError: If channels or heads have to be coupled, and torch-pruning is not installed.
 
     >>> model = nn.Linear(10, 10)
     >>> masks = prune(model, 0.75)
     >>> int((model.weight == 0).sum())
     75
     """
-    goal.check(sparsity, threshold, granularity, min_density)
+    goal.check(sparsity, threshold, granularity, min_density, of)
     _check_data(criterion, data, sequential)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -74,14 +84,18 @@ def prune(
         raise ValueError(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
-    units = make_units(found, model, granularity)
+    inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    units, _ = find_units(found, model, granularity, inputs)
+    budget = goal.budget_of(sparsity, of, granularity, units, model, inputs)
+    if sequential is not None and budget is not None:
+        raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
     masks = Masks()
     with undisturbed(model):  # also while a loader is asked for batches, which may draw random numbers
         batches = take(data, criterion.window, model)
         batches = list(batches) if rounds > 1 else batches
         for number in range(1, rounds + 1):
             due = schedules.exponential(number / rounds)
-            allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due, min_density)
+            allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due, min_density, budget)
             left = list(units)
             for stage in stages(model, batches, _passes(criterion, model, loss), sequential):
                 inside = set(stage.part.parameters())
@@ -89,7 +103,8 @@ def prune(
                 left = [unit for unit in left if unit.parameter not in inside]
                 if now:
                     _observe(now, criterion, stage)
-                    masks.update(make_masks(now, criterion, allocate, masks))
+                    for name, mask in make_masks(now, criterion, allocate, masks).items():
+                        masks[name] = masks[name] & mask if name in masks else mask
                     masks.apply(model)
     return masks
 
@@ -108,7 +123,7 @@ def observed_units(
         ValueError: If the criterion needs data, and there are none.
     """
     _check_data(criterion, data)
-    units = make_units(found, model, granularity)
+    units, _ = find_units(found, model, granularity, getattr(model, "example_input_array", None))
     with undisturbed(model):
         (stage,) = stages(model, take(data, criterion.window, model), _passes(criterion, model, loss))
         _observe(units, criterion, stage)

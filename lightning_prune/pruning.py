@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_prune import goal, report, schedules, scopes
+from lightning_prune.budget import Measure
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.scheduled import ScheduledTraining
@@ -41,6 +42,9 @@ class Pruning(ScheduledTraining):
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
+        of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
+            model, where those count as gone that go with the pruned units. At least so many go. FLOPs are those of a
+            forward pass on ``example_input_array`` or, without it, the first training batch.
 
     Attributes:
         masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
@@ -70,14 +74,15 @@ class Pruning(ScheduledTraining):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float = 0.0,
+        of: Measure = "units",
     ) -> None:
-        goal.check(sparsity, threshold, granularity, min_density)
+        goal.check(sparsity, threshold, granularity, min_density, of)
         self._schedule = schedules.resolve(schedule)
         self.schedule = schedule
         last = start if schedule == "one_shot" else end
         horizon = schedules.Horizon(start, last, interval, frequency)
         axes = (sparsity, criterion, granularity, scope)
-        super().__init__(*axes, horizon, targets, ignore, threshold, log_layers, min_density)
+        super().__init__(*axes, horizon, targets, ignore, threshold, log_layers, min_density, of)
         self.end = end
 
     @override

@@ -136,8 +136,11 @@ def plan(
     updates: Sequence[tuple[int, float]],
     interval: str,
     told: str = "level",
+    left_out: Mapping[str, str] | None = None,
 ) -> str:
     """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
+
+    Parameters that are left out are named with the reason.
 
     >>> import torch
     >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
@@ -154,6 +157,7 @@ def plan(
         [
             f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
             *(table(cells) if cells else []),
+            *(f"  left out: {name}: {reason}" for name, reason in (left_out or {}).items()),
             f"{len(updates)} updates, {interval} ({told}): {', '.join(when)}" if when else "no updates planned",
         ]
     )

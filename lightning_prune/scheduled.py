@@ -1,7 +1,6 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
+from lightning_prune.budget import Budget, Measure
+from lightning_prune.calling import Inputs
+from lightning_prune.clock import in_steps, length, steps_per_epoch
+from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
 from lightning_prune.masked_training import MaskedTraining, gradient_scale
@@ -19,7 +22,7 @@ from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.schedules import Horizon
 from lightning_prune.shards import reshard
-from lightning_prune.units import Units, make_units
+from lightning_prune.units import Units
 
 # below Lightning's logger, whose handlers and level it shares, and with a name of its own to be silenced by
 _log = logging.getLogger("lightning.pytorch.lightning_prune")
@@ -39,6 +42,7 @@ class ScheduledTraining(MaskedTraining):
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total.
         min_density: Fraction of every target that is kept at least.
+        of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class ScheduledTraining(MaskedTraining):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float = 0.0,
+        of: Measure = "units",
     ) -> None:
         if type(criterion).backward is not Criterion.backward:
             raise ValueError(
@@ -72,6 +77,7 @@ class ScheduledTraining(MaskedTraining):
         self.frequency = horizon.frequency
         self.threshold = threshold
         self.min_density = min_density
+        self.of = of
         super().__init__(targets, ignore, log_layers)
 
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
@@ -86,7 +92,7 @@ class ScheduledTraining(MaskedTraining):
         """Return masks, by the criterion, for a goal of which this fraction is due."""
         found = goal.find_targets(model, sparsity, self.targets, self.ignore)
         axes = (sparsity, self.threshold, self.criterion, self._scope)
-        allocate = goal.allocation(found, *axes, due, self.min_density)
+        allocate = goal.allocation(found, *axes, due, self.min_density, self._budget)
         return make_masks(self._units, self.criterion, allocate, self.masks)
 
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
@@ -95,19 +101,24 @@ class ScheduledTraining(MaskedTraining):
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         """Return the goal in words, what is told of each update, and that for each position."""
         what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
+        what += "" if self.of == "units" else f" of the {self.of}"
         final = self.sparsity if isinstance(self.sparsity, float) else 1.0
         return what, "level", [(position, amount * final) for position, amount in self._updates]
 
     @override
     def explain(self) -> str:
-        parameters = {unit.name: unit.parameter for unit in self._units}
+        parameters = {name: parameter for unit in self._units for name, parameter in unit.weights.items()}
         what, told, updates = self.describe()
-        return report.plan(type(self).__name__, what, parameters, updates, self.interval, told)
+        return report.plan(type(self).__name__, what, parameters, updates, self.interval, told, self._left_out)
 
     @override
     def forget(self) -> None:
         super().forget()
         self._units: list[Units] = []
+        self._found: list[int] = []  # ids of the parameters that the units were looked up for
+        self._left_out: dict[str, str] = {}
+        self._inputs: Inputs = None
+        self._budget: Budget | None = None
         self._observation = Observation(self.criterion, [])
         self._observed: dict[str, Any] | None = None  # restored statistics, until there are units for them
         self._window: tuple[int, int] | None = None  # resolved once: a longer resumed run must not move it
@@ -122,7 +133,8 @@ class ScheduledTraining(MaskedTraining):
 
     @override
     def target_names(self) -> list[str]:
-        return [unit.name for unit in self._units]
+        # before the first batch has shown how units are coupled, those of the checkpoint
+        return list(dict.fromkeys(name for unit in self._units for name in unit.weights)) or list(self._levels)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -132,12 +144,30 @@ class ScheduledTraining(MaskedTraining):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._inputs is None:
+            self._inputs = pl_module.example_input_array
         self._find_units(trainer, pl_module)
         self._observation.active = lambda: bool(trainer.training)
-        length = self._length(trainer, self.interval)
-        self._window = self._window or self._horizon.window(length)
+        duration = length(trainer, self.interval, self._epochs)
+        self._window = self._window or self._horizon.window(duration)
         self._updates = self.plan(*self._window)
-        self._announce(length)
+        if not self._waits_for_a_batch:
+            self._announce(duration)
+
+    @property
+    def _waits_for_a_batch(self) -> bool:
+        """Whether units are coupled, or FLOPs are to be counted, and an example input is still to come."""
+        return (self.granularity.coupled is True or self.of == "flops") and self._inputs is None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._waits_for_a_batch:
+            self._inputs = batch[0] if isinstance(batch, list | tuple) else batch
+            self._find_units(trainer, pl_module)
+            self._refuse_overlap(trainer)
+            self._announce(length(trainer, self.interval, self._epochs))
+            self.put_in_force(trainer, pl_module, self.masks)
+            self.advance(trainer, pl_module)
 
     @override
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -156,7 +186,7 @@ class ScheduledTraining(MaskedTraining):
         clock = trainer.current_epoch if self.interval == "epoch" else self._steps
         if self._observation.full and any(self._applied < position <= clock for position, _ in self._updates):
             # an update that had to wait may end up where the next one is due: one serves both
-            per_epoch = _steps_per_epoch(trainer) if self.interval == "epoch" else 0
+            per_epoch = steps_per_epoch(trainer) if self.interval == "epoch" else 0
             begins = max(clock, self._steps // per_epoch) if per_epoch else clock
             due = [update for update in self._updates if update[0] <= begins]
             self._update(trainer, pl_module, *due[-1])
@@ -181,6 +211,8 @@ class ScheduledTraining(MaskedTraining):
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, position: int, amount: float) -> None:
         """Choose new masks and put them in force."""
+        if self._waits_for_a_batch:
+            return
         reshard(pl_module)
         self._find_units(trainer, pl_module)
         if any(map(is_lazy, pl_module.parameters())):  # the first forward makes the rest of the targets
@@ -199,36 +231,23 @@ class ScheduledTraining(MaskedTraining):
         position = next((position for position, _ in self._updates if position > self._applied), None)
         if position is None or not self._observation.needed:
             return False
-        return self._steps >= self._in_steps(trainer, position) - self.criterion.window
-
-    def _in_steps(self, trainer: Trainer, position: int) -> float:
-        """Return the optimizer step of a position; 0 where it is an epoch and their length is unknown."""
-        return position if self.interval == "step" else position * _steps_per_epoch(trainer)
+        return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.window
 
     def _find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the targets up: lazy ones appear after the first forward, frozen ones once they are trained."""
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
-        if [id(target.parameter) for target in found] == [id(unit.parameter) for unit in self._units]:
+        if [id(target.parameter) for target in found] == self._found or self._waits_for_a_batch:
             return
         self._observation.close()
-        self._units = make_units(found, pl_module, self.granularity)
         several = trainer.world_size > 1
+        self._units, self._left_out = find_units(found, pl_module, self.granularity, self._inputs, several)
+        self._found = [id(target.parameter) for target in found]
+        counted = (self.sparsity, self.of, self.granularity, self._units, pl_module, self._inputs, several)
+        self._budget = goal.budget_of(*counted)
         self._observation = Observation(self.criterion, self._units, self._observation.active, several)
         if self._observed is not None:
             self._observation.load_state_dict(self._observed)
             self._observed = None
-
-    def _length(self, trainer: Trainer, interval: str) -> float:
-        """Return the length of the run in steps or epochs; infinite where it is unknown."""
-        epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-        # stochastic weight averaging adds an epoch, in which no optimizer steps
-        added = max(0.0, epochs - self._epochs) if self._epochs not in (None, -1) and epochs < math.inf else 0.0
-        if interval == "epoch":
-            return epochs - added
-        steps = float(trainer.estimated_stepping_batches)
-        if added:
-            steps = min(steps, (epochs - added) * _steps_per_epoch(trainer))
-        return math.inf if steps < 0 else steps
 
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
@@ -266,6 +285,8 @@ class ScheduledTraining(MaskedTraining):
         return {
             **super().__getstate__(),
             "_units": [],
+            "_found": [],
+            "_inputs": None,
             "_observation": Observation(self.criterion, []),
             "_observed": observed,
         }
@@ -274,9 +295,3 @@ class ScheduledTraining(MaskedTraining):
 @rank_zero_only
 def _tell(message: str) -> None:
     _log.info(message)
-
-
-def _steps_per_epoch(trainer: Trainer) -> float:
-    """Return the optimizer steps of an epoch; 0, so that observation begins at once, where they are unknown."""
-    batches = trainer.num_training_batches
-    return 0.0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)

@@ -1,24 +1,21 @@
 """Shrinking: takes dead channels and heads out of a model, once it is proven that its outputs stay the same."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.calling import Inputs, convert, difference, run
-from lightning_prune.graph import Graph, Group, Member, trace
+from lightning_prune.calling import Inputs, fitting
+from lightning_prune.graph import Graph, trace
 from lightning_prune.masks import Masks
-from lightning_prune.surgery import cut, named_tensors
+from lightning_prune.proof import Decision, agreeing, scratch
+from lightning_prune.surgery import cut, named_tensors, zero_units
 from lightning_prune.targets import plain_name
 
 Model = TypeVar("Model", bound=nn.Module)
-Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
-
-TOLERANCE = 1e-5
 
 
 def shrink(
@@ -70,7 +67,7 @@ def shrink(
     masks = Masks(masks or {})
     proof = scratch(model)
     masks.apply(proof)
-    inputs = convert(inputs, next(proof.parameters()).device)
+    inputs = fitting(inputs, proof)
     graph = trace(proof, inputs)
     done = _removable(proof, graph, inputs, round_to)
     _name_what_stays(proof, graph, done)
@@ -80,57 +77,6 @@ def shrink(
     for average in averages:
         cut(average, done)
     return shrunk
-
-
-def scratch(model: Model) -> Model:
-    """Return a copy of a model to try things on: without forward hooks, and none of them is called."""
-    copy = deepcopy(model)
-    for module in copy.modules():
-        module._forward_hooks.clear()
-    return copy
-
-
-def agreeing(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) -> list[Decision]:
-    """Return the decisions after which a model, whose units that are not kept are zero, puts out what it did before.
-
-    All of them are tried together first, and halves of them where they do not agree. The model is left as it is.
-    """
-    precise, inputs = _precise(model, inputs)
-    expected = run(precise, inputs)
-
-    def agree(part: Sequence[Decision]) -> bool:
-        trial = deepcopy(precise)
-        try:
-            cut(trial, part)
-            return difference(expected, run(trial, inputs)) <= TOLERANCE
-        except Exception:  # the forward of the user, which may well insist on its sizes
-            return False
-
-    found = _search(list(decisions), agree)
-    if len(found) < len(decisions) and not agree(found):  # what agrees alone may not agree together
-        together: list[Decision] = []
-        for decision in found:
-            together = [*together, decision] if agree([*together, decision]) else together
-        return together
-    return found
-
-
-def _search(part: list[Decision], agree: Callable[[Sequence[Decision]], bool]) -> list[Decision]:
-    if not part or agree(part):
-        return part
-    middle = len(part) // 2
-    return _search(part[:middle], agree) + _search(part[middle:], agree) if middle else []
-
-
-def _precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """Return a copy of the model and inputs in double precision, if it runs in that."""
-    copy, device = scratch(model), next(model.parameters()).device
-    try:
-        wide = convert(inputs, device, torch.float64)
-        run(copy.double(), wide)
-    except Exception:  # a forward with a type of its own
-        return scratch(model), inputs
-    return copy, wide
 
 
 def _removable(model: nn.Module, graph: Graph, inputs: Inputs, round_to: int) -> list[Decision]:
@@ -149,18 +95,6 @@ def _removable(model: nn.Module, graph: Graph, inputs: Inputs, round_to: int) ->
     again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
     again = [decision for decision in again if not decision[1].all()]
     return agreeing(model, [*done, *again], inputs) if again else done
-
-
-def zero_units(tensors: Mapping[str, Tensor], members: Iterable[Member]) -> Tensor:
-    """Return which units (bool) are zero in all of these members."""
-    found = [_entries(tensors[m.name] != 0, m).any(1) for m in members]
-    return ~torch.stack(found).any(0)
-
-
-def _entries(tensor: Tensor, member: Member) -> Tensor:
-    """Return the entries of each unit in a tensor, a row a unit."""
-    units, places = member.index.shape
-    return tensor.movedim(member.dim, 0).cpu()[member.index.flatten()].reshape(units, -1) if places else tensor
 
 
 def _rounded(keep: Tensor, round_to: int) -> Tensor:

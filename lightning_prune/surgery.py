@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.graph import HEADS, WIDTHS, Group
-from lightning_prune.targets import plain_name
+from lightning_prune.graph import HEADS, WIDTHS, Group, Member
+from lightning_prune.targets import named_parameters, plain_name
 
 Keep = Mapping[tuple[str, int], Tensor]  # by name and dimension: which places (bool) are kept
 
@@ -27,6 +27,26 @@ def kept_places(model: nn.Module, decisions: Iterable[tuple[Group, Tensor]]) -> 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer once, under its plain name."""
     return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def zero_units(tensors: Mapping[str, Tensor], members: Iterable[Member]) -> Tensor:
+    """Return which units (bool) are zero in all of these members."""
+    found = [entries(tensors[m.name] != 0, m).any(1).cpu() for m in members]
+    return ~torch.stack(found).any(0)
+
+
+def entries(tensor: Tensor, member: Member) -> Tensor:
+    """Return the entries of each unit in a tensor, a row a unit."""
+    return tensor.movedim(member.dim, 0)[member.index.to(tensor.device)].flatten(1)
+
+
+@torch.no_grad()
+def silence(model: nn.Module, decisions: Iterable[tuple[Group, Tensor]]) -> None:
+    """Zero, in place, the entries of parameters that belong to units which are not kept (bool, True = kept)."""
+    parameters = named_parameters(model)
+    for (name, dim), kept in kept_places(model, decisions).items():
+        if name in parameters:
+            parameters[name].index_fill_(dim, (~kept).nonzero().squeeze(1).to(parameters[name].device), 0.0)
 
 
 @torch.no_grad()

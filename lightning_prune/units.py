@@ -62,6 +62,20 @@ class Units:
         self.grad_scale = 1.0
 
     @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights whose zeros count as sparsity, by name."""
+        return {self.name: self.parameter}
+
+    @property
+    def shares(self) -> dict[tuple[str, int], float]:
+        """The part, 0 to 1, that one unit takes of a dimension of a parameter, by name and dimension."""
+        return {(self.name, self.dim): 1.0 / self.size, **{(name, 0): 1.0 / self.size for name in self.followers}}
+
+    def bound(self, keep: int) -> int:
+        """Return how many units really stay where so many are to be kept."""
+        return keep
+
+    @property
     def channels(self) -> int:
         """The number of output channels of the whole weight."""
         return self.parameter.shape[self.dim]
@@ -73,11 +87,7 @@ class Units:
 
     def weight(self) -> Tensor:
         """Return this rank's piece of the weight, detached, at least float32; ``grad`` is its unscaled gradient."""
-        weight = _at_least_float32(local(self.parameter))
-        if self.parameter.grad is not None:
-            grad = _at_least_float32(local(self.parameter.grad))
-            weight.grad = grad if self.grad_scale == 1.0 else grad / self.grad_scale
-        return weight
+        return weight_of(self.parameter, self.grad_scale)
 
     def sum(self, values: Values) -> Tensor:
         """Return the sum over each unit of what ``values`` gives for the weight, entry by entry."""
@@ -216,6 +226,15 @@ class Units:
             unit = piece(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
             total.scatter_add_(0, unit.reshape(-1), values.reshape(-1))
         return over_ranks(total)
+
+
+def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
+    """Return this rank's piece of a parameter, detached, at least float32, with its gradient divided by a scale."""
+    weight = _at_least_float32(local(parameter))
+    if parameter.grad is not None:
+        grad = _at_least_float32(local(parameter.grad))
+        weight.grad = grad if grad_scale == 1.0 else grad / grad_scale
+    return weight
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

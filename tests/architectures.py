@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from models import Attention
 from torch import Tensor, nn
-from torch.nn.functional import gelu, max_pool2d, relu, relu6, scaled_dot_product_attention
+from torch.nn.functional import gelu, max_pool2d, relu, relu6
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -121,19 +122,6 @@ class Inception(nn.Module):
         x = relu(self.stem(x))
         x = torch.cat([self.a(x), self.b(x), self.c(x)], 1)
         return self.fc(relu(self.mix(relu(x))).mean((2, 3)))
-
-
-class Attention(nn.Module):
-    """Self-attention with a linear layer for each of queries, keys and values."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.num_heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CausalAttention(nn.Module):

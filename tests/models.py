@@ -107,6 +107,28 @@ class ConvNet(Tiny):
         )
 
 
+class Attention(nn.Module):
+    """Self-attention with a linear layer for each of queries, keys and values, as its users write it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Attending(Tiny):
+    """Two attentions of 6 and 2 heads over sequences of 3 tokens, and a linear layer."""
+
+    size = (3, 12)
+
+    def build(self, dropout: float) -> nn.Sequential:
+        return nn.Sequential(Attention(12, 6), nn.Tanh(), Attention(12, 2), nn.Flatten(), nn.Linear(36, 3))
+
+
 class TwoOptimizers(MLP):
     """Manual optimization: one optimizer for the first layers, one for the last, both stepped in every batch."""
 

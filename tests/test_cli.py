@@ -22,6 +22,7 @@ from lightning_prune import (
     Criterion,
     Entropy,
     EntropyPruning,
+    Head,
     Magnitude,
     MagnitudePruning,
     Pruning,
@@ -300,6 +301,21 @@ def test_print_config_round_trips(name: str, short: bool, tmp_path: Path, capsys
         assert callback.sparsity_now > 0.4
     assert printed_config(capsys, "--config", str(again)) == dumped
     assert second.trainer.global_step == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("Channel", Channel()),
+        ("lightning_prune.Head", Head()),
+        ({"class_path": "Head", "init_args": {"heads": 4, "minimum": 2}}, Head(heads=4, minimum=2)),
+        ({"class_path": "Channel", "init_args": {"coupled": True, "round_to": 8}}, Channel(coupled=True, round_to=8)),
+    ],
+    ids=repr,
+)
+def test_granularities_are_read_from_yaml(given: Any, wanted: Channel | Head, tmp_path: Path) -> None:
+    config = yaml_file(tmp_path, entry("Pruning", sparsity=0.5, granularity=given))
+    assert callback_of(run("--config", config, train=False)).granularity == wanted
 
 
 @pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if issubclass(value, Pruning)])

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 from itertools import combinations, cycle, pairwise, product
+from typing import Any
 
 import pytest
 import torch
-from models import ConvNet, MaskRecorder, fit, size, weights, zeros
-from variants import CRITERIA, GRANULARITIES, SCHEDULES, SCOPES, at_least, label
+from models import Attending, ConvNet, MaskRecorder, Tiny, fit, size, weights, zeros
+from torch import Tensor
+from variants import COUPLED, CRITERIA, GRANULARITIES, SCHEDULES, SCOPES, at_least, label
 
 from lightning_prune import Channel, Criterion, Granularity, Pruning
 
@@ -24,7 +26,7 @@ def expected(scope: str | dict[str, float] | Callable, sizes: dict[str, int]) ->
     """The units that have to be pruned: of each target where the scope says so, otherwise in total."""
     if isinstance(scope, dict):
         first, others = scope.values()
-        return {name: round((first if name == "net.0.weight" else others) * n) for name, n in sizes.items()}
+        return {name: round((first if name.startswith("net.0.") else others) * n) for name, n in sizes.items()}
     if scope == "local":
         return {name: round(SPARSITY * n) for name, n in sizes.items()}
     if scope is at_least:
@@ -32,15 +34,71 @@ def expected(scope: str | dict[str, float] | Callable, sizes: dict[str, int]) ->
     return round(SPARSITY * sum(sizes.values()))
 
 
+# what dies with each unit of a layer: the parameter, the dimension, and a row of places in it for each unit
+Members = list[tuple[str, int, Tensor]]
+
+
+def attention(name: str, heads: int) -> Members:
+    rows = torch.arange(12).view(heads, -1)
+    made = [(f"{name}.{layer}.{what}", 0, rows) for layer in "qkv" for what in ("weight", "bias")]
+    return [*made, (f"{name}.o.weight", 1, rows)]
+
+
+def one(units: int) -> Tensor:
+    return torch.arange(units).view(-1, 1)
+
+
+CHANNELS: dict[str, Members] = {
+    "net.0.weight": [
+        *(("net.0.weight", 0, one(6)), ("net.1.weight", 0, one(6)), ("net.1.bias", 0, one(6))),
+        ("net.3.weight", 1, one(6)),
+    ],
+    "net.3.weight": [
+        *(("net.3.weight", 0, one(4)), ("net.3.bias", 0, one(4))),
+        *(("net.4.weight", 0, one(4)), ("net.4.bias", 0, one(4)), ("net.8.weight", 1, torch.arange(16).view(4, 4))),
+    ],
+}
+HEADS = {"net.0.q.weight": attention("net.0", 6), "net.2.q.weight": attention("net.2", 2)}
+
+
 # criteria, granularities and scopes all meet; the schedules take turns, so that each meets every variant of these
-CASES = [(*axes, schedule) for axes, schedule in zip(product(CRITERIA, GRANULARITIES, SCOPES), cycle(SCHEDULES))]
+def cases(granularities: tuple[Granularity, ...]) -> list[tuple[Any, ...]]:
+    axes = product(CRITERIA, granularities, SCOPES)
+    return [(*axes, schedule) for axes, schedule in zip(axes, cycle(SCHEDULES))]
 
 
-def test_every_pair_of_variants_is_tested() -> None:
-    axes = (CRITERIA, GRANULARITIES, SCOPES, SCHEDULES)
+CASES = cases(GRANULARITIES)
+
+
+@pytest.mark.parametrize("granularities", [GRANULARITIES, COUPLED], ids=["plain", "coupled"])
+def test_every_pair_of_variants_is_tested(granularities: tuple[Granularity, ...]) -> None:
+    axes = (CRITERIA, granularities, SCOPES, SCHEDULES)
     for (i, ones), (j, others) in combinations(enumerate(axes), 2):
-        met = {(label(case[i]), label(case[j])) for case in CASES}
+        met = {(label(case[i]), label(case[j])) for case in cases(granularities)}
         assert met == {(label(one), label(other)) for one in ones for other in others}
+
+
+def trained(
+    model: Tiny,
+    criterion: Criterion,
+    granularity: Granularity,
+    scope: str | dict[str, float] | Callable,
+    schedule: str | Callable,
+) -> tuple[Tiny, Pruning, MaskRecorder]:
+    axes = {"sparsity": scope} if isinstance(scope, dict) else {"sparsity": SPARSITY, "scope": scope}
+    callback = Pruning(
+        **axes, criterion=criterion, granularity=granularity, schedule=schedule, start=1, end=6, frequency=2
+    )
+    recorder = MaskRecorder(callback)
+    fit(model, callback, recorder, limit_val_batches=0)
+    return model, callback, recorder
+
+
+def assert_only_fewer(recorder: MaskRecorder) -> None:
+    assert recorder.counts[0] == 0
+    assert recorder.counts[-1] > 0
+    for old, new in pairwise(recorder.masks):
+        assert all(not (new[name] & ~mask).any() for name, mask in old.items()), "a pruned unit came back"
 
 
 @pytest.mark.parametrize(("criterion", "granularity", "scope", "schedule"), CASES, ids=label)
@@ -50,13 +108,7 @@ def test_every_combination_ends_with_exactly_the_zeros_asked_for(
     scope: str | dict[str, float] | Callable,
     schedule: str | Callable,
 ) -> None:
-    axes = {"sparsity": scope} if isinstance(scope, dict) else {"sparsity": SPARSITY, "scope": scope}
-    callback = Pruning(
-        **axes, criterion=criterion, granularity=granularity, schedule=schedule, start=1, end=6, frequency=2
-    )
-    model, recorder = ConvNet(), MaskRecorder(callback)
-    fit(model, callback, recorder, limit_val_batches=0)
-
+    model, callback, recorder = trained(ConvNet(), criterion, granularity, scope, schedule)
     dead = {}
     for name, weight in weights(model).items():
         dead[name] = granularity.pool((weight != 0).float(), 0) == 0
@@ -77,12 +129,44 @@ def test_every_combination_ends_with_exactly_the_zeros_asked_for(
     elif not granularity.follows:
         assert callback.masks.keys() == FOLLOWERS.keys()
 
-    assert recorder.counts[0] == 0
-    assert recorder.counts[-1] > 0
-    for old, new in pairwise(recorder.masks):
-        assert all(not (new[name] & ~mask).any() for name, mask in old.items()), "a pruned unit came back"
-
+    assert_only_fewer(recorder)
     assert model.state_dict().keys() == ConvNet().state_dict().keys()
     plain = ConvNet(seed=1)
     plain.load_state_dict(model.state_dict(), strict=True)
     assert callback.sparsity_now == pytest.approx(zeros(plain) / size(plain), abs=1e-12)
+
+
+@pytest.mark.parametrize(("criterion", "granularity", "scope", "schedule"), cases(COUPLED), ids=label)
+def test_coupled_units_die_with_all_that_belongs_to_them(
+    criterion: Criterion,
+    granularity: Granularity,
+    scope: str | dict[str, float] | Callable,
+    schedule: str | Callable,
+) -> None:
+    build, units = (ConvNet, CHANNELS) if isinstance(granularity, Channel) else (Attending, HEADS)
+    model, callback, recorder = trained(build(), criterion, granularity, scope, schedule)
+    parameters = dict(model.named_parameters())
+
+    touched = {name for members in units.values() for name, *_ in members}
+    masks = {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in touched}
+    dead = {}
+    for name, members in units.items():
+        rows = members[0][2]
+        dead[name] = ~callback.masks[name].movedim(members[0][1], 0)[rows].flatten(1).any(1)
+        for member, dim, places in members:
+            masks[member].index_fill_(dim, places[dead[name]].flatten(), False)
+    assert callback.masks.keys() == masks.keys()
+    for name, mask in masks.items():
+        assert torch.equal(callback.masks[name], mask), name
+        assert not parameters[name][~mask].any()
+        assert parameters[name][mask].all() or parameters[name].ndim < 2
+
+    counts = {name: int(units.sum()) for name, units in dead.items()}
+    due = expected(scope, {name: units.numel() for name, units in dead.items()})
+    assert (counts if isinstance(due, dict) else sum(counts.values())) == due
+    assert all(count < dead[name].numel() for name, count in counts.items()), "a layer has no unit left"
+
+    assert_only_fewer(recorder)
+    weights = [mask for name, mask in masks.items() if parameters[name].ndim >= 2]
+    zeros = sum(int((~mask).sum()) for mask in weights)
+    assert callback.sparsity_now == pytest.approx(zeros / sum(mask.numel() for mask in weights), abs=1e-12)

@@ -17,10 +17,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from models import fit
+from models import Attention, agrees, fit
 from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_pruned, leftovers, mlp
 from torch import Tensor, nn
-from variants import CRITERIA, GRANULARITIES, METHODS, label
+from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, label
 
 from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, MagnitudePruning, Pruning, Weight, prune
 
@@ -160,6 +160,33 @@ def test_every_combination_resumes_exactly(
     arguments = {"criterion": criterion, "granularity": granularity, **REGIMES[regime]}
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments))
     assert all(torch.load(path, weights_only=True)["callbacks"] for path in checkpoints(tmp_path))
+
+
+class Attending(Resumable):
+    """Attention of 4 heads over sequences of 3 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = (3, 8)
+        self.net = nn.Sequential(Attention(8, 4), nn.Flatten(), nn.Linear(24, 4))
+
+    def train_dataloader(self) -> StatefulLoader:
+        return StatefulLoader(self.size, self.batches)
+
+
+def assert_zero(model: nn.Module, callback: Pruning, sparsity: float) -> None:
+    assert agrees(model, callback.masks)
+    assert 0.3 < callback.sparsity_now < 0.7  # a count of weights, where the goal is one of units
+
+
+@pytest.mark.parametrize("granularity", COUPLED, ids=label)
+@pytest.mark.parametrize(("criterion", "regime"), list(zip(CRITERIA[1:], REGIMES, strict=True)), ids=label)
+def test_coupled_units_resume_exactly(
+    criterion: Criterion, granularity: Granularity, regime: str, tmp_path: Path
+) -> None:
+    arguments = {"criterion": criterion, "granularity": granularity, **REGIMES[regime]}
+    model = Resumable if isinstance(granularity, Channel) else Attending
+    assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), model, check=assert_zero)
 
 
 @pytest.mark.parametrize("method", METHODS)

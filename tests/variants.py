@@ -20,6 +20,7 @@ from lightning_prune import (
     Entropy,
     Fisher,
     Granularity,
+    Head,
     LotteryTicket,
     Magnitude,
     Movement,
@@ -48,6 +49,7 @@ CRITERIA: tuple[Criterion, ...] = (
     *(Sensitivity(window=2), Movement(window=2), SNIP(window=1), Fisher(window=2)),
 )
 GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 2))
+COUPLED: tuple[Granularity, ...] = (Channel(coupled=True), Head())  # units that lie in several parameters
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
     "local",
@@ -81,4 +83,6 @@ def label(variant: object) -> str:
         return variant
     if isinstance(variant, dict):
         return "per_layer"
+    if getattr(variant, "coupled", False) and isinstance(variant, Channel):
+        return "CoupledChannel"
     return getattr(variant, "__name__", type(variant).__name__)
