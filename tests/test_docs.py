@@ -60,7 +60,8 @@ def test_command_lines_are_accepted(page: str, tmp_path: Path, monkeypatch: pyte
     found = blocks(PAGES[page])
     configs = [text for language, text in found if language == "yaml"]
     Path("prune.yaml").write_text("".join(configs[:1]))
-    for command in "".join(text for language, text in found if language == "bash").splitlines():
+    commands = "".join(text for language, text in found if language == "bash").replace("\\\n", "")
+    for command in commands.splitlines():
         if command.startswith("python main.py fit "):
             cli = LightningCLI(MLP, args=shlex.split(command)[3:], run=False, save_config_callback=None)
             assert any(type(callback).__module__.startswith("lightning_prune") for callback in cli.trainer.callbacks)
