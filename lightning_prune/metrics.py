@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_prune import report
 from lightning_prune.flops import dense_flops, sparse_flops
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
-from lightning_prune.targets import find, named_parameters
+from lightning_prune.targets import named_parameters
 
 
 class _Ratio(Metric):
@@ -125,8 +125,7 @@ class MaskOverlap(_Ratio):
             model: The masked model.
             masks: Its masks, such as those of a callback; of a weight without a mask, what is not zero counts as kept.
         """
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
-        found = {target.name: target.parameter for target in find(model, self.targets, self.ignore, frozen)}
+        found = {target.name: target.parameter for target in report.counted(model, self.targets, self.ignore)}
         masks = masks or {}
         kept = {name: masks[name].clone() if name in masks else local(p) != 0 for name, p in found.items()}
         self.count({name: _both_and_either(mask, self._last.get(name), found[name]) for name, mask in kept.items()})

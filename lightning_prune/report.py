@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
-from lightning_prune.targets import find
+from lightning_prune.targets import Target, find
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,22 @@ def _values(tensor: Tensor) -> Tensor:
 
 def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
     """Return a row for every prunable weight; with sharded parameters all ranks must call it."""
-    # a model set up for inference, or a quantized one, where biases alone are left to train
+    return [
+        Row(target.name, tuple(target.parameter.shape), target.parameter.numel(), zeros(target.parameter))
+        for target in counted(model, targets, ignore)
+    ]
+
+
+def counted(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Target]:
+    """Return the weights whose zeros count: those that can be pruned, or could if they were not all frozen.
+
+    A model that is set up for inference has no others, nor has a quantized one, where biases alone are left to train.
+
+    >>> [target.name for target in counted(nn.Linear(4, 2).requires_grad_(False))]
+    ['weight']
+    """
     frozen = not any(p.requires_grad and (is_lazy(p) or p.ndim >= 2) for p in model.parameters())
-    found = []
-    for target in find(model, targets, ignore, frozen):
-        shape = tuple(target.parameter.shape)
-        found.append(Row(target.name, shape, target.parameter.numel(), zeros(target.parameter)))
-    return found
+    return find(model, targets, ignore, frozen)
 
 
 def plan(

@@ -96,6 +96,15 @@ def test_the_masks_that_are_remembered_do_not_follow_the_model() -> None:
     assert float(metric(model, {"weight": mask})) == 0.5
 
 
+def test_overlap_and_sparsity_count_the_weights_of_frozen_models_alike() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).requires_grad_(False)
+    model[0].bias.requires_grad_()  # as in a quantized model: nothing but biases is left to train
+    overlap, level = MaskOverlap(layers=True), Sparsity(layers=True)
+    assert overlap(model).keys() == level(model).keys() == {"total", "0.weight", "1.weight"}
+    model[1].weight.requires_grad_()
+    assert overlap(model).keys() == level(model).keys() == {"total", "1.weight"}
+
+
 # ------------------------------------------------------------------------------------------------ amounts
 
 
