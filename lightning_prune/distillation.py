@@ -50,6 +50,10 @@ class Distillation(Callback):
     once for each forward pass of the model, on the same inputs, without gradients and in evaluation mode. It is not
     part of the model: neither its ``state_dict`` nor its optimizers know it. ``distillation/loss`` logs the distance.
 
+    Since only gradients are joined, the value of the loss stays that of ``training_step``: the line search of an LBFGS
+    compares values without the distance. In manual optimization, what a ``training_step`` divides its loss by, such as
+    a number of batches to accumulate, does not divide the distance: a smaller ``weight`` makes up for it.
+
     Args:
         teacher: Who teaches: "dense", the model as it is before the first weight is pruned, which travels in the
             checkpoint; or a module that takes the same inputs; or the path of a checkpoint (or ``state_dict``) of this
