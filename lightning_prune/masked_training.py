@@ -56,6 +56,7 @@ class MaskedTraining(Callback):
         self._steps = 0
         self._levels: dict[str, float] = {}
         self._sparsity_now = 0.0
+        self._shown: tuple[int, dict[str, float]] | None = None  # the epoch, and what was logged in it
         self._clips = True
         self._before: Callable[[Optimizer], None] | None = None
 
@@ -159,6 +160,7 @@ class MaskedTraining(Callback):
         if self._model is not None and self._model() is not pl_module and not self._restored:
             self.forget()  # the callback of an earlier fit, now with another model
         self._model = weakref.ref(pl_module)
+        self._shown = None
         steps = trainer.global_step if pl_module.automatic_optimization else self._steps
         # a step that was taken, and not yet counted when the checkpoint was saved
         missed = self._restored and self._steps < steps
@@ -232,6 +234,10 @@ class MaskedTraining(Callback):
                     raise ValueError(f"pruning callbacks must have disjoint targets, got {sorted(both)[:5]} in {names}")
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        news = trainer.current_epoch, self._levels  # what was logged is shown, and logged, until the end of the epoch
+        if news == self._shown:
+            return
+        self._shown = news
         alone = sum(isinstance(callback, MaskedTraining) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]
         name = "pruning/sparsity" if alone else f"pruning/sparsity/{','.join(self.targets) or type(self).__name__}"
         pl_module.log(name, self.sparsity_now, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion
-from lightning_prune.flags import chunks, count, slices
+from lightning_prune.flags import count, slices
 from lightning_prune.radix import Reduce, identity
 from lightning_prune.selection import Scores, Source
 from lightning_prune.shards import is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
 
+_PIECE = 1 << 17  # entries
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Allocate = Callable[[Scores], Mapping[str, int]]
@@ -64,19 +65,23 @@ class Masks(dict[str, Tensor]):
 def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Zero the pruned entries of tensors in place, at nearly the speed of a copy and one byte a weight.
 
-    The bits of a number are combined with those of its mask, so that minus zero, NaN and infinity become zero, too.
+    The bits of a number are multiplied, as an integer, so that minus zero, NaN and infinity become zero, too.
 
     >>> values = torch.tensor([1.0, -2.0, float("nan")])
     >>> zero_pruned([(values, torch.tensor([True, False, False]))])
     >>> values.tolist()
     [1.0, 0.0, 0.0]
     """
+    bits: list[Tensor] = []
+    keep: list[Tensor] = []
     for tensor, mask in pairs:
-        bits, keep = tensor.view(_INTEGERS[tensor.element_size()]), mask.view(torch.int8)
-        # on the CPU other types are converted first: in pieces, which stay in the cache
+        both = tensor.view(_INTEGERS[tensor.element_size()]), mask
+        # on the CPU a mask is first converted to the type of the weights: in pieces, which stay in the cache
         pieces = tensor.device.type == "cpu" and tensor.is_contiguous() and mask.is_contiguous()
-        for part, kept in zip(chunks(bits), chunks(keep), strict=True) if pieces else [(bits, keep)]:
-            part.bitwise_and_(kept.neg())  # one, for True, becomes minus one: all bits are set
+        for found, part in zip((bits, keep), both, strict=True):
+            found.extend(part.view(-1).split(_PIECE) if pieces else [part])
+    if bits:
+        torch._foreach_mul_(bits, keep)
 
 
 def pack(mask: Tensor) -> dict[str, Any]:
