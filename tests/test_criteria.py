@@ -311,10 +311,15 @@ def histogram(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
 
 @pytest.mark.parametrize("cells", [8, 64, 2048])
 @pytest.mark.parametrize("sizes", [[300], [1] * 300, [299, 1], [1, 299], [100, 0, 200]])
-def test_a_histogram_is_the_same_in_whatever_order_and_parts_values_come(sizes: list[int], cells: int) -> None:
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_histogram_is_the_same_in_whatever_order_and_parts_values_come(
+    sizes: list[int], cells: int, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lattice, "_is_free_to_ask", lambda counts: asks)  # as on a CPU, or on a GPU
     values = random_outputs()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     found = histogram(values[order].split(sizes), cells)
+    monkeypatch.undo()
     assert torch.equal(found, histogram([values], cells))
     assert found[:, 2:].sum(1).tolist() == [300] * 5
     assert torch.equal(found[:, :2].T, torch.stack([values.amin(0), values.amax(0)]))

@@ -59,15 +59,25 @@ def stretch(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor:
     exponent, first = _cells(low, high, counts.shape[1])
     before, began = _cells(histogram[:, 0], histogram[:, 1], counts.shape[1])
     moved = ((exponent != before) | (first != began)) & (histogram[:, 0] <= histogram[:, 1])
-    which = moved.nonzero().squeeze(1)
-    if len(which):  # few rows after the first values, and few cells of them
-        row, cell = counts[which].nonzero(as_tuple=True)
-        row = which[row]
+    rows = moved.nonzero().squeeze(1) if _is_free_to_ask(counts) else None
+    if rows is None:
+        cell = torch.arange(counts.shape[1], device=counts.device)
+        place = (began[:, None] + cell >> (exponent - before).clamp_min(0)[:, None]) - first[:, None]
+        place = torch.where(moved[:, None], place, cell).clamp_(0, counts.shape[1] - 1)
+        counts.copy_(torch.zeros_like(counts).scatter_add_(1, place, counts))
+    elif len(rows):  # few after the first values, and few cells of them
+        row, cell = counts[rows].nonzero(as_tuple=True)
+        row = rows[row]
         found = counts[row, cell]
-        counts[which] = 0.0
+        counts[rows] = 0.0
         counts.index_put_((row, (began[row] + cell >> (exponent - before)[row]) - first[row]), found, accumulate=True)
     histogram[:, 0], histogram[:, 1] = low, high
     return histogram
+
+
+def _is_free_to_ask(tensor: Tensor) -> bool:
+    """Return whether the host knows values without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def merge(histograms: list[Tensor]) -> Tensor:
