@@ -24,6 +24,7 @@ from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, Weight
 from lightning_prune.guarded import GuardedPruning
 from lightning_prune.history import History
+from lightning_prune.loading import load_shrunk, save_shrunk
 from lightning_prune.lottery import LotteryTicket
 from lightning_prune.masks import Masks
 from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
@@ -31,6 +32,7 @@ from lightning_prune.plots import plot_history, plot_masks, plot_schedule, plot_
 from lightning_prune.posttraining import prune
 from lightning_prune.pruning import Pruning
 from lightning_prune.pruning_report import PruningReport
+from lightning_prune.recalibration import recalibrate
 from lightning_prune.report import sparsity, summary
 from lightning_prune.scopes import OWL
 from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
@@ -101,12 +103,15 @@ __all__ = [
     "Wanda",
     "WandaPruning",
     "Weight",
+    "load_shrunk",
     "plot_history",
     "plot_masks",
     "plot_schedule",
     "plot_sensitivity",
     "plot_sparsity",
     "prune",
+    "recalibrate",
+    "save_shrunk",
     "sensitivity",
     "shrink",
     "sparsegpt",

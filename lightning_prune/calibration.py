@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calling import convert, keeping_gradients, keeping_modes
+from lightning_prune.calling import convert, inputs_of, keeping_gradients, keeping_modes
 
 Run = Callable[[Any], Any]
 
@@ -37,7 +37,7 @@ def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Ite
 def forward(model: nn.Module, batch: Any) -> Any:
     """Run a model on the inputs of a batch: its first part, where it is a list or tuple; a dict as it is."""
     with torch.no_grad():
-        return model(batch[0] if isinstance(batch, list | tuple) else batch)
+        return model(inputs_of(batch))
 
 
 @dataclass(frozen=True)

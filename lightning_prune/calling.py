@@ -36,6 +36,20 @@ def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = No
     return {key: convert(part, device, dtype) for key, part in inputs.items()} if isinstance(inputs, dict) else inputs
 
 
+def inputs_of(batch: Any) -> Inputs:
+    """Return the inputs in a batch: its first part, where it is a tuple or list.
+
+    >>> inputs_of(["inputs", "labels"])
+    'inputs'
+    """
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def example_of(model: nn.Module, given: Inputs) -> Inputs:
+    """Return the example inputs that are given, or else those that a ``LightningModule`` states, or None."""
+    return getattr(model, "example_input_array", None) if given is None else given
+
+
 def fitting(inputs: Inputs, model: nn.Module) -> Inputs:
     """Return inputs on the device, and those of floats in the type, of the parameters of a model.
 

@@ -1,7 +1,7 @@
 """Granularities: which weights form a unit, so that they are scored and pruned together."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -240,6 +240,20 @@ class Head(Granularity):
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_at_least_one(heads=1 if self.heads is None else self.heads, minimum=self.minimum)
+
+
+def shrinkable(granularity: Granularity) -> Channel | Head:
+    """Return a granularity whose units can be taken out of a model: channels are coupled.
+
+    Raises:
+        ValueError: If its units are no channels or heads, or channels that must not be coupled.
+
+    >>> shrinkable(Channel()).coupled
+    True
+    """
+    if not isinstance(granularity, Channel | Head) or granularity.coupled is False:
+        raise ValueError(f"granularity must be Channel() or Head() to shrink the model, got {granularity}")
+    return granularity if isinstance(granularity, Head) else replace(granularity, coupled=True)
 
 
 def _check_at_least_one(**arguments: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calling import Inputs, call, eager
+from lightning_prune.calling import Inputs, call, convert, eager
 from lightning_prune.targets import plain_name
 
 Role = Literal["makes", "follows", "reads"]
@@ -99,22 +99,17 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     >>> [(member.name, member.dim, member.role) for member in trace(model, torch.randn(2, 4)).groups[0].members]
     [('0.weight', 0, 'makes'), ('0.bias', 0, 'follows'), ('2.weight', 1, 'reads')]
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError("coupled channels need torch-pruning: pip install 'lightning-prune[shrink]'") from error
-    try:
-        traced = deepcopy(model).requires_grad_()
-        for module in traced.modules():
-            module._forward_hooks.clear()
-        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager():
-            warnings.simplefilter("ignore")
-            found = torch_pruning.DependencyGraph().build_dependency(traced, inputs, forward_fn=call, verbose=False)
-            groups = list(found.get_all_groups(root_module_types=_ROOTS))
-    except Exception as error:  # it runs the user's forward, and looks at what autograd recorded of it
-        raise ValueError(
-            f"the model must run on the example inputs and be traceable by torch-pruning, got {error!r}"
-        ) from error
+    require_torch_pruning()
+    try:  # recurrent layers leave another trace on other devices and in other types
+        plain = deepcopy(model).cpu().float()
+        traced, found, groups = _dependencies(plain, convert(inputs, torch.device("cpu"), torch.float32))
+    except Exception:  # it runs the user's forward, which may insist on a device or a type
+        try:
+            traced, found, groups = _dependencies(deepcopy(model), inputs)
+        except Exception as error:
+            raise ValueError(
+                f"the model must run on the example inputs and be traceable by torch-pruning, got {error!r}"
+            ) from error
     reader = _Reader(traced, heads)
     result = packed_heads(traced)
     left_out: dict[str, str] = {}
@@ -127,6 +122,31 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
         except UnsupportedError as reason:
             left_out.update({name: str(reason) for name in reader.made(items)})
     return Graph(tuple(sorted(result, key=lambda group: reader.order[group.name])), left_out)
+
+
+def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]]:
+    """Return the model, whose parameters it lets be trained, its dependency graph, and the groups of that."""
+    model.requires_grad_()
+    for module in model.modules():
+        module._forward_hooks.clear()
+    with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager():
+        warnings.simplefilter("ignore")
+        graph = require_torch_pruning().DependencyGraph()
+        found = graph.build_dependency(model, inputs, forward_fn=call, verbose=False)
+        return model, found, list(found.get_all_groups(root_module_types=_ROOTS))
+
+
+def require_torch_pruning() -> Any:
+    """Return the module ``torch_pruning``.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError("coupled channels need torch-pruning: pip install 'lightning-prune[shrink]'") from error
+    return torch_pruning
 
 
 def packed_heads(model: nn.Module) -> list[Group]:

@@ -299,12 +299,12 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
 
 def mask_averages(trainer: Trainer, masks: Mapping[str, Tensor]) -> None:
     """Apply masks to the copies of the model that averaging callbacks keep."""
-    for average in _averages(trainer):
+    for average in averages(trainer):
         copies = named_parameters(average)
         zero_pruned((local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items())
 
 
-def _averages(trainer: Trainer) -> list[nn.Module]:
+def averages(trainer: Trainer) -> list[nn.Module]:
     """Return the copies of the model that averaging callbacks keep."""
     found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return [getattr(model, "module", model) for model in found if isinstance(model, nn.Module)]

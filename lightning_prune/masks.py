@@ -151,6 +151,15 @@ def unpack_all(packed: Mapping[str, Any]) -> Masks:
     return masks
 
 
+def joined(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the other masks, without what these prune: units may share a parameter.
+
+    >>> joined({"a": torch.tensor([True, False])}, {"a": torch.tensor([False, True])})
+    {'a': tensor([False, False])}
+    """
+    return {name: masks[name] & mask if name in masks else mask for name, mask in others.items()}
+
+
 @torch.no_grad()
 def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate, held: Mapping[str, Tensor]) -> Masks:
     """Return new masks: score the units, share out what is due, select exactly that many, expand.
@@ -172,9 +181,7 @@ def make_masks(units: Sequence[Units], criterion: Criterion, allocate: Allocate,
     due = _settle({unit.name: unit.size - unit.bound(unit.size - wanted[unit.name]) for unit in units}, scores.pruned())
     masks = Masks()
     for unit in units:
-        chosen = unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_())
-        for name, mask in chosen.items():
-            masks[name] = masks[name] & mask if name in masks else mask
+        masks.update(joined(masks, unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_())))
     return masks
 
 

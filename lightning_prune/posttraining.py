@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import goal, schedules, scopes
+from lightning_prune import goal, recalibration, schedules, scopes
 from lightning_prune.budget import Measure
 from lightning_prune.calibration import Run, Stage, forward, stages, take, undisturbed
-from lightning_prune.calling import Inputs
+from lightning_prune.calling import Inputs, example_of
 from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion, Loss, Magnitude
+from lightning_prune.criteria.criterion import check_at_least
 from lightning_prune.granularities import Granularity, Weight
-from lightning_prune.masks import Masks, make_masks
+from lightning_prune.masks import Masks, joined, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
 from lightning_prune.targets import Target
@@ -38,6 +39,7 @@ def prune(
     rounds: int = 1,
     sequential: str | None = None,
     example_inputs: Inputs = None,
+    recalibrate: int = 0,
 ) -> Masks:
     """Prune a model in place and return the masks; ``masks.apply(model)`` keeps the zeros while it trains on.
 
@@ -64,6 +66,7 @@ def prune(
             each block.
         example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
             dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
+        recalibrate: From how many batches of ``data`` the statistics of batch norms are measured anew afterwards.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a score is not finite.
@@ -75,16 +78,16 @@ def prune(
     75
     """
     goal.check(sparsity, threshold, granularity, min_density, of)
-    _check_data(criterion, data, sequential)
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    check_at_least("rounds", rounds, 1)
+    check_at_least("recalibrate", recalibrate, 0)
+    _check_data(criterion, data, sequential, recalibrate)
     allocator = scopes.resolve(scope)
     found = goal.find_targets(model, sparsity, targets, ignore)
     if not found:
         raise ValueError(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
-    inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    inputs = example_of(model, example_inputs)
     units, _ = find_units(found, model, granularity, inputs)
     budget = goal.budget_of(sparsity, of, granularity, units, model, inputs)
     if sequential is not None and budget is not None:
@@ -103,9 +106,10 @@ def prune(
                 left = [unit for unit in left if unit.parameter not in inside]
                 if now:
                     _observe(now, criterion, stage)
-                    for name, mask in make_masks(now, criterion, allocate, masks).items():
-                        masks[name] = masks[name] & mask if name in masks else mask
+                    masks.update(joined(masks, make_masks(now, criterion, allocate, masks)))
                     masks.apply(model)
+    if recalibrate:
+        recalibration.recalibrate(model, data or (), recalibrate)
     return masks
 
 
@@ -123,14 +127,18 @@ def observed_units(
         ValueError: If the criterion needs data, and there are none.
     """
     _check_data(criterion, data)
-    units, _ = find_units(found, model, granularity, getattr(model, "example_input_array", None))
+    units, _ = find_units(found, model, granularity, example_of(model, None))
     with undisturbed(model):
         (stage,) = stages(model, take(data, criterion.window, model), _passes(criterion, model, loss))
         _observe(units, criterion, stage)
     return units
 
 
-def _check_data(criterion: Criterion, data: Iterable[Any] | None, sequential: str | None = None) -> None:
+def _check_data(
+    criterion: Criterion, data: Iterable[Any] | None, sequential: str | None = None, recalibrate: int = 0
+) -> None:
+    if recalibrate and data is None:
+        raise ValueError(f"data must be given to recalibrate batch norms, got recalibrate={recalibrate} and data=None")
     name, needs = type(criterion).__name__, criterion.needs
     if data is None and needs != "weights":
         raise ValueError(f"data must be given: {name} needs {needs}, got None")

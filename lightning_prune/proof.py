@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from lightning_prune.calling import Inputs, convert, difference, run
 from lightning_prune.graph import Group
-from lightning_prune.surgery import cut, silence
+from lightning_prune.surgery import Decision, cut, kept_by, silence
 
 Model = TypeVar("Model", bound=nn.Module)
-Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
-
 TOLERANCE = 1e-5
 
 
@@ -63,7 +61,7 @@ def agreeing(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) ->
     def agree(part: Sequence[Decision]) -> bool:
         trial = deepcopy(precise)
         try:
-            cut(trial, part)
+            cut(trial, kept_by(trial, part))
             return difference(expected, run(trial, inputs)) <= TOLERANCE
         except Exception:  # the forward of the user, which may well insist on its sizes
             return False

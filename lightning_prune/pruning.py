@@ -10,8 +10,14 @@ from typing_extensions import override
 from lightning_prune import goal, report, schedules, scopes
 from lightning_prune.budget import Measure
 from lightning_prune.criteria import Criterion, Magnitude
-from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.granularities import Granularity, Weight, shrinkable
+from lightning_prune.graph import require_torch_pruning
+from lightning_prune.kept import Kept
+from lightning_prune.masked_training import averages
+from lightning_prune.masks import Masks
 from lightning_prune.scheduled import ScheduledTraining
+from lightning_prune.shrinking import cut_all, what_to_keep
+from lightning_prune.targets import named_parameters
 
 ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
 ScopeName = Literal["global", "local", "erk", "lamp"]
@@ -45,6 +51,8 @@ class Pruning(ScheduledTraining):
         of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
             model, where those count as gone that go with the pruned units. At least so many go. FLOPs are those of a
             forward pass on ``example_input_array`` or, without it, the first training batch.
+        shrink_at_end: Whether to take dead channels and heads out of the model when the training ends, as ``shrink``
+            does in place; channels are then coupled. Checkpoints of before hold the whole model with its zeros.
 
     Attributes:
         masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
@@ -75,8 +83,11 @@ class Pruning(ScheduledTraining):
         log_layers: bool = False,
         min_density: float = 0.0,
         of: Measure = "units",
+        shrink_at_end: bool = False,
     ) -> None:
         goal.check(sparsity, threshold, granularity, min_density, of)
+        granularity = shrinkable(granularity) if shrink_at_end else granularity
+        self.shrink_at_end = shrink_at_end
         self._schedule = schedules.resolve(schedule)
         self.schedule = schedule
         last = start if schedule == "one_shot" else end
@@ -90,9 +101,30 @@ class Pruning(ScheduledTraining):
         return schedules.updates(self._schedule, first, last, self.frequency)
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.shrink_at_end and stage == "fit":
+            require_torch_pruning()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.shrink_at_end and not all(mask.all() for mask in self.masks.values()):
+            self._shrink(trainer, pl_module)
+
+    @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().begin(trainer, pl_module)
         self._warn_of_zeros()
+
+    def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        others = averages(trainer)
+        mine = what_to_keep(pl_module, self._inputs, self.masks, averages=others)
+        kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
+        cut_all(pl_module, kept, trainer.optimizers, others)
+        self.masks = Masks({name: kept.of_mask(name, mask) for name, mask in self.masks.items()})
+        self._units, self._found = [], []
+        self._count(named_parameters(pl_module))
 
     def _warn_of_zeros(self) -> None:
         if self.masks:

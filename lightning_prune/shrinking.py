@@ -7,13 +7,16 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.calling import Inputs, fitting
+from lightning_prune.calling import Inputs, example_of, fitting
 from lightning_prune.graph import Graph, trace
+from lightning_prune.kept import Kept, remember
+from lightning_prune.loading import travel_along
 from lightning_prune.masks import Masks
-from lightning_prune.proof import Decision, agreeing, scratch
-from lightning_prune.surgery import cut, named_tensors, zero_units
-from lightning_prune.targets import plain_name
+from lightning_prune.proof import agreeing, scratch
+from lightning_prune.surgery import Decision, cut, kept_by, named_tensors, zero_units
+from lightning_prune.targets import named_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,12 +45,14 @@ def shrink(
         round_to: Keep a multiple of so many channels, as far as there are dead ones to keep.
         inplace: Whether to shrink the model itself, rather than a copy. Parameters stay the same objects.
         optimizers: The model's own, which go on with the smaller parameters; only in place.
-        averages: Copies of the model with averaged weights, to shrink alike; only in place.
+        averages: Copies of the model with averaged weights, also in an ``AveragedModel``, to shrink alike; only in
+            place.
 
     Raises:
         ValueError: If an argument is out of range, or the model cannot be run or traced.
         ImportError: If torch-pruning is not installed.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> _ = nn.init.zeros_(model[2].weight[:, 1:])
     >>> shrink(model, torch.randn(2, 4))
@@ -61,33 +66,71 @@ def shrink(
         raise ValueError(f"round_to must be at least 1, got {round_to}")
     if not inplace and (optimizers or averages):
         raise ValueError("inplace must be True where optimizers or averages are given: they hold the model itself")
-    inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    inputs = example_of(model, example_inputs)
     if inputs is None:
         raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
     masks = Masks(masks or {})
-    proof = scratch(model)
-    masks.apply(proof)
-    inputs = fitting(inputs, proof)
-    graph = trace(proof, inputs)
-    done = _removable(proof, graph, inputs, round_to)
-    _name_what_stays(proof, graph, done)
+    kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
     shrunk = model if inplace else deepcopy(model)
     masks.apply(shrunk)
-    cut(shrunk, done, optimizers)
-    for average in averages:
-        cut(average, done)
+    cut_all(shrunk, kept, optimizers, averages)
     return shrunk
 
 
-def _removable(model: nn.Module, graph: Graph, inputs: Inputs, round_to: int) -> list[Decision]:
+def what_to_keep(
+    model: nn.Module,
+    inputs: Inputs,
+    masks: Masks,
+    round_to: int = 1,
+    averages: Sequence[nn.Module] = (),
+) -> Kept:
+    """Return what is kept of a model without its dead units; the model is left as it is, and what stays is named.
+
+    Args:
+        model: Any module.
+        inputs: Example inputs.
+        masks: Masks that are applied first.
+        round_to: Keep a multiple of so many units, as far as there are dead ones to keep.
+        averages: Models of the same parameters, in which units have to be dead as well.
+    """
+    proofs = [scratch(each) for each in (model, *averages)]
+    for proof in proofs:
+        masks.apply(proof)
+    first, *others = proofs
+    inputs = fitting(inputs, first)
+    graph = trace(first, inputs)
+    done = _removable(first, graph, inputs, round_to, others)
+    for other in (*others, first) if others else ():
+        done = agreeing(other, done, inputs)
+    _name_what_stays(first, graph, done)
+    return kept_by(first, done)
+
+
+def cut_all(
+    model: nn.Module, kept: Kept, optimizers: Sequence[Optimizer] = (), averages: Sequence[nn.Module] = ()
+) -> None:
+    """Cut a model, the states of its optimizers and its averages in place, and let them know what they have kept."""
+    for each in (model, *map(unwrapped, averages)):
+        cut(each, kept, optimizers)
+        remember(each, kept)
+        travel_along(each)
+
+
+def unwrapped(average: nn.Module) -> nn.Module:
+    """Return the model in an ``AveragedModel``; any other model as it is."""
+    return average.module if isinstance(average, AveragedModel) else average
+
+
+def _removable(
+    model: nn.Module, graph: Graph, inputs: Inputs, round_to: int, others: Sequence[nn.Module]
+) -> list[Decision]:
     """Return what can be removed: units that neither make nor are read, or, failing that, those that are not read."""
-    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
-    parameters = {plain_name(name) for name, _ in model.named_parameters()}
-    unread = {group.name: zero_units(tensors, group.role("reads")) for group in graph.groups}
+    parameters = [named_parameters(each) for each in (model, *others)]
+    unread = {group.name: zero_units(parameters, group.role("reads")) for group in graph.groups}
     dead = {}
     for group in graph.groups:
-        made = [member for member in (*group.role("makes"), *group.role("follows")) if member.name in parameters]
-        dead[group.name] = zero_units(tensors, made) | unread[group.name]
+        made = [m for m in (*group.role("makes"), *group.role("follows")) if m.name in parameters[0]]
+        dead[group.name] = zero_units(parameters, made) | unread[group.name]
     first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
     first = [decision for decision in first if not decision[1].all()]
     done = agreeing(model, first, inputs)
@@ -110,7 +153,7 @@ def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -
     removed = {group.name for group, _ in done}
     stays = {}
     for group in graph.groups:
-        if group.name not in removed and (count := int(zero_units(tensors, group.role("makes")).sum())):
+        if group.name not in removed and (count := int(zero_units([tensors], group.role("makes")).sum())):
             stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
     for name, reason in graph.left_out.items():
         if count := int((~tensors[name].detach().flatten(1).any(1)).sum()):

@@ -1,19 +1,22 @@
 """Surgery: cuts units out of the parameters and buffers of a model, and tells its layers of their new sizes."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.graph import HEADS, WIDTHS, Group, Member
+from lightning_prune.kept import Kept
 from lightning_prune.targets import named_parameters, plain_name
 
-Keep = Mapping[tuple[str, int], Tensor]  # by name and dimension: which places (bool) are kept
+Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
 
 
-def kept_places(model: nn.Module, decisions: Iterable[tuple[Group, Tensor]]) -> dict[tuple[str, int], Tensor]:
-    """Return which places are kept in every dimension of every tensor that decisions on units (bool) cut."""
+def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> Kept:
+    """Return what decisions on units keep of a model."""
+    decisions = list(decisions)
     shapes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
     places: dict[tuple[str, int], Tensor] = {}
     for group, keep in decisions:
@@ -21,7 +24,8 @@ def kept_places(model: nn.Module, decisions: Iterable[tuple[Group, Tensor]]) -> 
             key = (member.name, member.dim)
             kept = places.setdefault(key, torch.ones(shapes[member.name][member.dim], dtype=torch.bool))
             kept[member.index[~keep.cpu()].flatten()] = False
-    return places
+    heads = {group.owner: (group.size, int(keep.sum())) for group, keep in decisions if group.owner is not None}
+    return Kept(places, heads)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -29,9 +33,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def zero_units(tensors: Mapping[str, Tensor], members: Iterable[Member]) -> Tensor:
-    """Return which units (bool) are zero in all of these members."""
-    found = [entries(tensors[m.name] != 0, m).any(1).cpu() for m in members]
+def zero_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
+    """Return which units (bool) are zero in all of these members, in the tensors of all of these models."""
+    found = [entries(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
     return ~torch.stack(found).any(0)
 
 
@@ -41,42 +45,64 @@ def entries(tensor: Tensor, member: Member) -> Tensor:
 
 
 @torch.no_grad()
-def silence(model: nn.Module, decisions: Iterable[tuple[Group, Tensor]]) -> None:
+def silence(model: nn.Module, decisions: Iterable[Decision]) -> None:
     """Zero, in place, the entries of parameters that belong to units which are not kept (bool, True = kept)."""
     parameters = named_parameters(model)
-    for (name, dim), kept in kept_places(model, decisions).items():
+    for (name, dim), kept in kept_by(model, decisions).places.items():
         if name in parameters:
             parameters[name].index_fill_(dim, (~kept).nonzero().squeeze(1).to(parameters[name].device), 0.0)
 
 
 @torch.no_grad()
-def cut(model: nn.Module, decisions: Iterable[tuple[Group, Tensor]], optimizers: Iterable[Optimizer] = ()) -> None:
-    """Remove from a model, in place, the units that are not kept (bool, True = kept).
+def cut(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Remove from a model, in place, what is not kept of it.
 
     Parameters stay the same objects, so that optimizers and everything else that holds them go on with them.
 
     Args:
-        model: The model that the groups were found in, or a copy of it.
-        decisions: Groups, each with what is kept of it.
+        model: Any module with tensors of these names and lengths.
+        kept: What is kept.
         optimizers: Those of the model, whose states are cut as well.
+
+    Raises:
+        ValueError: If the model does not fit; it is left as it was.
     """
-    decisions = list(decisions)
-    heads = {group.owner: (group.size, int(keep.sum())) for group, keep in decisions if group.owner is not None}
-    tensors = named_tensors(model)
-    for (name, dim), kept in kept_places(model, decisions).items():
+    optimizers, tensors = list(optimizers), named_tensors(model)
+    kept.check(tensors)
+    for (name, dim), places in kept.places.items():
         tensor = tensors[name]
-        shape = tensor.shape
-        for state in [optimizer.state.get(tensor, {}) for optimizer in optimizers]:
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == shape:
-                    state[key] = _select(value, dim, kept)
+        for optimizer in optimizers:
+            _cut_state(optimizer, tensor, dim, places)
         grad, tensor.grad = tensor.grad, None  # it has to be of the shape of the data at every moment
-        tensor.data = _select(tensor.data, dim, kept)
-        tensor.grad = None if grad is None else _select(grad, dim, kept)
+        tensor.data = _select(tensor.data, dim, places)
+        tensor.grad = None if grad is None else _select(grad, dim, places)
     for name, module in model.named_modules():
         tell(module)
-        if plain_name(name) in heads:
-            _tell_heads(module, *heads[plain_name(name)])
+        if plain_name(name) in kept.heads:
+            _tell_heads(module, *kept.heads[plain_name(name)])
+
+
+def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
+    """Cut what an optimizer remembers of a parameter: entry by entry, or row by row; it forgets what it cannot cut."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()  # one history of all parameters together
+        optimizer._numel_cache = None
+        return
+    state = optimizer.state.get(parameter, {})
+    for key, value in list(state.items()):
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            continue
+        fits = value.ndim == parameter.ndim
+        if not fits or any(a not in (b, 1) for a, b in zip(value.shape, parameter.shape, strict=True)):
+            warnings.warn(
+                f"{type(optimizer).__name__} forgets its state of a parameter that was cut: {key!r} has the shape "
+                f"{tuple(value.shape)}, which is none of a parameter of {tuple(parameter.shape)}",
+                stacklevel=4,
+            )
+            optimizer.state.pop(parameter)
+            return
+        if value.shape[dim] == parameter.shape[dim]:
+            state[key] = _select(value, dim, places)
 
 
 def _select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:

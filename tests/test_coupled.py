@@ -55,7 +55,7 @@ def test_exactly_the_channels_asked_for_go_and_can_be_removed(case: Case, criter
     assert agrees(model, masks)
     tensors = named_tensors(model)
     groups = [group for group in trace(model, inputs).groups if group.name in sizes]
-    dead = {group.name: int(zero_units(tensors, group.role("makes")).sum()) for group in groups}
+    dead = {group.name: int(zero_units([tensors], group.role("makes")).sum()) for group in groups}
     assert sum(dead.values()) == round(0.5 * sum(sizes.values()))
     assert all(count < sizes[name] for name, count in dead.items()), "a layer has no channel left"
     entries = sum(int(mask.sum()) for mask in masks.values())
