@@ -59,6 +59,10 @@ def _rounds(method: str) -> Setting:
     return Setting("rounds", method, 0.98)
 
 
+def _transfer(method: str) -> Setting:
+    return Setting("transfer", method, 0.97)
+
+
 def _neurons(method: str) -> Setting:
     return Setting("mnist", f"neurons, {method}", NEURONS)
 
@@ -71,6 +75,9 @@ CLAIMS = [
     Claim("ERK > uniform, gradual", "Evci et al., 2020", _mnist("gradual, ERK"), _mnist("gradual, uniform")),
     Claim("SET > static", "Mocanu et al., 2018", _mnist("SET"), _mnist("static")),
     Claim("RigL >= SET", "Evci et al., 2020", _mnist("RigL"), _mnist("SET"), or_equal=True),
+    Claim("SNIP > random, uniform", "Lee et al., 2019", _mnist("SNIP"), _mnist("static, uniform")),
+    Claim("SNIP > random, ERK", "Lee et al., 2019", _mnist("SNIP"), _mnist("static")),
+    Claim("in transfer, movement > magnitude", "Sanh et al., 2020", _transfer("movement"), _transfer("gradual")),
     Claim(
         "rewound ticket > random weights",
         "Frankle and Carbin, 2019",
