@@ -107,8 +107,11 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
         try:
             traced, found, groups = _dependencies(deepcopy(model), inputs)
         except Exception as error:
+            recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+            unknown = {type(module).__name__ for module in recurrent if module.mode != "LSTM" or module.proj_size}
+            why = f"{error!r}, perhaps since it does not know {sorted(unknown)}" if unknown else repr(error)
             raise ValueError(
-                f"the model must run on the example inputs and be traceable by torch-pruning, got {error!r}"
+                f"the model must run on the example inputs and be traceable by torch-pruning, got {why}"
             ) from error
     reader = _Reader(traced, heads)
     result = packed_heads(traced)
@@ -223,6 +226,8 @@ class _Reader:
         members: dict[tuple[str, int], Member] = {}
         for module, direction, places, roots in layers:
             for tensor, dim, index, role in _places(module, direction, _rows(places, roots, units)):
+                if int(index.max()) >= tensor.shape[dim]:
+                    raise UnsupportedError(f"they reach {self.names[tensor]} in a way that torch-pruning does not know")
                 _add(members, Member(self.names[tensor], dim, index, role))
         return _group(members.values(), self.order)
 

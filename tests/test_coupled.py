@@ -276,6 +276,64 @@ def test_channels_that_a_function_mixes_are_left_out_and_never_removed(between: 
     assert torch.equal(small(inputs), model(inputs))
 
 
+class Recurring(nn.Module):
+    """A recurrent layer between linear ones."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.inner, self.layer = nn.Linear(4, 6), layer
+        self.out = nn.Linear(2 * layer.hidden_size if layer.bidirectional else layer.hidden_size, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(self.inner(x).relu())[0][:, -1])
+
+
+class Shuffling(nn.Module):
+    """Puts channels into places of the feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Conv2d(3, 16, 3), nn.Conv2d(4, 8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shuffled = nn.functional.pixel_shuffle(self.one(x).relu(), 2)
+        return self.out(self.two(shuffled).relu().mean((2, 3)))
+
+
+def test_channels_that_are_shuffled_into_places_stay() -> None:
+    torch.manual_seed(0)
+    model, inputs = Shuffling(), torch.randn(2, 3, 8, 8)
+    masks = prune(model, 0.5, granularity=COUPLED, example_inputs=inputs)
+    assert masks.keys() == {"two.weight", "two.bias", "out.weight"}
+    assert "in a way that torch-pruning does not know" in trace(model, inputs).left_out["one.weight"]
+    small = shrink(model, inputs)
+    assert (small.one.out_channels, small.two.out_channels) == (16, 4)
+    assert torch.allclose(small(inputs), model(inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.GRU(6, 8, batch_first=True), r"traceable by torch-pruning, got .* it does not know \['GRU'\]"),
+        (
+            nn.RNN(6, 8, batch_first=True),
+            "must find units to prune, got none .*inner.weight: a layer reads more",
+        ),
+        (nn.LSTM(6, 8, bidirectional=True, batch_first=True), "they go through an LSTM with two directions"),
+        (nn.LSTM(6, 8, proj_size=3, batch_first=True), r"traceable by torch-pruning, got .* not know \['LSTM'\]"),
+    ],
+    ids=["GRU", "RNN", "bidirectional", "projection"],
+)
+def test_recurrent_layers_that_are_not_known_are_named(layer: nn.RNNBase, message: str) -> None:
+    model, inputs = Recurring(layer), torch.randn(2, 5, 4)
+    if layer.proj_size:
+        model.out = nn.Linear(3, 2)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, 0.5, granularity=COUPLED, example_inputs=inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_frozen_or_ignored_layer_keeps_its_channels() -> None:
     model = Residual()
     model.second.requires_grad_(False)
