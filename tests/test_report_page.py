@@ -1,12 +1,12 @@
 """The report of a run: what it records, what it writes, and how the page behaves in a real browser."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import distributed
@@ -16,7 +16,7 @@ import yaml
 from distributed import Layout, Net
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib import pyplot as plt
 from models import MLP, QUIET, fit, size, zeros
 from torch import nn
@@ -34,7 +34,6 @@ from lightning_prune import (
     Pruning,
     PruningReport,
     Random,
-    plot_history,
 )
 from lightning_prune.configuration import arguments_of, as_yaml, plain
 
@@ -259,32 +258,38 @@ def test_another_fit_begins_another_history(tmp_path: Path) -> None:
     assert again == written(tmp_path)
 
 
-class Figures(CSVLogger):
-    """A logger with TensorBoard's method for figures."""
-
-    added: list[tuple[str, Any, int]]
-
-    @property
-    def experiment(self) -> Any:
-        return SimpleNamespace(add_figure=lambda *args: self.added.append(args), log_metrics=None)
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def save(self) -> None: ...
+@pytest.fixture
+def tensorboard(tmp_path: Path) -> TensorBoardLogger:
+    pytest.importorskip("tensorboard")
+    return TensorBoardLogger(tmp_path)
 
 
-def test_figures_go_to_loggers_that_take_them(tmp_path: Path) -> None:
-    logger = Figures(tmp_path)
-    logger.added = []
+def images(logger: TensorBoardLogger) -> dict[str, list[tuple[int, bytes]]]:
+    """What TensorBoard reads of the pictures in a folder: by tag, the step and the file of each."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
+    return {tag: [(i.step, i.encoded_image_string) for i in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def test_figures_go_to_loggers_that_take_them(tensorboard: TensorBoardLogger, tmp_path: Path) -> None:
     report = PruningReport(str(tmp_path / "report.html"), log_figures=True)
-    fit(Example(), MagnitudePruning(0.5, **LINEAR), report, logger=[CSVLogger(tmp_path), logger], max_epochs=3)
-    names = ["val_loss", "acc<b>&", "loss", "sparsity", "masks"]
-    assert [(tag, step) for tag, _, step in logger.added] == [(f"pruning/{name}", 12) for name in names]
-    assert all(isinstance(figure, plt.Figure) for _, figure, _ in logger.added)
-    assert logger.added[0][1].get_facecolor() == (1, 1, 1, 1), "transparent, for the page"
+    fit(Example(), MagnitudePruning(0.5, **LINEAR), report, logger=[CSVLogger(tmp_path), tensorboard], max_epochs=3)
     assert not plt.get_fignums()
-    plot_history(report.history, "val_loss")
-    plt.close("all")
+    found = images(tensorboard)
+    assert found.keys() == {f"pruning/{name}" for name in ("val_loss", "acc<b>&", "loss", "sparsity", "masks")}
+    for entries in found.values():
+        [(step, png)] = entries
+        picture = plt.imread(io.BytesIO(png))
+        assert step == 12
+        assert (picture[0, 0, :3] == 1).all(), "not white, as what is drawn for the page"
+        assert picture.std() > 0.05  # there is something on it
+
+
+def test_figures_are_logged_only_if_asked_for(tensorboard: TensorBoardLogger, tmp_path: Path) -> None:
+    fit(Example(), MagnitudePruning(0.5, **LINEAR), PruningReport(), logger=tensorboard, max_epochs=3)
+    assert Path(tensorboard.log_dir, "pruning_report.html").exists()
+    assert not images(tensorboard)
     with pytest.warns(UserWarning, match="log_figures needs a logger whose experiment has add_figure"):
         fit(MLP(), PruningReport(str(tmp_path / "other.html"), log_figures=True), max_epochs=1)
 
