@@ -1,4 +1,4 @@
-"""Lets the API pages show docstrings as they are meant, where Markdown and its Google style would read something else."""
+"""Lets the API pages show docstrings as they are meant, where Markdown or its Google style would see something else."""
 
 import re
 from typing import Any
