@@ -1,6 +1,7 @@
 """Neural-network pruning as PyTorch Lightning callbacks."""
 
 from lightning_prune.acdc import ACDC
+from lightning_prune.compressed import load_compressed, save_compressed
 from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import (
     FPGM,
@@ -20,6 +21,7 @@ from lightning_prune.criteria import (
     Wanda,
 )
 from lightning_prune.distillation import Distillation
+from lightning_prune.export import export_onnx
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, Weight
 from lightning_prune.guarded import GuardedPruning
@@ -37,6 +39,7 @@ from lightning_prune.report import sparsity, summary
 from lightning_prune.scopes import OWL
 from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.shrinking import shrink
+from lightning_prune.sparse_layers import to_sparse_csr, to_sparse_semi_structured
 from lightning_prune.sparse_training import SET, RigL
 from lightning_prune.sparsegpt import sparsegpt
 from lightning_prune.straight_through import SRSTE
@@ -103,6 +106,8 @@ __all__ = [
     "Wanda",
     "WandaPruning",
     "Weight",
+    "export_onnx",
+    "load_compressed",
     "load_shrunk",
     "plot_history",
     "plot_masks",
@@ -111,10 +116,13 @@ __all__ = [
     "plot_sparsity",
     "prune",
     "recalibrate",
+    "save_compressed",
     "save_shrunk",
     "sensitivity",
     "shrink",
     "sparsegpt",
     "sparsity",
     "summary",
+    "to_sparse_csr",
+    "to_sparse_semi_structured",
 ]

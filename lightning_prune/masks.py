@@ -16,7 +16,7 @@ from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
 
 _PIECE = 1 << 17  # entries
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Allocate = Callable[[Scores], Mapping[str, int]]
 
@@ -75,7 +75,7 @@ def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     bits: list[Tensor] = []
     keep: list[Tensor] = []
     for tensor, mask in pairs:
-        both = tensor.view(_INTEGERS[tensor.element_size()]), mask
+        both = tensor.view(INTEGERS[tensor.element_size()]), mask
         # on the CPU a mask is first converted to the type of the weights: in pieces, which stay in the cache
         pieces = tensor.device.type == "cpu" and tensor.is_contiguous() and mask.is_contiguous()
         for found, part in zip((bits, keep), both, strict=True):

@@ -41,7 +41,10 @@ def _cpu() -> str:
 
 
 def alternate(
-    functions: dict[str, Callable[[], Any]], rounds: int, before: dict[str, Callable[[], Any]] | None = None
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    before: dict[str, Callable[[], Any]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Return the seconds of every function in every round, in which each runs once, after one round to warm up.
 
@@ -51,15 +54,16 @@ def alternate(
         functions: What to time, by name.
         rounds: How often.
         before: What to do before a function of that name, untimed.
+        clock: What to read; ``time.process_time`` counts only what the process itself does.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for count in range(rounds + 1):
         for name, function in functions.items():
             if before and name in before:
                 before[name]()
-            began = time.perf_counter()
+            began = clock()
             result = function()
-            passed = time.perf_counter() - began
+            passed = clock() - began
             del result
             if count:
                 seconds[name].append(passed)
