@@ -29,6 +29,11 @@ def pages_with(language: str) -> list[str]:
     return [name for name, path in PAGES.items() if language in dict(blocks(path))]
 
 
+def test_no_block_is_left_out() -> None:
+    languages = {language for path in PAGES.values() for language, _ in blocks(path)}
+    assert languages == {"python", "yaml", "bash", "text"}
+
+
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs_from_top_to_bottom_and_prints_what_stands_below_it(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
