@@ -77,6 +77,7 @@ class _Found:
         inside: How many have keys in the range.
         places: Flat positions of those inside; empty if they were too many to note.
         keys: Their keys.
+        noted: Whether places were to be noted, which is the same on all ranks.
     """
 
     picked: Tensor
@@ -84,6 +85,7 @@ class _Found:
     inside: int
     places: Tensor
     keys: Tensor
+    noted: bool
 
     def narrow(self, key: int) -> None:
         """Reduce the range to one key."""
@@ -261,13 +263,14 @@ class Scores(Mapping[str, Tensor]):
             at_most += count(above.logical_not_())
             inside += count(reach.logical_and_(above))
         at = places(within if inside <= room else within[:0])
-        return _Found(picked, at_most, inside, at, keys(part(at), self._bits, None if kept is None else kept[at]))
+        among = keys(part(at), self._bits, None if kept is None else kept[at])
+        return _Found(picked, at_most, inside, at, among, room > 0)
 
     def _break_ties(self, name: str, one: _Found, cut: _Cut) -> None:
         """Unpick all units at the cut but the first ``cut.ties`` in the flat order of the whole target."""
         source = self._sources[name]
         place = one.places
-        if place.numel() < one.inside:
+        if not one.noted:  # all ranks compute the scores once more, or none
             place = torch.cat([key == cut.key for key in source.keys(self._bits)]).nonzero().squeeze(1)
         flat = one.picked.view(-1)
         if source.index is None:

@@ -20,10 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from variants import METHODS
+from variants import CRITERIA as VARIANTS
+from variants import METHODS, label
 
 from lightning_prune import (
     NM,
+    OWL,
     Block,
     Channel,
     ConstantSparsity,
@@ -62,6 +64,13 @@ GOALS: dict[str, dict[str, Any]] = {
     "per-layer": {"sparsity": {"net.0.*": 0.3, "net.[2-6].*": 0.7}},
     "threshold": {"threshold": 0.25},
 }
+# those that came later are all trained in one test for each layout
+LATER: dict[str, dict[str, Any]] = {
+    **{label(variant): {"sparsity": 0.6, "criterion": variant} for variant in VARIANTS},
+    "lamp": {"sparsity": 0.6, "scope": "lamp"},
+    "OWL": {"sparsity": 0.6, "scope": OWL(outliers=1.5, spread=0.2)},
+    "min_density": {"sparsity": 0.6, "min_density": 0.35},
+}
 # three updates of eight steps, each after a window of two
 GRADUAL: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 6, "frequency": 2}
 
@@ -69,7 +78,7 @@ distributed = pytest.mark.distributed
 
 
 def pruning(goal: str, granularity: str) -> Pruning:
-    return Pruning(**GRADUAL, **GOALS[goal], granularity={**GRANULARITIES, **OTHERS}[granularity])
+    return Pruning(**GRADUAL, **{**GOALS, **LATER}[goal], granularity={**GRANULARITIES, **OTHERS}[granularity])
 
 
 def outcome(model: Net, callback: Any) -> dict[str, Any]:
@@ -187,6 +196,13 @@ def test_with_shards_every_rank_has_its_pieces_of_the_masks_of_one_process(layou
 def test_groups_and_blocks_are_those_of_one_process_wherever_ranks_cut_them(layout: Layout) -> None:
     goals = ("magnitude", "random", "sensitivity", "local")
     assert_like_alone(layout, 2, [(goal, granularity) for goal in goals for granularity in OTHERS])
+
+
+@distributed
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_every_criterion_and_scope_is_that_of_one_process(layout: Layout) -> None:
+    granularities = GRANULARITIES if layout == "ddp" else ["weight"]  # pieces cut rows, whose weights are compared
+    assert_like_alone(layout, 2, [(goal, granularity) for goal in LATER for granularity in granularities])
 
 
 @distributed
