@@ -154,13 +154,12 @@ def find_units(
     try:
         _check_whole(model, granularity)
         inputs = fitting(inputs, model)
-        graph = _graph(model, granularity, inputs)
+        return _coupled(found, model, granularity, _graph(model, granularity, inputs), inputs, several)
     except (ImportError, ValueError) as error:
         if granularity.coupled is None:
             warnings.warn(f"channels are pruned without what depends on them: {error}", stacklevel=2)
             return make_units(found, model, granularity), {}
         raise
-    return _coupled(found, model, granularity, graph, inputs, several)
 
 
 def _check_whole(model: nn.Module, granularity: Granularity) -> None:

@@ -108,8 +108,8 @@ def prune(
                     _observe(now, criterion, stage)
                     masks.update(joined(masks, make_masks(now, criterion, allocate, masks)))
                     masks.apply(model)
-    if recalibrate:
-        recalibration.recalibrate(model, data or (), recalibrate)
+    if data is not None and recalibrate:
+        recalibration.recalibrate(model, data, recalibrate)
     return masks
 
 

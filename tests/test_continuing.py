@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES, Case, build
+from distributed import Layout, Net, rank, result, run
+from distributed import fit as fit_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from models import Attending, ConvNet, agrees, fit
 from torch import Tensor, nn
@@ -184,3 +186,39 @@ def test_masks_of_what_is_left_fit_the_smaller_model() -> None:
     kept = kept_of(model)
     assert kept is not None
     Masks({name: kept.of_mask(name, mask) for name, mask in masks.items()}).check(dict(model.named_parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def shrink_on(layout: Layout) -> dict[str, Any]:
+    model = Net(layout)
+    callback = Pruning(0.4, granularity=Channel(), of="flops", schedule="one_shot", start=1, shrink_at_end=True)
+    torch.manual_seed(rank())
+    fit_ranks(model, callback)
+    return result(model, callback.masks)
+
+
+def shrink_in_pieces() -> str:
+    with pytest.raises(ValueError, match="needs whole parameters, got sharded ones") as error:
+        shrink_on("fsdp")
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_with_ddp_every_rank_ends_with_the_small_model_of_one_process() -> None:
+    expected = shrink_on("one")["weights"]
+    assert sum(weight.numel() for weight in expected.values()) < sum(p.numel() for p in parameters_of_net())
+    for found in run(shrink_on, 2, "ddp"):
+        assert all(torch.allclose(found["weights"][name], weight, atol=1e-6) for name, weight in expected.items())
+
+
+@pytest.mark.distributed
+def test_pieces_of_parameters_are_refused_before_training() -> None:
+    assert all("Channel(coupled=False)" in told for told in run(shrink_in_pieces, 2))
+
+
+def parameters_of_net() -> list[Tensor]:
+    model = Net()
+    model.configure_model()
+    return list(model.parameters())

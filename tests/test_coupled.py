@@ -358,6 +358,15 @@ def test_without_torch_pruning_channels_are_rows_and_it_is_said(monkeypatch: pyt
         shrink(model)
 
 
+def test_where_no_channel_can_be_coupled_they_are_rows_and_it_is_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
+    with pytest.warns(
+        UserWarning, match=r"without what depends on them: .* got none .0.weight: its channels are outputs of the model"
+    ):
+        masks = prune(model, 0.5, granularity=Channel(), example_inputs=torch.ones(2, 4))
+    assert int((~masks["0.weight"].any(1)).sum()) == 3
+
+
 @pytest.mark.parametrize(
     ("granularity", "arguments", "message"),
     [

@@ -1,13 +1,14 @@
 """Recalibration: batch norms see what the pruned layers put out, and nothing else changes."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
 import torch
 from architectures import CASES, build
 from models import ConvNet
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_prune import Channel, prune, recalibrate
 
@@ -52,9 +53,16 @@ def test_a_loader_of_pairs_and_a_number_of_batches() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
 
 
+class Stream(IterableDataset):
+    """Batches without an end that is known."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(BATCHES)
+
+
 def test_prune_recalibrates_with_its_data() -> None:
-    one, other = ConvNet(), ConvNet()
-    prune(one, 0.5, granularity=Channel(coupled=True), example_inputs=BATCHES[0], data=BATCHES, recalibrate=2)
+    one, other, loader = ConvNet(), ConvNet(), DataLoader(Stream(), batch_size=None)
+    prune(one, 0.5, granularity=Channel(coupled=True), example_inputs=BATCHES[0], data=loader, recalibrate=2)
     prune(other, 0.5, granularity=Channel(coupled=True), example_inputs=BATCHES[0])
     assert not torch.equal(one.net[1].running_mean, other.net[1].running_mean)
     recalibrate(other, BATCHES, 2)
