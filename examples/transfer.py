@@ -170,6 +170,7 @@ def main() -> None:
             model = way()
             accuracies.append(Trainer(**PLAIN).validate(model, DataLoader(test, 50), verbose=False)[0]["val_acc"])
         took, zeros = (time.perf_counter() - began) / given.seeds, sparsity(model, ignore=["head.*"])
+        assert abs(zeros - (0 if name == "dense" else given.sparsity)) < 1e-3, zeros
         print(f"{name:16}{statistics.mean(accuracies):>10.1%}{zeros:>10.1%}{took:>10.0f}", flush=True)
 
 
