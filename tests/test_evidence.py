@@ -11,7 +11,7 @@ import torch
 from lightning import Trainer
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "evidence"
-NAMES = ("claims", "methods", "peers", "report", "running", "tasks", "mnist5k")
+NAMES = ("claims", "drawing", "methods", "peers", "report", "running", "tasks", "mnist5k")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,21 @@ def test_peers_prune_what_they_are_asked_to(evidence: dict[str, ModuleType], met
     weights = evidence["running"].weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     assert zeros == pytest.approx(0.9 * sum(weight.numel() for weight in weights), abs=10)
+
+
+def test_a_curve_is_drawn_from_three_sparsities_with_all_seeds(evidence: dict[str, ModuleType], tmp_path: Path) -> None:
+    results, path = evidence["running"].Results(tmp_path / "found.jsonl"), tmp_path / "curves.png"
+    for count, level in enumerate((0.9, 0.98, 0.995), 1):
+        for seed in range(2):
+            assert not evidence["drawing"].curves("mnist", results, range(2))
+            setting = evidence["running"].Setting("mnist", "gradual", level)
+            results.rows[setting, seed] = {"accuracy": 90.0 + count + seed}
+    found = evidence["drawing"].curves("mnist", results, range(2))
+    assert list(found) == ["gradual"]
+    assert [round(kept, 3) for kept, _, _ in found["gradual"]] == [0.1, 0.02, 0.005]
+    assert [mean for _, mean, _ in found["gradual"]] == [91.5, 92.5, 93.5]
+    evidence["drawing"].draw(results, range(2), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_go_between_their_markers(evidence: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -15,18 +15,8 @@ from running import Results, Setting
 
 SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"
-LEVELS = (0.995, 0.9, 0.99, 0.95)  # the ends first
-CURVES = (
-    "gradual",
-    "one-shot",
-    "RigL",
-    "SET",
-    "static",
-    "ACDC",
-    "gradual, ERK",
-    "gradual, uniform",
-    "one-shot, random",
-)
+ENDS, BETWEEN = (0.995, 0.9), (0.99, 0.95)
+CURVES = ("gradual", "one-shot", "RigL", "static", "SNIP", "SET", "ACDC", "gradual, ERK", "gradual, uniform")
 
 
 def quick() -> list[Setting]:
@@ -44,7 +34,7 @@ def full() -> list[Setting]:
         for level in (0.98, 0.95, 0.9)
         for method in ("gradual", "one-shot", "gradual, ERK", "gradual, uniform", "one-shot, random")
     ]
-    curves = [Setting("mnist", method, level) for level in LEVELS for method in CURVES]
+    curves = [Setting("mnist", method, level) for levels in (ENDS, BETWEEN) for method in CURVES for level in levels]
     return [*curves, *(Setting(task, "dense", 0.0) for task in ("fashion", "cnn")), *fashion]
 
 

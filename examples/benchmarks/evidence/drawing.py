@@ -16,25 +16,24 @@ MARKERS = "osD^vP*X"
 
 def draw(results: Results, seeds: range, path: Path) -> None:
     """Draw each task of which at least three sparsities of a method were run."""
-    curves = {name: _curves(name, results, seeds) for name in TASKS}
-    curves = {name: methods for name, methods in curves.items() if methods}
-    if not curves:
+    panels = {name: found for name in TASKS if (found := curves(name, results, seeds))}
+    if not panels:
         return
-    figure = Figure(figsize=(6.4 * len(curves), 5.0), layout="constrained")
-    for place, (name, methods) in enumerate(curves.items(), 1):
-        _panel(figure.add_subplot(1, len(curves), place), name, methods, results, seeds)
+    figure = Figure(figsize=(6.4 * len(panels), 5.0), layout="constrained")
+    for place, (name, methods) in enumerate(panels.items(), 1):
+        _panel(figure.add_subplot(1, len(panels), place), name, methods, results, seeds)
     figure.savefig(path, dpi=120)
 
 
-def _curves(task: str, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
-    """Return (part that is kept, mean, standard deviation) by method."""
-    curves: dict[str, list[tuple[float, float, float]]] = {}
+def curves(task: str, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
+    """Return (part that is kept, mean, standard deviation) by method, if three sparsities were run."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
     for setting in sorted({setting for setting, _ in results.rows}):
         values = results.accuracies(setting, seeds)
         if values and setting.task == task and setting.method != "dense":
             point = (1 - setting.sparsity, statistics.mean(values), statistics.stdev(values))
-            curves.setdefault(setting.method, []).append(point)
-    return {method: sorted(points, reverse=True) for method, points in curves.items() if len(points) >= 3}
+            found.setdefault(setting.method, []).append(point)
+    return {method: sorted(points, reverse=True) for method, points in found.items() if len(points) >= 3}
 
 
 def _panel(
