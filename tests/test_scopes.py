@@ -278,7 +278,9 @@ def test_owl_refuses_what_makes_no_sense(arguments: dict[str, Any], message: str
 # ------------------------------------------------------------------------------------------------ a minimum density
 
 
-@pytest.mark.parametrize("scope", [scopes.global_, scopes.erk, scopes.lamp, OWL(spread=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "scope", [scopes.global_, scopes.erk, scopes.lamp, OWL(spread=0.5)], ids=["global", "erk", "lamp", "owl"]
+)
 @pytest.mark.parametrize(("sparsity", "density"), [(0.5, 0.3), (0.9, 0.1), (0.9, 0.001), (0.95, 0.05)])
 def test_every_target_keeps_its_least_and_the_total_stays(scope: scopes.Scope, sparsity: float, density: float) -> None:
     shapes = {"a": (30, 20), "b": (20, 20), "c": (20, 3), "d": (100, 10)}
