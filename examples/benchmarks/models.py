@@ -1,4 +1,4 @@
-"""The models that are trained: an MLP of 5.8 M weights, a residual CNN the size of ResNet-18, a small transformer."""
+"""The models of the benchmarks: an MLP, networks like ResNet-18 and MobileNet-v2, a small transformer."""
 
 import itertools
 from collections.abc import Callable
@@ -32,6 +32,37 @@ def cnn() -> nn.Module:
     stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     blocks = [Residual(before, after) for before, after in itertools.pairwise(widths)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 200))
+
+
+class Inverted(nn.Module):
+    """A widening, a depthwise and a narrowing convolution, and what goes past them, as in MobileNet-v2."""
+
+    def __init__(self, before: int, after: int, stride: int, times: int) -> None:
+        super().__init__()
+        inner, self.adds = before * times, before == after and stride == 1
+        self.widen, self.norm1 = nn.Conv2d(before, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.narrow, self.norm3 = nn.Conv2d(inner, after, 1, bias=False), nn.BatchNorm2d(after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.depthwise(self.norm1(self.widen(x)).clamp(0, 6))).clamp(0, 6)
+        narrow = self.norm3(self.narrow(inner))
+        return x + narrow if self.adds else narrow
+
+
+def mobilenet() -> nn.Module:
+    """Return a network like MobileNet-v2: 2.5 M weights, most of them in convolutions of one pixel."""
+    stages = [(16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6)]
+    blocks: list[nn.Module] = []
+    before = 32
+    for after, count, stride, times in stages:
+        for place in range(count):
+            blocks.append(Inverted(before, after, 1 if place else stride, times))
+            before = after
+    stem = [nn.Conv2d(3, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+    end = [nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*stem, *blocks, *end, nn.Linear(1280, 200))
 
 
 def mlp() -> nn.Module:
