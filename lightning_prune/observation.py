@@ -173,7 +173,7 @@ class Observation:
             parts = [part for part in state["statistics"].get(unit.name, [])[rank::ranks] if part is not None]
             found = self.criterion.merge(unit, parts) if len(parts) > 1 else parts[0] if parts else None
             found = found if found is None or self.several else unit.piece(found)
-            unit.statistic = None if found is None else found.to(unit.parameter.device)
+            unit.statistic = None if found is None else found.to(unit.parameter.device, copy=True)
             unit.steps = self.steps
 
 

@@ -115,8 +115,8 @@ class Units:
         return flat_index(self.parameter)
 
     def add(self, values: Tensor) -> Tensor:
-        """Return the statistic so far plus these values."""
-        return values.clone() if self.statistic is None else self.statistic + values
+        """Add these values to the statistic, in place, and return it."""
+        return values.clone() if self.statistic is None else self.statistic.add_(values)
 
     @property
     def split(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_prune import Channel, Criterion, Entropy, Granularity, Magnitude, Random, Sensitivity, Weight, prune
 from lightning_prune.criteria import lattice
 from lightning_prune.criteria.activations import channel_values
+from lightning_prune.observation import Observation
 from lightning_prune.selection import Scores
 from lightning_prune.targets import find
 from lightning_prune.units import Units, make_units
@@ -633,3 +634,15 @@ def test_criteria_compare_by_value_and_do_not_change(criterion: Criterion) -> No
     assert criterion == eval(repr(criterion))
     with pytest.raises(AttributeError):
         criterion.window = 7  # type: ignore[misc]
+
+
+def test_statistics_are_added_up_apart_from_the_state_that_they_were_loaded_from() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight.grad = torch.ones(2, 2)
+    units = make_units(find(layer), layer, Weight())
+    state = {"steps": 1, "seen": [], "statistics": {"weight": [torch.ones(2, 2)]}}
+    observation = Observation(Sensitivity(), units)
+    observation.load_state_dict(state)
+    observation.gradients({id(layer.weight)})
+    assert torch.equal(state["statistics"]["weight"][0], torch.ones(2, 2))
+    assert torch.allclose(units[0].statistic, 1 + layer.weight.detach().square())

@@ -36,7 +36,7 @@ class Sensitivity(Criterion):
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(weight_times_gradient).square())
+        return units.add(units.sum(weight_times_gradient).square_())
 
     @override
     def scores(self, units: Units) -> Tensor:
