@@ -1,10 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs examples evidence clean
+.PHONY: help demo test lint format docs examples evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that .venv is made with
 PIPFLAGS ?=#            more arguments for pip, such as an index of torch builds without CUDA
 ARGS ?=#                arguments for pytest or the demo
+FULL ?=#                anything: the benchmarks measure all sizes
 BIN := .venv/bin
 INPUTS := pyproject.toml .ci/constraints.txt
 
@@ -39,6 +40,13 @@ examples: $(BIN)/.dev ## run every file in examples/
 
 evidence: $(BIN)/.dev ## test what the papers claim, and write the tables (FULL=1 for all data and sparsities; hours)
 	@MPLBACKEND=Agg $(BIN)/python examples/benchmarks/evidence $(if $(FULL),--full)
+
+bench: $(BIN)/.dev ## measure speed and memory, and write the README's table (FULL=1 for all sizes; some minutes)
+	@set -e; for name in import_time checkpoint mask_update step_overhead; do \
+	    echo "== $$name"; \
+	    MPLBACKEND=Agg $(BIN)/python examples/benchmarks/$$name.py $(if $(FULL),--full); \
+	done
+	@$(BIN)/python examples/benchmarks/refresh.py
 
 clean: ## remove .venv and everything that tools and runs left behind
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output

@@ -5,7 +5,9 @@ it takes beyond weights and masks in force, beside `torch.nn.utils.prune.global_
 any update must do, one pass that reads every weight and takes its absolute value.
 """
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,9 +18,9 @@ from timing import RESULTS, alternate, parser, peak_memory, ratio, save, signifi
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_prune import Channel, Criterion, Granularity, Magnitude, Masks, Sensitivity, Weight, goal, scopes
+from lightning_prune import NM, Channel, Criterion, Granularity, Magnitude, Masks, Sensitivity, Weight, goal, scopes
 from lightning_prune.masks import make_masks
-from lightning_prune.units import make_units
+from lightning_prune.units import Units, make_units
 
 SIZES = {  # weights: number of tensors, side of each
     "1 M": (4, 512),
@@ -71,9 +73,31 @@ def updates(model: nn.Module) -> dict[str, Callable[[], Update]]:
         "global, first": partial(Update, model, first=True),
         "local": partial(Update, model, scope="local"),
         "erk": partial(Update, model, scope="erk"),
+        "2:4": partial(Update, model, granularity=NM(2, 4)),
         "channels": partial(Update, model, granularity=Channel()),
         "sensitivity": partial(Update, model, Sensitivity()),
     }
+
+
+@dataclass(frozen=True)
+class Counted(Magnitude):
+    """Magnitude that counts how many weights it is asked to score."""
+
+    entrywise = True
+    asked: list[int] = field(default_factory=list)
+
+    def scores(self, units: Units) -> torch.Tensor:
+        self.asked.append(units.parameter.numel())
+        return super().scores(units)
+
+
+def passes(model: nn.Module, **arguments: Any) -> float:
+    """Return how often an update scores a weight."""
+    criterion = Counted()
+    update = Update(model, criterion, **arguments)
+    criterion.asked.clear()
+    update()
+    return sum(criterion.asked) / sum(layer.weight.numel() for layer in model)
 
 
 def one_pass(model: nn.Module) -> None:
@@ -99,16 +123,18 @@ def undo(model: nn.Module) -> None:
             layer.weight.data = original
 
 
-def measure(size: str, rounds: int, torch_too: bool) -> list[dict[str, Any]]:
+def measure(size: str, rounds: int, torch_too: bool, full: bool) -> list[dict[str, Any]]:
     """Return a row for each kind of update of a model of this size."""
     model = make_model(*SIZES[size])
     weights = sum(layer.weight.numel() for layer in model)
     seconds: dict[str, list[float]] = {}
     memory: dict[str, int | None] = {}
-    kinds: dict[str, Callable[[], Any]] = dict(updates(model).items())
+    kinds = updates(model)
+    if weights > (10**9 if full else 10**8):
+        kinds = {name: kinds[name] for name in ("global", "local")}  # enough to see how time grows; each takes minutes
     for name, make in kinds.items():
         update = make()
-        found = alternate({PASS: partial(one_pass, model), name: update}, rounds)
+        found = alternate({PASS: partial(one_pass, model), name: update}, rounds, clock=time.process_time)
         seconds[name] = found[name]
         seconds[f"{PASS} beside {name}"] = found[PASS]
         memory[name] = peak_memory(update)
@@ -119,36 +145,31 @@ def measure(size: str, rounds: int, torch_too: bool) -> list[dict[str, Any]]:
             {"global": update, TORCH: partial(with_torch, model)},
             max(1, rounds // 4),
             {"global": partial(undo, model), TORCH: partial(undo, model)},
+            time.process_time,
         )
         seconds[TORCH], seconds["global beside torch"] = found[TORCH], found["global"]
+        memory[TORCH] = peak_memory(partial(with_torch, model), before=partial(undo, model))
         undo(model)
-        memory[TORCH] = peak_memory_of_torch(model)
+    scored = {"global": passes(model), "local": passes(model, scope="local")}
     rows = []
     for name in [*kinds, *([TORCH] if torch_too else [])]:
         row = {
             "size": size,
             "weights": weights,
+            "targets": len(model),
             "update": name,
             "seconds": significant(median(seconds[name])),
             "nanoseconds_per_weight": significant(1e9 * median(seconds[name]) / weights),
             "peak_memory_by_weights": None if memory[name] is None else round(memory[name] / (4 * weights), 3),
         }
+        if name in scored:
+            row["passes"] = round(scored[name], 2)
         if name == TORCH:
             row["ratio_to_global"] = significant(ratio(seconds[TORCH], seconds["global beside torch"]))
         else:
             row["ratio_to_pass"] = significant(ratio(seconds[name], seconds[f"{PASS} beside {name}"]))
         rows.append(row)
     return rows
-
-
-def peak_memory_of_torch(model: nn.Module) -> int | None:
-    """Return the peak of ``global_unstructured``, on layers that are not pruned yet."""
-
-    def call() -> None:
-        undo(model)
-        with_torch(model)
-
-    return peak_memory(call)
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
@@ -174,7 +195,6 @@ def main() -> None:
     """Measure and report."""
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--sizes", nargs="+", choices=SIZES)
-    arguments.add_argument("--rounds", type=int)
     options = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -182,8 +202,8 @@ def main() -> None:
     for size in options.sizes or (SIZES if options.full else ["1 M", "10 M", "100 M"]):
         count, side = SIZES[size]
         weights = count * side * side
-        rounds = options.rounds or max(3, min(20, 2 * 10**8 // weights))
-        found = measure(size, rounds, weights < 10**8 or (options.full and weights < 10**9))
+        rounds = options.rounds or max(2, min(20, 4 * 10**8 // weights))
+        found = measure(size, rounds, weights < 10**8 or (options.full and weights < 10**9), options.full)
         head = [f"{size} weights", "s", "ns a weight", "x one pass", "x global", "peak memory / weights"]
         columns = ["seconds", "nanoseconds_per_weight", "ratio_to_pass", "ratio_to_global", "peak_memory_by_weights"]
         cells = [[row["update"], *(f"{row[c]:g}" if row.get(c) is not None else "" for c in columns)] for row in found]

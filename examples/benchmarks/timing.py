@@ -3,9 +3,11 @@
 import argparse
 import gc
 import json
+import logging
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +17,17 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def quiet() -> None:
+    """Let Lightning report errors only."""
+    for namespace in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(namespace).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the one option that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, help="how often everything takes its turn")
     parser.add_argument("--full", action="store_true", help="all sizes and more rounds, not only the quick ones")
     return parser
 
@@ -27,6 +37,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[2], 1),  # more than one: other processes ran meanwhile
         "system": f"{platform.system()}, Python {platform.python_version()}",
         "torch": version("torch"),
         "lightning": version("lightning"),
@@ -75,21 +86,24 @@ def ratio(seconds: Iterable[float], baseline: Iterable[float]) -> float:
     return median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
-def peak_memory(function: Callable[[], Any]) -> int | None:
+def peak_memory(function: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> int | None:
     """Return the most bytes that the process had in memory during a call above those before it; None if not Linux.
 
-    The kernel's own high-water mark sees every allocation, those of torch too, and misses no peak.
+    The first of two calls, each after ``before``, allocates what stays allocated once and for all. The kernel's own
+    high-water mark sees every allocation, those of torch too, and misses no peak.
     """
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    function()  # what is allocated once and for all is not the call's
+    before()
+    function()
+    before()
     gc.collect()
     _give_back()
     reset.write_text("5")
-    before = _status("VmRSS")
+    held = _status("VmRSS")
     result = function()
-    peak = _status("VmHWM") - before
+    peak = _status("VmHWM") - held
     del result
     return max(0, peak)
 

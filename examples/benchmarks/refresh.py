@@ -1,0 +1,153 @@
+"""Write the tables of README.md and scale.md from the results: `python examples/benchmarks/refresh.py`."""
+
+from pathlib import Path
+from typing import Any
+
+from timing import describe, load
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MODELS = {
+    "mlp": "MLP of 5.8 M weights, batch of 64",
+    "cnn": "CNN the size of ResNet-18, 11.3 M weights, 16 images of 64 x 64",
+    "transformer": "transformer of 3.7 M weights, 512 tokens",
+}
+TORCH = "prune.global_unstructured"
+
+
+def steps() -> list[str]:
+    """Return rows on training steps, on one thread, of the models that were measured."""
+    content = [row for row in load("step_overhead")["rows"] if row["threads"] == 1]
+    found = {(row["model"], row["variant"]): row.get("processor_ratio", row["ratio"]) for row in content}
+    models = {model: name for model, name in MODELS.items() if (model, "dense") in found}
+    rows = []
+    for model, name in models.items():
+        ours, theirs = (
+            [found[model, f"{callback}, {unit}"] for unit in ("weights", "channels")]
+            for callback in ("lightning_prune", "ModelPruning")
+        )
+        rows.append(
+            f"| step with masks on weights; on channels: {name} | {ours[0]:.2f}; {ours[1]:.2f} x dense | "
+            f"{theirs[0]:.2f}; {theirs[1]:.2f} x dense (`ModelPruning`) |"
+        )
+    for what, variant in (
+        ("step while sensitivity is observed", "sensitivity, in its window"),
+        ("step while entropy is observed", "entropy, in its window"),
+        ("inference with 90 % of the weights masked", "inference, weights"),
+    ):
+        ratios = ", ".join(f"{found[model, variant]:.2f}" for model in models)
+        rows.append(f"| {what}: {', '.join(models)} | {ratios} x dense | |")
+    return rows
+
+
+def updates() -> list[str]:
+    """Return rows on updates of the masks, and on the memory of the largest."""
+    content = load("mask_update")["rows"]
+    found = {(row["size"], row["update"]): row for row in content}
+    rows = []
+    for size in dict.fromkeys(row["size"] for row in content):
+        ours, theirs = found[size, "global"], found.get((size, TORCH))
+        times = f"{_seconds(theirs['seconds'])}, {theirs['ratio_to_global']:.0f} times as long" if theirs else ""
+        rows.append(f"| global update of masks, {size} weights | {_seconds(ours['seconds'])} | {times} |")
+    rows = [row.replace("as long |", f"as long (`{TORCH}`) |") for row in rows]
+    peaks = {row["update"]: row for row in content if row["peak_memory_by_weights"] is not None}  # the largest of each
+    if "global" in peaks:
+        rows.append(f"| most memory it takes meanwhile | {_peak(peaks['global'])} | {_peak(peaks.get(TORCH))} |")
+    return rows
+
+
+def _peak(row: dict[str, Any] | None) -> str:
+    return f"{row['peak_memory_by_weights']:.2g} x the bytes of {row['size']} weights" if row else ""
+
+
+def rest() -> list[str]:
+    """Return rows on checkpoints and on the import."""
+    masks = next(row for row in load("checkpoint")["rows"] if row["callback"] == "weights")
+    imports = {row["code"]: row["seconds"] for row in load("import_time")["rows"]}
+    return [
+        f"| masks in a checkpoint of the MLP | {masks['bytes_added'] / 1e6:.2f} MB, "
+        f"{masks['share_of_weights']:.3f} of the weights' bytes | {masks['bytes'] / 1e6:.0f} MB with them |",
+        f"| to save them; to load them | {_seconds(masks['save_seconds_added'])}; "
+        f"{_seconds(masks['load_seconds_added'])} | {_seconds(masks['save_seconds'])}; "
+        f"{_seconds(masks['load_seconds'])} with them |",
+        f"| `import lightning_prune` after Lightning | {_seconds(imports['added, inside one process'])} | "
+        f"{_seconds(imports['import lightning.pytorch'])} (`import lightning.pytorch`) |",
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{1e3 * seconds:.1f} ms" if seconds < 0.01 else f"{1e3 * seconds:.0f} ms"
+
+
+def make_table() -> str:
+    """Return the table with a line on the machine."""
+    contents = [load(name) for name in ("step_overhead", "mask_update", "checkpoint", "import_time")]
+    machines = dict.fromkeys(describe(content["machine"]) for content in contents)
+    loads = [content["machine"]["load"] for content in contents]
+    others = f"medians of runs that take turns; other processes ran, with load averages up to {max(loads):g}"
+    rows = ["| | lightning_prune | beside |", "|---|---|---|", *steps(), *updates(), *rest()]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Measured on {'; '.join(machines)}; one thread, processor time, {others}.",
+        ]
+    )
+
+
+def make_scale() -> str:
+    """Return how the time of an update grows: two numbers, what follows from them, and what was measured."""
+    rows = [row for row in load("mask_update")["rows"] if row["update"] == "global"]
+    first, last = rows[0], next(row for row in rows if row["size"] == "100 M")
+    # what a weight and what a target costs, from two sizes: the others test it
+    n, t, s = first["weights"], first["targets"], first["seconds"]
+    m, u, r = last["weights"], last["targets"], last["seconds"]
+    each = (r * t - s * u) / (m * t - n * u)
+    apart = max(0.0, (s - n * each) / t)
+    lines = [
+        f"{1e9 * each:.2f} ns a weight and {1e3 * apart:.2f} ms a target; a weight is scored "
+        f"{rows[-1]['passes']:.2f} times, and one pass that only reads it and takes its absolute value is 1/"
+        f"{rows[-1]['ratio_to_pass']:.0f} of the time.",
+        "",
+        "| weights | targets | model | measured | measured / model |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        model = row["weights"] * each + row["targets"] * apart
+        lines.append(
+            f"| {row['size']} | {row['targets']} | {_seconds(model)} | {_seconds(row['seconds'])} | "
+            f"{row['seconds'] / model:.2f} |"
+        )
+    lines += [
+        "",
+        "| predicted, on one core for each rank | weights of a rank | targets | an update |",
+        "|---|---|---|---|",
+    ]
+    for name, held, matrices in (
+        ("7 B, one process", 7e9, 224),
+        ("7 B on 8 ranks", 7e9 / 8, 224),
+        ("70 B on 64 ranks", 70e9 / 64, 560),
+    ):
+        lines.append(f"| {name} | {held / 1e9:.2f} G | {matrices} | {_seconds(held * each + matrices * apart)} |")
+    return "\n".join(lines)
+
+
+def replace(path: Path, table: str) -> None:
+    """Put a table between the markers of a page."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{path.name} must have the lines {BEGIN} and {END} once each")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    print(f"{path.name}: table written")
+
+
+def main() -> None:
+    """Refresh the README and the page on scale."""
+    replace(Path(__file__).with_name("scale.md"), make_scale())
+    replace(Path(__file__).parents[2] / "README.md", make_table())
+
+
+if __name__ == "__main__":
+    main()
