@@ -77,19 +77,31 @@ class CoupledUnits(Units):
     def sum(self, values: Values) -> Tensor:
         if self._plain:
             return super().sum(values)
-        return values(self.weight()).flatten(1).sum(1)
+        return self._by_unit(values).sum(1)
 
     @override
     def mean(self, values: Values) -> Tensor:
         if self._plain:
             return super().mean(values)
-        return values(self.weight()).flatten(1).mean(1)
+        return self._by_unit(values).mean(1)
+
+    def _by_unit(self, values: Values) -> Tensor:
+        """Return values of the entries of all layers that make the units, a row a unit."""
+        try:
+            return values(self.weight()).flatten(1)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the units of {self.name!r} lie in {[member.name for _, member in self._makers]}, entry by entry, and "
+                f"the criterion looks for those of the first alone: take another one, or ignore them"
+            ) from error
 
     @override
     def spread(self, channels: Tensor) -> Tensor:
         if self._plain:
             return super().spread(channels)
         width = sum(parameter.numel() for parameter, _ in self._makers) // self.size
+        if len(channels) == self.size:  # a number for each unit already
+            return channels.view(-1, 1).expand(-1, width)
         return channels[self._makers[0][1].index.to(channels.device)].mean(1, keepdim=True).expand(-1, width)
 
     @property

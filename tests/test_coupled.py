@@ -13,7 +13,7 @@ from distributed import fit as fit_ranks
 from models import ConvNet, On, Tiny, agrees, fit
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Entropy, Head, Magnitude, Pruning, Random, Sensitivity, prune, shrink
+from lightning_prune import Channel, Entropy, Head, Magnitude, Pruning, Random, Sensitivity, Wanda, prune, shrink
 from lightning_prune.coupled import CoupledUnits, find_units
 from lightning_prune.granularities import Granularity
 from lightning_prune.graph import trace
@@ -332,6 +332,12 @@ def test_recurrent_layers_that_are_not_known_are_named(layer: nn.RNNBase, messag
     with pytest.raises(ValueError, match=message):
         prune(model, 0.5, granularity=COUPLED, example_inputs=inputs)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_criterion_that_knows_one_layer_only_is_refused() -> None:
+    model, inputs = build(CASES["vit"])
+    with pytest.raises(ValueError, match=r"the units of .*attention.q.weight' lie in .*take another one"):
+        prune(model, 0.5, criterion=Wanda(window=1), granularity=Head(), example_inputs=inputs, data=[inputs])
 
 
 def test_a_frozen_or_ignored_layer_keeps_its_channels() -> None:
