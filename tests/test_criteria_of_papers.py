@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Attention
 from test_criteria import linear, scores_of
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from lightning_prune import (
     Criterion,
     Fisher,
     GraSP,
+    Head,
     Movement,
     Pruning,
     SynFlow,
@@ -191,6 +193,15 @@ def test_the_geometric_median_goes_first() -> None:
     up = nn.ConvTranspose1d(2, 3, 1, bias=False)
     up.weight.data = layer.weight.data.T[..., None].clone()
     assert scores_of(up, FPGM(), Channel())["weight"].tolist() == pytest.approx([6.0, 5 + far, 1 + far], rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_head_whose_queries_are_nearest_to_the_others_goes_first(first: int) -> None:
+    layer = Attention(6, 3)
+    rows = torch.arange(6.0)[:, None].expand(6, 6).clone()  # distances add up to most at the ends
+    layer.q.weight.data = rows.roll(2 * (first - 1), 0)
+    masks = prune(layer, 1 / 3, criterion=FPGM(), granularity=Head(), example_inputs=torch.randn(2, 4, 6))
+    assert masks["q.weight"].any(1).view(3, 2).tolist() == [[head != first] * 2 for head in range(3)]
 
 
 def test_the_factors_of_a_batch_norm_are_the_scores_of_the_channels_in_front() -> None:

@@ -12,7 +12,7 @@ from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.flags import chunks
 from lightning_prune.ranking import tail_share
 from lightning_prune.shards import local, whole
-from lightning_prune.units import Units
+from lightning_prune.units import Units, weight_of
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class FPGM(Criterion):
     """The sum of a filter's distances to all other filters of its layer: what is nearest to the others goes first.
 
     Every weight of an output channel scores alike. The distances inside one layer take the square of its number of
-    channels in memory. Needs nothing.
+    channels in memory. Of coupled units, the mean over their channels in the first layer. Needs nothing.
 
     Reference: He et al., 2019, "Filter Pruning via Geometric Median", arXiv:1811.00250.
     """
 
     @override
     def scores(self, units: Units) -> Tensor:
-        filters = whole(units.weight(), units.parameter).movedim(units.dim, 0).flatten(1)
+        filters = whole(weight_of(units.parameter), units.parameter).movedim(units.dim, 0).flatten(1)
         distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
         return units.mean(lambda weight: units.spread(distances))
 
