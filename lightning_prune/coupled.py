@@ -100,8 +100,6 @@ class CoupledUnits(Units):
         if self._plain:
             return super().spread(channels)
         width = sum(parameter.numel() for parameter, _ in self._makers) // self.size
-        if len(channels) == self.size:  # a number for each unit already
-            return channels.view(-1, 1).expand(-1, width)
         return channels[self._makers[0][1].index.to(channels.device)].mean(1, keepdim=True).expand(-1, width)
 
     @property
