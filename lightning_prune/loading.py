@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 import torch
@@ -41,8 +42,8 @@ def load_shrunk(
     Args:
         model: The class of the model, or a function, which makes it as it was before it was shrunk; or such a model.
         checkpoint: A file of ``Trainer.save_checkpoint`` or ``save_shrunk``, or what ``torch.load`` makes of it.
-        kwargs: Arguments of the class. Those that a ``LightningModule`` has saved need not be given; this is then its
-            ``load_from_checkpoint``.
+        kwargs: Arguments of the class. Those that a ``LightningModule`` has saved in a Trainer's checkpoint need not be
+            given; this is then its ``load_from_checkpoint``.
 
     Raises:
         ValueError: If the checkpoint is none of a shrunk model, or of another one; a model that was given stays as it
@@ -58,8 +59,9 @@ def load_shrunk(
     >>> load_shrunk(build, state)[0]
     Linear(in_features=4, out_features=1, bias=True)
     """
-    if isinstance(model, type) and hasattr(model, "load_from_checkpoint") and not isinstance(checkpoint, Mapping):
-        return cast(Model, model.load_from_checkpoint(checkpoint, map_location="cpu", **kwargs))
+    load = getattr(model, "load_from_checkpoint", None) if isinstance(model, type) else None
+    if load is not None and not isinstance(checkpoint, Mapping) and not _is_ours(checkpoint):
+        return cast(Model, load(checkpoint, map_location="cpu", **kwargs))
     if isinstance(checkpoint, Mapping):
         state = dict(checkpoint)
     else:
@@ -70,6 +72,14 @@ def load_shrunk(
     _take_up(loaded, state)
     loaded.load_state_dict(state["state_dict"])
     return cast(Model, loaded)
+
+
+def _is_ours(path: str | Path) -> bool:
+    """Return whether ``save_shrunk`` wrote a file, and not a Trainer."""
+    try:
+        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=True)) == {"state_dict", KEY}
+    except UnpicklingError:  # hyperparameters of any type, which only a Trainer saves
+        return False
 
 
 def travel_along(model: nn.Module) -> None:

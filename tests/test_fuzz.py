@@ -278,10 +278,10 @@ def criteria(longest: int) -> st.SearchStrategy[Criterion]:
     )
 
 
-def thresholds(criterion: Criterion) -> st.SearchStrategy[float]:
-    """Levels in the middle of what the criterion gives for such models."""
-    highest = {Magnitude: 0.5, Random: 1.0, Sensitivity: 1e-3, Entropy: math.log(getattr(criterion, "bins", 2))}
-    return HUNDREDTHS.map(lambda part: part * highest[type(criterion)])
+def highest(criterion: Criterion) -> float | None:
+    """A level in the middle of what the criterion gives for such models; None if it depends too much on the model."""
+    levels = {Magnitude: 0.5, Random: 1.0, Sensitivity: 1e-3, Entropy: math.log(getattr(criterion, "bins", 2))}
+    return levels.get(type(criterion))
 
 
 @st.composite
@@ -298,9 +298,11 @@ def goals(draw: st.DrawFn, case: Case) -> Case:
         ignored = draw(st.sampled_from(names))
         names.remove(ignored)
         case = replace(case, ignore=(ignored,))
-    goal = draw(st.sampled_from(["global", "threshold", "erk", "per layer", "threshold", *SCOPE_NAMES]))
+    level = highest(case.criterion)
+    with_level = [] if level is None else ["threshold", "threshold"]
+    goal = draw(st.sampled_from(["global", "erk", "per layer", *with_level, *SCOPE_NAMES]))
     if goal == "threshold":
-        return replace(case, sparsity=None, threshold=draw(thresholds(case.criterion)))
+        return replace(case, sparsity=None, threshold=level * draw(HUNDREDTHS))
     if goal != "per layer":
         return replace(case, sparsity=draw(HUNDREDTHS), scope=goal)
     patterns = [name for name in names[1:] if draw(st.booleans())]

@@ -192,6 +192,13 @@ def test_copies_and_pickles_save_what_they_are(tmp_path: Path) -> None:
         assert not same(loaded, small)
 
 
+@pytest.mark.parametrize("save", [saved, save_shrunk], ids=["Trainer", "save_shrunk"])
+def test_a_lightning_module_is_loaded_by_its_class_from_both_kinds_of_files(save: Any, tmp_path: Path) -> None:
+    small = shrunk(ConvNet(), torch.ones(2, 2, 6, 6))
+    save(small, tmp_path / "small.ckpt")
+    assert same(load_shrunk(ConvNet, tmp_path / "small.ckpt"), small)
+
+
 def test_the_users_hooks_are_called(tmp_path: Path) -> None:
     small = shrunk(Own(), torch.ones(2, 2, 6, 6))
     small.note = "old"
