@@ -1,5 +1,6 @@
-"""Every test starts from the same generators and leaves no thread count or process group behind."""
+"""Every test starts from the same generators and leaves no thread count or figure behind."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,5 @@ def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")

@@ -1,7 +1,6 @@
 """Plots: what is drawn is what was measured, labels name it, and sixty layers do not overlap."""
 
 import builtins
-from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -25,10 +24,8 @@ from lightning_prune import (
 
 
 @pytest.fixture(autouse=True)
-def headless() -> Iterator[None]:
+def headless() -> None:
     mpl.use("Agg")
-    yield
-    plt.close("all")
 
 
 def deep(layers: int) -> nn.Sequential:
