@@ -50,6 +50,18 @@ def example_of(model: nn.Module, given: Inputs) -> Inputs:
     return getattr(model, "example_input_array", None) if given is None else given
 
 
+def needed_example_of(model: nn.Module, given: Inputs) -> Inputs:
+    """Return likewise example inputs that have to be there.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    inputs = example_of(model, given)
+    if inputs is None:
+        raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
+    return inputs
+
+
 def fitting(inputs: Inputs, model: nn.Module) -> Inputs:
     """Return inputs on the device, and those of floats in the type, of the parameters of a model.
 

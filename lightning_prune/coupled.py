@@ -200,16 +200,16 @@ def _coupled(
     heads = isinstance(granularity, Head)
     reasons = dict.fromkeys(targets, "no layer is known to make its channels") if not heads else {}
     reasons.update({} if heads else graph.left_out)
-    fitting = []
+    candidates = []
     for group in graph.groups:
         reason = _unfit(group, heads, targets, parameters)
         if reason is None and (group.owner is not None) == heads:
-            fitting.append(group)
+            candidates.append(group)
         elif reason is not None:
             reasons.update({member.name: reason for member in group.role("makes")})
-    proven = _proven(model, fitting, inputs, several)
+    proven = _proven(model, candidates, inputs, several)
     made = {member.name for group in proven for member in group.role("makes")}
-    for group in fitting:
+    for group in candidates:
         reason = "the model does not put out the same without some of its units"
         reasons.update({member.name: reason for member in group.role("makes")})
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}

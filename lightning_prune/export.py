@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.calling import Inputs, difference, eager, example_of, fitting, keeping_modes, run, tensors
+from lightning_prune.calling import Inputs, difference, eager, fitting, keeping_modes, needed_example_of, run, tensors
 
 _INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX wants them in a file beside
 
@@ -43,10 +43,7 @@ def export_onnx(
     ['model.onnx']
     """
     _check_installed()
-    inputs = example_of(model, example_inputs)
-    if inputs is None:
-        raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
-    inputs = fitting(inputs, model)
+    inputs = fitting(needed_example_of(model, example_inputs), model)
     sizes = {} if batch_axis is None else _batch(inputs, batch_axis)
     model, path = getattr(model, "_orig_mod", model), Path(path)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:

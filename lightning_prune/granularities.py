@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.arguments import check_at_least
+
 
 class Granularity:
     """How the entries of a weight form units.
@@ -136,9 +138,8 @@ class Block(Granularity):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        for argument, value in (("height", self.height), ("width", self.width)):
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1, got {value}")
+        check_at_least("height", self.height, 1)
+        check_at_least("width", self.width, 1)
 
     @override
     def pool(self, values: Tensor, dim: int) -> Tensor:
@@ -197,7 +198,8 @@ class Channel(Granularity):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_at_least_one(minimum=self.minimum, round_to=self.round_to)
+        check_at_least("minimum", self.minimum, 1)
+        check_at_least("round_to", self.round_to, 1)
 
     @override
     def pool(self, values: Tensor, dim: int) -> Tensor:
@@ -239,7 +241,8 @@ class Head(Granularity):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_at_least_one(heads=1 if self.heads is None else self.heads, minimum=self.minimum)
+        check_at_least("heads", 1 if self.heads is None else self.heads, 1)
+        check_at_least("minimum", self.minimum, 1)
 
 
 def shrinkable(granularity: Granularity) -> Channel | Head:
@@ -254,9 +257,3 @@ def shrinkable(granularity: Granularity) -> Channel | Head:
     if not isinstance(granularity, Channel | Head) or granularity.coupled is False:
         raise ValueError(f"granularity must be Channel() or Head() to shrink the model, got {granularity}")
     return granularity if isinstance(granularity, Head) else replace(granularity, coupled=True)
-
-
-def _check_at_least_one(**arguments: int) -> None:
-    for argument, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")

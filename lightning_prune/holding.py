@@ -102,6 +102,11 @@ class Holding:
                     yield parameter, mask
 
 
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer steps."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def entrywise(optimizer: Optimizer) -> bool:
     """Return whether an optimizer steps every entry of a parameter by itself, whatever the gradients of the others."""
     return type(optimizer) in _ENTRYWISE

@@ -42,7 +42,7 @@ class Kept:
         """Return what is left of the mask of a parameter."""
         for (part, dim), kept in self.places.items():
             if part == name:
-                mask = mask.index_select(dim, kept.nonzero().squeeze(1).to(mask.device))
+                mask = select(mask, dim, kept)
         return mask
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -83,6 +83,15 @@ class Kept:
             dim, _, plain = name.partition(":")
             places[plain, int(dim)] = kept
         return cls(places, {name: (before, now) for name, (before, now) in state["heads"].items()})
+
+
+def select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """Return the places of a dimension that are kept (bool).
+
+    >>> select(torch.tensor([[1, 2, 3]]), 1, torch.tensor([True, False, True]))
+    tensor([[1, 3]])
+    """
+    return tensor.index_select(dim, kept.nonzero().squeeze(1).to(tensor.device))
 
 
 def remember(model: nn.Module, kept: Kept) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
+from lightning_prune.arguments import check_at_least
 from lightning_prune.clock import in_steps, length
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
@@ -77,8 +78,7 @@ class LotteryTicket(ScheduledTraining):
         log_layers: bool = False,
     ) -> None:
         goal.check(sparsity, None, granularity)
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        check_at_least("rounds", rounds, 1)
         if rewind not in ("weights", "learning_rate", "random"):
             raise ValueError(f'rewind must be "weights", "learning_rate" or "random", got {rewind!r}')
         if rewind_to < 0 or (isinstance(rewind_to, float) and not rewind_to <= 1.0):

@@ -14,6 +14,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 from lightning_prune import report
+from lightning_prune.calling import example_of
 from lightning_prune.flops import dense_flops, sparse_flops
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
@@ -217,7 +218,7 @@ class ActiveFLOPs(_Amount):
     @override
     def update(self, model: nn.Module) -> None:
         """Run the example through a model and count; with sharded parameters all ranks must call it."""
-        inputs = getattr(model, "example_input_array", None) if self.inputs is None else self.inputs
+        inputs = example_of(model, self.inputs)
         if inputs is None:
             raise ValueError(f"inputs must be given, as {type(model).__name__} has no example_input_array, got None")
         dense, parameters = dense_flops(model, inputs), named_parameters(model)

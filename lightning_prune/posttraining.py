@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal, recalibration, schedules, scopes
+from lightning_prune.arguments import check_at_least
 from lightning_prune.budget import Measure
 from lightning_prune.calibration import Run, Stage, forward, stages, take, undisturbed
 from lightning_prune.calling import Inputs, example_of
 from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion, Loss, Magnitude
-from lightning_prune.criteria.criterion import check_at_least
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, joined, make_masks
 from lightning_prune.observation import Observation

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import plots, report
+from lightning_prune.calling import example_of
 from lightning_prune.configuration import as_yaml, plain
 from lightning_prune.distillation import Distillation
 from lightning_prune.flops import dense_flops, sparse_flops
@@ -192,7 +193,7 @@ def sizes(model: nn.Module) -> dict[str, float]:
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
         "packed_bytes": sum(kept[name] * p.element_size() + p.numel() / 8 for name, p in parameters.items()),
     }
-    example = getattr(model, "example_input_array", None)
+    example = example_of(model, None)
     if example is not None:
         dense = dense_flops(model, example)
         found["flops"] = sum(dense.values())

@@ -17,6 +17,7 @@ from lightning_prune.clock import in_steps, length, steps_per_epoch
 from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
+from lightning_prune.holding import parameter_ids
 from lightning_prune.masked_training import MaskedTraining, gradient_scale
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
@@ -173,8 +174,7 @@ class ScheduledTraining(MaskedTraining):
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._observing(trainer):
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._observation.gradients(stepping, gradient_scale(trainer, optimizer), check=scaled)
+            self._observation.gradients(parameter_ids(optimizer), gradient_scale(trainer, optimizer), check=scaled)
 
     @override
     def after_step(self) -> None:

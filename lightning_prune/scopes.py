@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_prune.arguments import check_at_least
 from lightning_prune.ranking import tail_share
 from lightning_prune.selection import Scores
 
@@ -104,8 +105,7 @@ class OWL:
             raise ValueError(f"outliers must be greater than 0, got {self.outliers}")
         if not 0.0 <= self.spread < 1.0:
             raise ValueError(f"spread must be in [0, 1), got {self.spread}")
-        if self.depth < 0:
-            raise ValueError(f"depth must be at least 0, got {self.depth}")
+        check_at_least("depth", self.depth, 0)
 
     def __call__(self, scores: Scores, sparsity: float) -> dict[str, int]:
         """Return how many units each target keeps."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.calling import Inputs, example_of, fitting
+from lightning_prune.arguments import check_at_least
+from lightning_prune.calling import Inputs, fitting, needed_example_of
 from lightning_prune.graph import Graph, trace
 from lightning_prune.kept import Kept, remember
 from lightning_prune.loading import travel_along
@@ -62,13 +63,10 @@ def shrink(
       (2): Linear(in_features=1, out_features=2, bias=True)
     )
     """
-    if round_to < 1:
-        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    check_at_least("round_to", round_to, 1)
     if not inplace and (optimizers or averages):
         raise ValueError("inplace must be True where optimizers or averages are given: they hold the model itself")
-    inputs = example_of(model, example_inputs)
-    if inputs is None:
-        raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
+    inputs = needed_example_of(model, example_inputs)
     masks = Masks(masks or {})
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
     shrunk = model if inplace else deepcopy(model)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_prune import goal, schedules, scopes
 from lightning_prune.criteria import Criterion, Magnitude, Random
-from lightning_prune.criteria.criterion import check_at_least
+from lightning_prune.criteria.gradients import GradientMean
 from lightning_prune.granularities import Weight
 from lightning_prune.masks import Masks, make_masks, score
 from lightning_prune.scheduled import ScheduledTraining
@@ -180,7 +180,7 @@ class RigL(SET):
 
 
 @dataclass(frozen=True)
-class Gradient(Criterion):
+class Gradient(GradientMean):
     """The size of the gradient of a weight, pruned or not, summed over a window: ``|sum dL/dw|``. Needs gradients.
 
     Args:
@@ -190,17 +190,11 @@ class Gradient(Criterion):
         ValueError: If the window is shorter than one step.
     """
 
-    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
-
     window: int = 1
 
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_at_least("window", self.window, 1)
-
     @override
-    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(_gradient))
+    def term(self, units: Units) -> Tensor:
+        return units.sum(_gradient)
 
     @override
     def scores(self, units: Units) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal
+from lightning_prune.arguments import check_at_least
 from lightning_prune.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.features import input_of, is_readable, windows
 from lightning_prune.granularities import Granularity, Weight
@@ -60,8 +61,7 @@ def sparsegpt(
     goal.check(sparsity, None, granularity)
     if not isinstance(granularity, Weight):
         raise ValueError(f"granularity must be Weight() or NM(n, m), got {granularity}")
-    if blocksize < 1:
-        raise ValueError(f"blocksize must be at least 1, got {blocksize}")
+    check_at_least("blocksize", blocksize, 1)
     if not 0.0 <= damping < float("inf"):
         raise ValueError(f"damping must be at least 0 and finite, got {damping}")
     found = goal.find_targets(model, sparsity, targets, ignore)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_prune.criteria import Magnitude
 from lightning_prune.granularities import NM
+from lightning_prune.holding import parameter_ids
 from lightning_prune.masked_training import MaskedTraining, gradient_scale, mask_averages
 from lightning_prune.masks import Masks, score
 from lightning_prune.shards import local, piece
@@ -127,7 +128,7 @@ class SRSTE(MaskedTraining):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _of(self, optimizer: Optimizer) -> list[Units]:
-        stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepping = parameter_ids(optimizer)
         return [unit for unit in self._units if id(unit.parameter) in stepping]
 
     @override

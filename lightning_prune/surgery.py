@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.graph import HEADS, WIDTHS, Group, Member
-from lightning_prune.kept import Kept
+from lightning_prune.kept import Kept, select
 from lightning_prune.targets import named_parameters, plain_name
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
@@ -74,8 +74,8 @@ def cut(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> N
         for optimizer in optimizers:
             _cut_state(optimizer, tensor, dim, places)
         grad, tensor.grad = tensor.grad, None  # it has to be of the shape of the data at every moment
-        tensor.data = _select(tensor.data, dim, places)
-        tensor.grad = None if grad is None else _select(grad, dim, places)
+        tensor.data = select(tensor.data, dim, places)
+        tensor.grad = None if grad is None else select(grad, dim, places)
     for name, module in model.named_modules():
         tell(module)
         if plain_name(name) in kept.heads:
@@ -102,11 +102,7 @@ def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor
             optimizer.state.pop(parameter)
             return
         if value.shape[dim] == parameter.shape[dim]:
-            state[key] = _select(value, dim, places)
-
-
-def _select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    return tensor.index_select(dim, kept.nonzero().squeeze(1).to(tensor.device))
+            state[key] = select(value, dim, places)
 
 
 def tell(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria.criterion import Criterion, check_at_least
+from lightning_prune.arguments import check_at_least
+from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.features import no_squares, per_weight, squares
 from lightning_prune.shards import local, output_rows, piece
 from lightning_prune.units import Units

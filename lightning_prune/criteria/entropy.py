@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_prune.arguments import check_at_least
 from lightning_prune.criteria import lattice
 from lightning_prune.criteria.activations import channel_values
-from lightning_prune.criteria.criterion import Criterion, OverRanks, check_at_least
+from lightning_prune.criteria.criterion import Criterion, OverRanks
 from lightning_prune.units import Units
 
 _CELLS = 2048  # of a neuron's histogram, at least; a quarter of them or more lie in the range of its values

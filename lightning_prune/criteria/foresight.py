@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.criteria.criterion import Criterion, Loss, check_at_least
-from lightning_prune.criteria.gradients import weight_times_gradient
+from lightning_prune.calling import inputs_of
+from lightning_prune.criteria.criterion import Criterion, Loss
+from lightning_prune.criteria.gradients import GradientMean, weight_times_gradient
 from lightning_prune.units import Units
 
 
 @dataclass(frozen=True)
-class GraSP(Criterion):
+class GraSP(GradientMean):
     """Gradient signal preservation: ``sum w * Hg``, over the unit; what holds back the gradient's norm goes first.
 
     g is the gradient and H the Hessian of the loss on a batch, by all trainable parameters. Needs gradients, of passes
@@ -29,14 +30,7 @@ class GraSP(Criterion):
         arXiv:2002.07376.
     """
 
-    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
-    entrywise: ClassVar[bool] = True
-
     window: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_at_least("window", self.window, 1)
 
     @override
     def backward(self, model: nn.Module, batch: Any, loss: Loss) -> None:
@@ -47,13 +41,8 @@ class GraSP(Criterion):
         torch.stack([gradient.square().sum() for gradient in gradients]).sum().div(2).backward()
 
     @override
-    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(weight_times_gradient))
-
-    @override
-    def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic / units.steps
+    def term(self, units: Units) -> Tensor:
+        return units.sum(weight_times_gradient)
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class SynFlow(Criterion):
 
     @override
     def backward(self, model: nn.Module, batch: Any, loss: Loss) -> None:
-        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        inputs = inputs_of(batch)
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
             found = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
             raise ValueError(f"data must give one floating-point input, which SynFlow fills with ones, got {found}")

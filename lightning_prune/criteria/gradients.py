@@ -6,12 +6,47 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria.criterion import Criterion, check_at_least
+from lightning_prune.arguments import check_at_least
+from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.units import Units
 
 
 @dataclass(frozen=True)
-class Sensitivity(Criterion):
+class GradientMean(Criterion):
+    """The abstract base of criteria that are a mean, over a window of optimizer steps: a subclass says ``term``.
+
+    Args:
+        window: Number of optimizer steps observed before an update.
+
+    Raises:
+        ValueError: If the window is shorter than one step.
+    """
+
+    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
+    entrywise: ClassVar[bool] = True
+
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_at_least("window", self.window, 1)
+
+    def term(self, units: Units) -> Tensor:
+        """Return what one step adds for each unit, from its weights and their gradients."""
+        raise NotImplementedError
+
+    @override
+    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
+        return units.add(self.term(units))
+
+    @override
+    def scores(self, units: Units) -> Tensor:
+        assert units.statistic is not None
+        return units.statistic / units.steps
+
+
+@dataclass(frozen=True)
+class Sensitivity(GradientMean):
     """The contribution of each unit to the loss, to first order: the mean over the window of ``(sum w * dL/dw)**2``.
 
     The sum runs over the weights of the unit, the mean over optimizer steps. Needs gradients.
@@ -25,27 +60,15 @@ class Sensitivity(Criterion):
     Reference: Molchanov et al., 2019, "Importance Estimation for Neural Network Pruning", arXiv:1906.10771.
     """
 
-    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
-    entrywise: ClassVar[bool] = True
-
     window: int = 16
 
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_at_least("window", self.window, 1)
-
     @override
-    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(weight_times_gradient).square_())
-
-    @override
-    def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic / units.steps
+    def term(self, units: Units) -> Tensor:
+        return units.sum(weight_times_gradient).square_()
 
 
 @dataclass(frozen=True)
-class Movement(Criterion):
+class Movement(GradientMean):
     """How far weights move away from zero: the mean over the window of ``-w * dL/dw``, with its sign. Needs gradients.
 
     A weight that shrinks while it is trained goes before one that grows, whatever their size. The scores are of the
@@ -61,27 +84,15 @@ class Movement(Criterion):
     Reference: Sanh et al., 2020, "Movement Pruning", arXiv:2005.07683.
     """
 
-    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
-    entrywise: ClassVar[bool] = True
-
     window: int = 32
 
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_at_least("window", self.window, 1)
-
     @override
-    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.mean(lambda weight: -weight_times_gradient(weight)))
-
-    @override
-    def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic / units.steps
+    def term(self, units: Units) -> Tensor:
+        return units.mean(lambda weight: -weight_times_gradient(weight))
 
 
 @dataclass(frozen=True)
-class SNIP(Criterion):
+class SNIP(GradientMean):
     """Connection sensitivity: the absolute value of the mean of ``sum w * dL/dw``, over the unit. Needs gradients.
 
     It is for a network at its initialisation. In training, the scores are of the gradients before the first optimizer
@@ -97,27 +108,21 @@ class SNIP(Criterion):
     Reference: Lee et al., 2019, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv:1810.02340.
     """
 
-    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
     entrywise: ClassVar[bool] = True
 
     window: int = 1
 
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_at_least("window", self.window, 1)
-
     @override
-    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(weight_times_gradient))
+    def term(self, units: Units) -> Tensor:
+        return units.sum(weight_times_gradient)
 
     @override
     def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic.abs() / units.steps
+        return super().scores(units).abs()
 
 
 @dataclass(frozen=True)
-class Fisher(Criterion):
+class Fisher(GradientMean):
     """What pruning costs to second order: ``sum w**2 * h / 2``, over the unit, h the diagonal of the empirical Fisher.
 
     h stands for the Hessian's diagonal and is the mean over the window of ``(dL/dw)**2``, where a gradient is that of
@@ -133,23 +138,17 @@ class Fisher(Criterion):
     Reference: LeCun et al., 1990, "Optimal Brain Damage"; Theis et al., 2018, arXiv:1801.05787.
     """
 
-    needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
     entrywise: ClassVar[bool] = True
 
     window: int = 16
 
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        check_at_least("window", self.window, 1)
-
     @override
-    def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(units.sum(lambda weight: weight_times_gradient(weight).square()))
+    def term(self, units: Units) -> Tensor:
+        return units.sum(lambda weight: weight_times_gradient(weight).square())
 
     @override
     def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic / (2 * units.steps)
+        return super().scores(units) / 2
 
 
 def weight_times_gradient(weight: Tensor) -> Tensor:
