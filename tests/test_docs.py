@@ -4,12 +4,12 @@ import re
 import shlex
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from models import MLP
+from pages import new_module, run_block
 
 import lightning_prune
 
@@ -39,7 +39,7 @@ def test_python_runs_from_top_to_bottom_and_prints_what_stands_below_it(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": f"docs_{page}"}
+    module = new_module(f"docs_{page}")
     code, printed = "", ""
     for language, text in blocks(PAGES[page]):
         if language == "text" and code:
@@ -47,7 +47,7 @@ def test_python_runs_from_top_to_bottom_and_prints_what_stands_below_it(
         code, printed = "", ""
         if language == "python":
             code = text
-            exec(compile(code, page, "exec"), namespace)
+            run_block(code, module)
             printed = capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import new_module, run_block
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -33,7 +34,7 @@ def test_python_runs_and_prints_what_stands_below_it(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    run_block(block, new_module(f"readme_{PYTHON.index(block)}"))
     printed = capsys.readouterr().out
     below = TEXT[TEXT.index(block) + len(block) :]
     if below.startswith("```\n\n```text\n"):
