@@ -14,7 +14,17 @@ def test_either_namespace_prunes_and_judges_and_takes_a_command_line(namespace: 
     assert done.returncode == 0, done.stderr
 
 
-def test_the_package_leaves_the_other_namespace_alone() -> None:
-    code = "import sys, lightning_prune; assert 'pytorch_lightning' not in sys.modules"
+def test_the_import_loads_nothing_but_the_package_itself() -> None:
+    """All that needs time to load, and the other namespace, waits until a function needs it."""
+    code = """
+import sys
+import lightning.pytorch
+known = set(sys.modules)
+import lightning_prune
+print(*(set(sys.modules) - known), sep="\\n")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert "lightning_prune.pruning" in names
+    assert [name for name in names if name.partition(".")[0] != "lightning_prune"] == []

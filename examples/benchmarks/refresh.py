@@ -69,7 +69,7 @@ def rest() -> list[str]:
         f"| to save them; to load them | {_seconds(masks['save_seconds_added'])}; "
         f"{_seconds(masks['load_seconds_added'])} | {_seconds(masks['save_seconds'])}; "
         f"{_seconds(masks['load_seconds'])} with them |",
-        f"| `import lightning_prune` after Lightning | {_seconds(imports['added, inside one process'])} | "
+        f"| `import lightning_prune` after Lightning | {_seconds(imports['import lightning_prune after it'])} | "
         f"{_seconds(imports['import lightning.pytorch'])} (`import lightning.pytorch`) |",
     ]
 
