@@ -165,6 +165,7 @@ class LotteryTicket(ScheduledTraining):
         if anew:  # what optimizers know of the weights that were rewound to is nothing to the new ones
             memory = {**memory, "optimizers": [{**saved, "state": {}} for saved in memory["optimizers"]]}
         rewinding.go_back(trainer, pl_module, memory)
+        self._observation.reset()  # of a training that is undone
         if anew:
             rewinding.reset(pl_module, self.seed)
         self._holding.apply()

@@ -222,15 +222,18 @@ class ScheduledTraining(MaskedTraining):
         self._observation.finish()
         masks = self.choose(pl_module, position, amount)
         self._applied = position
-        self._observation.reset()
+        if self.reached or not self.criterion.accumulates:
+            self._observation.reset()
         self.put_in_force(trainer, pl_module, masks)
         self.after_update(trainer, pl_module, amount)
 
     def _observing(self, trainer: Trainer) -> bool:
-        """Whether the window of optimizer steps before the next update has begun."""
+        """Whether the window of optimizer steps before the next update has begun, and goes on."""
         position = next((position for position, _ in self._updates if position > self._applied), None)
         if position is None or not self._observation.needed:
             return False
+        if self.criterion.accumulates and self._observation.steps:
+            return True
         return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.window
 
     def _find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -113,7 +113,7 @@ class MovementPruning(Pruning):
 
     Args:
         sparsity: Fraction of zeros at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
-        window: Number of optimizer steps observed before an update.
+        window: Number of optimizer steps observed before the first update; all that follow are, too.
         **kwargs: All other arguments of ``Pruning``.
 
     Reference: Sanh et al., 2020, arXiv:2005.07683.

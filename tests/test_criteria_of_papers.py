@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Attention
+from models import MLP, Attention, MaskRecorder, On, agrees, fit
 from test_criteria import linear, scores_of
 from torch import Tensor, nn
 
@@ -44,6 +44,12 @@ def half_square(model: nn.Module, batch: Tensor) -> Tensor:
 STEPS = [torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 1.0]])]
 
 
+class LastMovement(Movement):
+    """The same, of the window before an update alone."""
+
+    accumulates = False
+
+
 @pytest.mark.parametrize(
     ("criterion", "weights", "unit"),
     [
@@ -69,6 +75,32 @@ def test_what_moves_towards_zero_goes_before_what_is_small() -> None:
         loss=lambda model, _: (model.weight * torch.tensor([[1.0, -1.0]])).sum(),
     )
     assert layer.weight.tolist() == [[0.0, pytest.approx(0.1)]]
+
+
+@pytest.mark.parametrize(
+    "criterion", [Movement(window=2), LastMovement(window=2)], ids=["all steps", "since the update"]
+)
+def test_movement_adds_up_over_updates_and_stops_at_the_last(criterion: Movement) -> None:
+    moved: list[Tensor] = []  # by how much the weights of the middle layer grow, step by step
+
+    def watch(trainer: Any, module: MLP, optimizer: Any) -> None:
+        weight = module.net[4].weight
+        moved.append(-(weight.detach() * weight.grad))
+
+    options: dict[str, Any] = {"start": 4, "end": 8, "frequency": 4, "schedule": lambda progress: (1 + progress) / 2}
+    pruning = Pruning(0.8, criterion=criterion, granularity=Weight(), targets=["net.4.*"], **options)
+    recorder = MaskRecorder(pruning)
+    model = MLP(optimizer="adam")
+    fit(model, On(on_before_optimizer_step=watch), pruning, recorder, max_epochs=3)
+
+    first, last = (recorder.masks[step]["net.4.weight"] for step in (4, 8))
+    early = torch.stack(moved[2:4]).sum(0).flatten()
+    assert set((~first).flatten().nonzero().flatten().tolist()) == set(early.argsort()[:32].tolist())
+    seen = torch.stack(moved[2:8] if criterion.accumulates else moved[6:8]).sum(0)
+    late = seen.masked_fill(~first, -math.inf).flatten()
+    assert set((~last).flatten().nonzero().flatten().tolist()) == set(late.argsort()[:64].tolist())
+    assert agrees(model, pruning.masks)
+    assert not pruning.state_dict()["observed"]["statistics"]  # nothing is kept when nothing is to come
 
 
 # ------------------------------------------------------------------------------------------------ before training

@@ -11,7 +11,7 @@ from models import BATCHES, MLP, ConvNet, MaskRecorder, On, TwoOptimizers, agree
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
-from lightning_prune import Channel, LotteryTicket, Random
+from lightning_prune import Channel, LotteryTicket, Movement, Random, Units
 
 STEPS = 3 * BATCHES  # with two rounds, three trainings of one epoch each
 
@@ -285,3 +285,16 @@ def test_a_run_of_unknown_length_needs_a_frequency() -> None:
 def test_a_run_that_is_too_short_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="LotteryTicket (will not reach its target|ended at a sparsity)"):
         fit(MLP(), LotteryTicket(0.9, rounds=3, frequency=1), max_epochs=2)
+
+
+def test_what_adds_up_over_updates_begins_anew_where_training_is_undone() -> None:
+    seen: list[int] = []
+
+    class Watched(Movement):
+        def scores(self, units: Units) -> Tensor:
+            seen.append(units.steps)
+            return super().scores(units)
+
+    ticket = LotteryTicket(0.75, rounds=2, criterion=Watched(window=3), targets=("net.4.*",))
+    fit(MLP(), ticket, max_epochs=3)
+    assert set(seen) == {3}

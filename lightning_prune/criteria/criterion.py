@@ -24,6 +24,8 @@ class Criterion:
         window: How many optimizer steps it observes.
         entrywise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
             that ``scores`` may be asked for a piece of them at a time.
+        accumulates: Whether what it observes adds up from ``window`` steps before the first update to the last one, and
+            does not begin anew after each; for gradients.
         by_row: Whether weights are compared with those of their output channel only; larger units never are.
 
     >>> class Squared(Criterion):
@@ -34,6 +36,7 @@ class Criterion:
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
     entrywise: ClassVar[bool] = False
     window: int = 0
+    accumulates: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

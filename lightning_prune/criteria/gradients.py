@@ -69,20 +69,23 @@ class Sensitivity(GradientMean):
 
 @dataclass(frozen=True)
 class Movement(GradientMean):
-    """How far weights move away from zero: the mean over the window of ``-w * dL/dw``, with its sign. Needs gradients.
+    """How far weights move away from zero: the sum over the run of ``-w * dL/dw``, with its sign. Needs gradients.
 
-    A weight that shrinks while it is trained goes before one that grows, whatever their size. The scores are of the
-    window before an update and begin anew after it. Pruned weights are zero, do not move, and stay pruned; the paper,
-    which keeps them under straight-through gradients, lets some come back. Of larger units, the mean.
+    A weight that shrinks while it is trained goes before one that grows, whatever their size. What is observed adds up
+    until the last update, as in the paper; it is divided by the number of steps. Pruned weights are zero, do not move,
+    and stay pruned; the paper, which keeps them under straight-through gradients, lets some come back. Of larger units,
+    the mean.
 
     Args:
-        window: Number of optimizer steps observed before an update.
+        window: Number of optimizer steps observed before the first update.
 
     Raises:
         ValueError: If the window is shorter than one step.
 
     Reference: Sanh et al., 2020, "Movement Pruning", arXiv:2005.07683.
     """
+
+    accumulates: ClassVar[bool] = True
 
     window: int = 32
 
