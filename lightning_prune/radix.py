@@ -27,9 +27,11 @@ def keys(scores: Tensor, bits: int = 32, kept: Tensor | None = None) -> Tensor:
     """
     floats, integer = (torch.float32, torch.int32) if bits == 32 else (torch.float64, torch.int64)
     most = torch.iinfo(integer).max
-    key = scores.to(floats).view(integer)  # positive floats order as their bits do: nothing to compute, nor to write
-    if key.numel() and int(key.amin()) < 0:  # negative ones order backwards: flip all their bits but the sign
-        key = (scores.to(floats) + 0.0).view(integer)
+    values = scores.to(floats)
+    key = values.view(integer)  # positive floats order as their bits do: nothing to compute, nor to write
+    # negative ones order backwards: flip all their bits but the sign (integers of 64 bits are slow to look through)
+    if key.numel() and not bool(values.amin() > 0) and int(key.amin()) < 0:
+        key = (values + 0.0).view(integer)
         key.bitwise_xor_(key.bitwise_right_shift(bits - 1).bitwise_and_(most))
     if kept is not None:  # zero or minus one, flipped: the greatest or the lowest integer; no branch on single entries
         key = torch.minimum(key, kept.view(torch.int8).sub(1).to(integer).bitwise_xor_(most))

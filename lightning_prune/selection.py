@@ -10,8 +10,7 @@ from typing_extensions import override
 
 from lightning_prune.flags import count, exceeds, places, slices
 from lightning_prune.radix import Reduce, identity, keys, kth, likely
-
-Part = Callable[[slice | Tensor], Tensor]
+from lightning_prune.ranking import Part
 
 _FEW = 1 << 18  # units: to count the digits of fewer takes no longer than to look at a sample first
 _ROOM = 16  # one of so many units, at most, is noted while the range of the k-th is wider than one key
@@ -30,6 +29,8 @@ class Source:
         kept: Which of this rank's units (bool) are not pruned yet; pruned ones come first. None means all.
         part: Returns some of these scores, by flat position; None if no score can be had without the others.
         like: A tensor of the shape and on the device of what ``compute`` returns; needed with ``part``.
+        within: Turns a part of the scores, and a tensor on their device, into one that compares units with those of
+            their group only.
         raw: Returns what the criterion gave, where ``compute`` only says how units rank in their group or row.
         whole: Returns values of this rank's units as values of all units; all ranks call it.
         piece: Returns values of all units as values of this rank's units.
@@ -43,6 +44,7 @@ class Source:
     kept: Tensor | None = None
     part: Part | None = None
     like: Tensor | None = None
+    within: Callable[[Tensor, Part], Part] | None = None
     raw: Callable[[], Tensor] | None = None
     whole: Callable[[Tensor], Tensor] = identity
     piece: Callable[[Tensor], Tensor] = identity
@@ -50,9 +52,11 @@ class Source:
     def open(self) -> tuple[Tensor, Part]:
         """Return a tensor of the shape of these scores, and a function that gives some of them by flat position."""
         if self.part is not None and self.like is not None:
-            return self.like, self.part
-        scores = self.compute()
-        return scores, scores.reshape(-1).__getitem__
+            like, part = self.like, self.part
+        else:
+            like = self.compute()
+            part = like.reshape(-1).__getitem__
+        return like, part if self.within is None else self.within(like, part)
 
     @property
     def pruned(self) -> int:
@@ -147,7 +151,9 @@ class Scores(Mapping[str, Tensor]):
     def within_targets(self, values: Callable[[Tensor], Tensor]) -> "Scores":
         """Return other scores, float64: what ``values`` gives for those of all units of a target, one at a time."""
         sources = {
-            name: replace(source, compute=partial(self._within, name, values), raw=None, part=None, like=None)
+            name: replace(
+                source, compute=partial(self._within, name, values), raw=None, part=None, like=None, within=None
+            )
             for name, source in self._sources.items()
         }
         return Scores(sources, self._reduce, 64)
@@ -157,7 +163,8 @@ class Scores(Mapping[str, Tensor]):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        scores, kept = self._sources[name].compute(), self._sources[name].kept
+        like, part = self._sources[name].open()
+        scores, kept = part(slice(0, like.numel(), 1)).view(like.shape), self._sources[name].kept
         scores = scores if scores.dtype == torch.float64 else scores.float()
         return scores if kept is None else scores.masked_fill(~kept.view_as(scores), -torch.inf)
 

@@ -1,6 +1,7 @@
 """Units: one target as a criterion sees it, in units of a granularity."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.dataflow import norms_behind
 from lightning_prune.granularities import Granularity, Weight
-from lightning_prune.ranking import rank_within
+from lightning_prune.ranking import part_within, rank_within
 from lightning_prune.selection import Source
 from lightning_prune.shards import counts_here, flat_index, is_sharded, is_split, local, over_ranks, piece, whole
 from lightning_prune.targets import Target, channel_dim, named_parameters
@@ -175,6 +176,12 @@ class Units:
         """Return scores that compare units with those of their group or row only, if they are to be."""
         if not self.ranks(by_row):
             return source
+        shape, group = local(self.parameter).shape, self.granularity.group
+        axis = int(self.dim == 0)  # the first beside the channels
+        if group is not None and not is_split(self.parameter, [axis]) and shape[axis] % group == 0:
+            stride = max(1, math.prod(shape[axis + 1 :]))
+            within = partial(part_within, size=group, stride=stride, kept=source.kept)
+            return replace(source, compute=lambda: source.compute().view(shape), within=within)
         ranked = partial(self._ranked, source.compute, source.kept)
         return replace(source, compute=ranked, raw=source.compute, part=None, like=None)
 
