@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.masks import INTEGERS, pack, unpack
+from lightning_prune.masks import pack, unpack
 from lightning_prune.targets import plain_name
+from lightning_prune.zeroing import INTEGERS
 
 VALUES, MASK = ".compressed", ".bitmask"  # what stands behind a tensor's name in the file
 _INDEX = "lightning_prune"  # the entry of the file's metadata

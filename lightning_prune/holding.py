@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.masks import zero_pruned
 from lightning_prune.shards import local
+from lightning_prune.zeroing import by_row, zero_pruned
 
 _ENTRYWISE = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
@@ -33,7 +33,7 @@ class Holding:
     def hold(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         """Put masks in force for these parameters (by name), and apply them now."""
         self._parameters = [parameters[name] for name in masks]
-        self._masks = {id(parameters[name]): mask for name, mask in masks.items()}
+        self._masks = {id(parameters[name]): by_row(mask) for name, mask in masks.items()}
         self.apply()
 
     def apply(self) -> None:

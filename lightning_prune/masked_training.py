@@ -13,10 +13,11 @@ from typing_extensions import override
 
 from lightning_prune.flags import count
 from lightning_prune.holding import Holding, entrywise, forget_entries
-from lightning_prune.masks import Masks, pack_all, unpack_all, zero_pruned
+from lightning_prune.masks import Masks, pack_all, unpack_all
 from lightning_prune.namespaces import Callback
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks, piece, reshard, whole
 from lightning_prune.targets import named_parameters
+from lightning_prune.zeroing import zero_pruned
 
 _FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
 

@@ -1,7 +1,7 @@
 """Masks: bool tensors, True = kept, under the names of the parameters, and how scores become masks."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,7 @@ from lightning_prune.selection import Scores, Source
 from lightning_prune.shards import is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
-
-_PIECE = 1 << 17  # entries
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from lightning_prune.zeroing import zero_pruned
 
 Allocate = Callable[[Scores], Mapping[str, int]]
 
@@ -59,29 +57,6 @@ class Masks(dict[str, Tensor]):
             if local(parameters[name]).shape != mask.shape:
                 shapes = f"{tuple(local(parameters[name]).shape)} for a mask of {tuple(mask.shape)}"
                 raise ValueError(f"the parameter {name!r} must have the shape of its mask, got {shapes}")
-
-
-@torch.no_grad()
-def zero_pruned(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Zero the pruned entries of tensors in place, at nearly the speed of a copy and one byte a weight.
-
-    The bits of a number are multiplied, as an integer, so that minus zero, NaN and infinity become zero, too.
-
-    >>> values = torch.tensor([1.0, -2.0, float("nan")])
-    >>> zero_pruned([(values, torch.tensor([True, False, False]))])
-    >>> values.tolist()
-    [1.0, 0.0, 0.0]
-    """
-    bits: list[Tensor] = []
-    keep: list[Tensor] = []
-    for tensor, mask in pairs:
-        both = tensor.view(INTEGERS[tensor.element_size()]), mask
-        # on the CPU a mask is first converted to the type of the weights: in pieces, which stay in the cache
-        pieces = tensor.device.type == "cpu" and tensor.is_contiguous() and mask.is_contiguous()
-        for found, part in zip((bits, keep), both, strict=True):
-            found.extend(part.view(-1).split(_PIECE) if pieces else [part])
-    if bits:
-        torch._foreach_mul_(bits, keep)
 
 
 def pack(mask: Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lightning_prune import (
     prune,
     scopes,
 )
-from lightning_prune.masks import make_masks, pack, pack_all, unpack, unpack_all, zero_pruned
+from lightning_prune.masks import make_masks, pack, pack_all, unpack, unpack_all
 from lightning_prune.scopes import SCOPES
 from lightning_prune.selection import Scores
 from lightning_prune.targets import find
@@ -97,55 +97,6 @@ def test_masks_that_do_not_fit_are_refused_before_anything_is_changed(masks: dic
     with pytest.raises(ValueError, match=message):
         Masks({"bias": torch.zeros(2, dtype=torch.bool), **{n: m.bool() for n, m in masks.items()}}).apply(layer)
     assert torch.equal(layer.bias, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_zero_pruned_in_every_type_and_layout(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    values = torch.randn(2, 3, 4, 4).to(dtype).to(memory_format=layout)
-    mask = torch.rand(2, 3, 4, 4) > 0.5
-    expected = torch.where(mask, values, torch.zeros((), dtype=dtype))
-    zero_pruned([(values, mask)])
-    assert values.dtype == dtype
-    assert values.is_contiguous(memory_format=layout)
-    assert torch.equal(values, expected)
-
-
-def test_zero_pruned_takes_several_tensors_or_none() -> None:
-    a, b, c = torch.ones(3), torch.full((2, 2), -2.0), torch.ones(2, dtype=torch.float64)
-    zero_pruned([(a, torch.tensor([True, False, True])), (b, torch.eye(2).bool()), (c, torch.tensor([False, True]))])
-    zero_pruned([])
-    assert (a.tolist(), b.tolist(), c.tolist()) == ([1.0, 0.0, 1.0], [[-2.0, 0.0], [0.0, -2.0]], [0.0, 1.0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_whatever_was_pruned_is_zero_and_whatever_was_not_is_itself(dtype: torch.dtype) -> None:
-    values = torch.tensor([1.5, -1.5, 0.0, -0.0, float("nan"), float("inf"), -float("inf")] * 2, dtype=dtype)
-    before = values.clone()
-    zero_pruned([(values, torch.tensor([False] * 7 + [True] * 7))])
-    assert values[:7].tolist() == [0.0] * 7
-    assert not torch.signbit(values[:7]).any()
-    assert torch.equal(values[7:].isnan(), before[7:].isnan())
-    assert torch.equal(torch.signbit(values[7:]), torch.signbit(before[7:]))
-    assert values[7:].nan_to_num().tolist() == before[7:].nan_to_num().tolist()
-
-
-@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 21) + 3])
-def test_more_weights_than_a_chunk_are_zeroed(size: int) -> None:
-    values, mask = torch.ones(size), torch.arange(size) % 3 > 0
-    zero_pruned([(values, mask)])
-    assert torch.equal(values != 0, mask)
-
-
-@pytest.mark.parametrize("layout", ["strided", "transposed", "mask transposed", "mask expanded"])
-def test_views_are_zeroed_where_they_lie(layout: str) -> None:
-    whole, mask = torch.ones(4, 6), (torch.arange(12) % 5 == 0).view(4, 3)
-    values = {"strided": whole[:, ::2], "transposed": torch.ones(3, 4).T}.get(layout, whole[:, :3])
-    mask = {"mask transposed": mask.T.contiguous().T, "mask expanded": mask[:1].expand(4, 3)}.get(layout, mask)
-    zero_pruned([(values, mask)])
-    assert torch.equal(values != 0, mask)
-    assert (whole[:, 5] == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -14,29 +14,36 @@ MODELS = {
 TORCH = "prune.global_unstructured"
 
 
+STEPS = {
+    "lightning_prune, weights": "90 % of the weights masked",
+    "lightning_prune, channels": "90 % of the channels masked",
+    "ModelPruning, weights": "90 % of the weights, by `ModelPruning`",
+    "ModelPruning, channels": "90 % of the channels, by `ModelPruning`",
+    "floor: weights times 1": "floor: all weights times 1, in place, after the step",
+    "sensitivity, in its window": "sensitivity is observed",
+    "entropy, in its window": "entropy is observed",
+    "movement, in its window": "movement is observed",
+    "wanda, in its window": "Wanda is observed",
+    "sensitivity, outside its window": "outside the window of sensitivity",
+    "inference, weights": "inference, 90 % of the weights masked",
+}
+
+
 def steps() -> list[str]:
-    """Return rows on training steps, on one thread, of the models that were measured."""
-    content = [row for row in load("step_overhead")["rows"] if row["threads"] == 1]
-    found = {(row["model"], row["variant"]): row.get("processor_ratio", row["ratio"]) for row in content}
-    models = {model: name for model, name in MODELS.items() if (model, "dense") in found}
-    rows = []
-    for model, name in models.items():
-        ours, theirs = (
-            [found[model, f"{callback}, {unit}"] for unit in ("weights", "channels")]
-            for callback in ("lightning_prune", "ModelPruning")
-        )
-        rows.append(
-            f"| step with masks on weights; on channels: {name} | {ours[0]:.2f}; {ours[1]:.2f} x dense | "
-            f"{theirs[0]:.2f}; {theirs[1]:.2f} x dense (`ModelPruning`) |"
-        )
-    for what, variant in (
-        ("step while sensitivity is observed", "sensitivity, in its window"),
-        ("step while entropy is observed", "entropy, in its window"),
-        ("inference with 90 % of the weights masked", "inference, weights"),
-    ):
-        ratios = ", ".join(f"{found[model, variant]:.2f}" for model in models)
-        rows.append(f"| {what}: {', '.join(models)} | {ratios} x dense | |")
-    return rows
+    """Return a table of training steps: a column for each model and number of threads that were measured."""
+    rows = [row for row in load("step_overhead")["rows"] if "variant" in row]
+    columns = list(dict.fromkeys((row["model"], row["threads"], row["clock"]) for row in rows))
+    found = {(row["variant"], row["model"], row["threads"]): row["ratio"] for row in rows}
+    names = [f"{model}, {threads} thread{'s' * (threads > 1)}, {clock} time" for model, threads, clock in columns]
+    lines = [
+        f"| time of a training step, dense = 1 | {' | '.join(names)} |",
+        f"|---{'|---' * len(columns)}|",
+    ]
+    for variant, what in STEPS.items():
+        cells = [f"{found[variant, model, threads]:.2f}" for model, threads, _ in columns]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    models = dict.fromkeys(model for model, _, _ in columns)
+    return [*lines, "", f"{'; '.join(f'{model}: {MODELS[model]}' for model in models)}."]
 
 
 def updates() -> list[str]:
@@ -86,7 +93,7 @@ def make_table() -> str:
     machines = dict.fromkeys(describe(content["machine"]) for content in contents)
     loads = [content["machine"]["load"] for content in contents]
     others = f"medians of runs that take turns; other processes ran, with load averages up to {max(loads):g}"
-    rows = ["| | lightning_prune | beside |", "|---|---|---|", *steps(), *updates(), *rest()]
+    rows = [*steps(), "", "| | lightning_prune | beside |", "|---|---|---|", *updates(), *rest()]
     return "\n".join(
         [
             *rows,
