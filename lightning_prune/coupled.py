@@ -1,7 +1,7 @@
 """Coupled units: channels and heads with all that dies with them, wherever in the model it lies."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -68,6 +68,10 @@ class CoupledUnits(Units):
         if any(tensor.grad is not None for tensor, _ in found):
             weight.grad = self._joined([(torch.zeros_like(t) if t.grad is None else t.grad, m) for t, m in found])
         return weight
+
+    @override
+    def parts(self) -> Iterator[Units]:
+        return super().parts() if self._plain else iter((self,))
 
     def _joined(self, tensors: Sequence[tuple[Tensor, Member]]) -> Tensor:
         """Return the entries of each unit in several tensors, a row a unit."""

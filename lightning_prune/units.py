@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.dataflow import norms_behind
-from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.ranking import part_within, rank_within
 from lightning_prune.selection import Source
 from lightning_prune.shards import counts_here, flat_index, is_sharded, is_split, local, over_ranks, piece, whole
 from lightning_prune.targets import Target, channel_dim, named_parameters
 
 Values = Callable[[Tensor], Tensor]
+
+_PART = 1 << 18  # entries: what is made of so many stays in the cache, and is worth the calls
 
 
 class Units:
@@ -118,6 +120,28 @@ class Units:
     def add(self, values: Tensor) -> Tensor:
         """Add these values to the statistic, in place, and return it."""
         return values.clone() if self.statistic is None else self.statistic.add_(values)
+
+    def parts(self) -> Iterator["Units"]:
+        """Yield these units in order, a few rows of the weight at a time, which stay in the cache; else all at once."""
+        weight = local(self.parameter)
+        apart = not self.granularity.spans or (isinstance(self.granularity, Channel) and self.dim == 0)
+        if not apart or is_sharded(self.parameter) or weight.device.type != "cpu" or weight.numel() <= _PART:
+            yield self
+            return
+        rows = max(1, _PART * len(weight) // weight.numel())
+        for begin in range(0, len(weight), rows):
+            yield self._rows(slice(begin, begin + rows))
+
+    def _rows(self, at: slice) -> "Units":
+        """Return the units of some rows of the weight as units of their own, with their gradients."""
+        some = copy.copy(self)
+        some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
+        some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
+        some.statistic = None if self.statistic is None else self.statistic[at]
+        some.size = self.granularity.count(some.parameter.shape, self.dim)
+        if some.size < some.parameter.numel():
+            some._weights_per_unit = self._weights_per_unit[at]
+        return some
 
     @property
     def split(self) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -32,12 +33,16 @@ class GradientMean(Criterion):
         check_at_least("window", self.window, 1)
 
     def term(self, units: Units) -> Tensor:
-        """Return what one step adds for each unit, from its weights and their gradients."""
+        """Return what one step adds for each unit, from its own weights and their gradients."""
         raise NotImplementedError
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
-        return units.add(self.term(units))
+        if units.statistic is None:
+            return torch.cat([self.term(part) for part in units.parts()])
+        for part in units.parts():
+            part.add(self.term(part))
+        return units.statistic
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -91,7 +96,7 @@ class Movement(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.mean(lambda weight: -weight_times_gradient(weight))
+        return units.mean(weight_times_gradient).neg_()
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class Fisher(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.sum(lambda weight: weight_times_gradient(weight).square())
+        return units.sum(lambda weight: weight_times_gradient(weight).square_())
 
     @override
     def scores(self, units: Units) -> Tensor:
