@@ -110,7 +110,13 @@ def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, n
             f"the layer of {name!r} must be a linear one, a convolution or an attention's input projection, got "
             f"{type(module).__name__}: ignore the parameter"
         )
-    seen = _sum(windows(module, input_of(inputs, name).square()), weight.ndim)
+    values = input_of(inputs, name).square()
+    if isinstance(module, _ConvNd) and values.ndim == weight.ndim:
+        # samples first: what is left to be summed for every place of the kernel is one of them
+        seen = _sum(windows(module, values.sum(0, keepdim=True, dtype=wide(values.device))), weight.ndim)
+        seen[1] *= len(values)
+    else:
+        seen = _sum(windows(module, values), weight.ndim)
     mine = output_rows(weight, 1)
     if seen.shape[2] == weight.shape[1]:
         return seen

@@ -115,7 +115,7 @@ def over_ranks(values: Tensor, operation: Operation = "sum") -> Tensor:
 def gather(tensor: Tensor | None) -> list[Tensor | None]:
     """Return the tensors of all ranks, in their order, on the CPU; shapes may differ."""
     found: list[Tensor | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, None if tensor is None else tensor.cpu())
+    torch.distributed.all_gather_object(found, None if tensor is None else tensor.to("cpu", copy=True))
     return found
 
 

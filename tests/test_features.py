@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.features import input_of, is_readable, windows
+from lightning_prune.features import input_of, is_readable, squares, windows
 
 LAYERS = [
     (nn.Linear(5, 3), (4, 5)),
@@ -49,3 +49,14 @@ def test_an_input_is_read_at_full_width() -> None:
         input_of((), "fc.weight")
     with pytest.raises(ValueError, match="got list"):
         input_of(([torch.ones(2)],), "fc.weight")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("batch", [(), (1,), (3,)], ids=str)
+def test_squares_of_a_convolution_are_those_of_every_window(mode: str, batch: tuple[int, ...]) -> None:
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode=mode)
+    image = torch.randn(*batch, 4, 7, 7)
+    total, count = squares(layer, (image,), layer.weight, "weight")
+    seen = windows(layer, image.double()).flatten(0, 2)  # samples and positions
+    assert count.unique().tolist() == [len(seen)]
+    torch.testing.assert_close(total, seen.square().sum(0), rtol=1e-6, atol=0)

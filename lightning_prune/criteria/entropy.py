@@ -57,8 +57,8 @@ class Entropy(Criterion):
         held = units.statistic
         if held is not None and self._is_histogram(held, units):
             return lattice.count(held, values.T)
-        values = values.clone() if held is None else torch.cat([held, values])
-        return values if len(values) < self._cells else self._histogram(values, units)
+        held = _append(self.nothing(units) if held is None else held, values, self._cells)
+        return held if len(held) < self._cells else self._histogram(held, units)
 
     # values (values, channels) are held as they are until their histogram is smaller: counting many at once is faster
 
@@ -97,6 +97,20 @@ class Entropy(Criterion):
     @override
     def level(self, threshold: float) -> float:
         return -threshold if self.prune == "high" else threshold
+
+
+def _append(held: Tensor, values: Tensor, room: int) -> Tensor:
+    """Return rows with others behind them, in a storage with room for so many: not all are copied each time.
+
+    >>> held = _append(torch.empty(0, 2), torch.tensor([[1.0, 2.0]]), room=8)
+    >>> _append(held, torch.tensor([[3.0, 4.0]]), room=8).tolist()
+    [[1.0, 2.0], [3.0, 4.0]]
+    """
+    before, size = len(held), len(held) + len(values)
+    if held.untyped_storage().nbytes() < size * values.shape[1] * values.element_size():
+        held = held.new_empty(max(room, size), values.shape[1]).resize_(held.shape).copy_(held)
+    held.resize_(size, values.shape[1])[before:] = values
+    return held
 
 
 def entropy(counts: Tensor) -> Tensor:
