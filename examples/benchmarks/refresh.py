@@ -5,21 +5,19 @@ from typing import Any
 
 from timing import describe, load
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODELS = {
     "mlp": "MLP of 5.8 M weights, batch of 64",
     "cnn": "CNN the size of ResNet-18, 11.3 M weights, 16 images of 64 x 64",
     "transformer": "transformer of 3.7 M weights, 512 tokens",
 }
 TORCH = "prune.global_unstructured"
-
-
+FLOOR = "floor: weights times 1"
 STEPS = {
     "lightning_prune, weights": "90 % of the weights masked",
     "lightning_prune, channels": "90 % of the channels masked",
     "ModelPruning, weights": "90 % of the weights, by `ModelPruning`",
     "ModelPruning, channels": "90 % of the channels, by `ModelPruning`",
-    "floor: weights times 1": "floor: all weights times 1, in place, after the step",
+    FLOOR: "floor: all weights times 1, in place, after the step",
     "sensitivity, in its window": "sensitivity is observed",
     "entropy, in its window": "entropy is observed",
     "movement, in its window": "movement is observed",
@@ -98,7 +96,7 @@ def make_table() -> str:
         [
             *rows,
             "",
-            f"Measured on {'; '.join(machines)}; one thread, processor time, {others}.",
+            f"Measured on {'; '.join(machines)}; where nothing else is said one thread and processor time, {others}.",
         ]
     )
 
@@ -140,19 +138,41 @@ def make_scale() -> str:
     return "\n".join(lines)
 
 
-def replace(path: Path, table: str) -> None:
-    """Put a table between the markers of a page."""
+def make_step() -> str:
+    """Return what a step with masks consists of, and what it adds to a dense one beside the floor."""
+    rows = load("step_overhead")["rows"]
+    parts = [row for row in rows if "operation" in row]
+    found = {(row["variant"], row["model"], row["threads"]): row for row in rows if "variant" in row}
+    lines = [f"| part of a step of the {parts[0]['model']} with masks on its weights | share |", "|---|---|"]
+    lines += [f"| {row['operation']} | {row['share']:.1%} |" for row in parts]
+    lines += ["", "| added to a dense step | floor | masks on weights | masks on channels |", "|---|---|---|---|"]
+    for (variant, model, threads), dense in found.items():
+        if variant == "dense":
+            what = (FLOOR, "lightning_prune, weights", "lightning_prune, channels")
+            added = [f"{found[name, model, threads]['ratio'] - 1:+.1%}" for name in what]
+            name = (
+                f"{model}, {threads} thread{'s' * (threads > 1)}: {dense['milliseconds']:g} ms of {dense['clock']} time"
+            )
+            lines.append(f"| {name} | {' | '.join(added)} |")
+    return "\n".join(lines)
+
+
+def replace(path: Path, table: str, name: str = "bench") -> None:
+    """Put a table between the markers of that name on a page."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{path.name} must have the lines {BEGIN} and {END} once each")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-    print(f"{path.name}: table written")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{path.name} must have the lines {begin} and {end} once each")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    print(f"{path.name}: table {name} written")
 
 
 def main() -> None:
     """Refresh the README and the page on scale."""
-    replace(Path(__file__).with_name("scale.md"), make_scale())
+    scale = Path(__file__).with_name("scale.md")
+    replace(scale, make_scale())
+    replace(scale, make_step(), "step")
     replace(Path(__file__).parents[2] / "README.md", make_table())
 
 

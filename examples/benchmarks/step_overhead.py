@@ -10,6 +10,7 @@ mask that touches each weight has to pay: one multiplication in place, by 1, aft
 """
 
 import copy
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -159,6 +160,8 @@ def measure(task: Task, threads: int, rounds: int) -> list[dict[str, Any]]:
         for name in names:
             module = Module(task)
             seconds[name].append(median(train(module, task, variants(module)[name](), read)))
+            del module
+            gc.collect()  # a trainer and what it trained refer to each other
     return [
         {
             "model": task.name,
@@ -202,7 +205,7 @@ def operations(task: Task) -> list[dict[str, Any]]:
     found = {name: event.self_cpu_time_total / total for name, event in events.items()}
     most = sorted(found, key=lambda name: -found[name])[:8]
     masks = events[APPLIES].cpu_time_total / total
-    shares = {**{name: found[name] for name in most}, f"{APPLIES}, with all it calls": masks}
+    shares = {**{name: found[name] for name in most}, f"{APPLIES} with all it calls: the masks": masks}
     return [{"model": task.name, "operation": name, "share": significant(share)} for name, share in shares.items()]
 
 
