@@ -130,7 +130,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for model in MODELS if options.full else ["mlp"]:
-        found = measure(MODELS[model], options.rounds or (20 if options.full else 8))
+        found = measure(MODELS[model], options.rounds or (20 if options.full else 4))
         head = [model, "bytes", "added / weights", "save ms", "added", "load ms", "added"]
         columns = ["save_seconds", "save_seconds_added", "load_seconds", "load_seconds_added"]
         cells = [
