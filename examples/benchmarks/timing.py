@@ -123,12 +123,16 @@ def _status(field: str) -> int:
 
 
 def save(name: str, full: bool, rows: list[dict[str, Any]]) -> None:
-    """Write the measurements of one benchmark, a row each, as JSON, and say where."""
+    """Write the measurements of one benchmark, and say where."""
+    write(name, full, rows)
+    print(f"\n{describe(machine())}\nwritten: results/{name}.json")
+
+
+def write(name: str, full: bool, rows: list[dict[str, Any]]) -> None:
+    """Write the measurements of one benchmark as JSON, a row each."""
     RESULTS.mkdir(exist_ok=True)
     content = {"benchmark": name, "sizes": "full" if full else "quick", "machine": machine(), "rows": rows}
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"\n{describe(content['machine'])}\nwritten: results/{path.name}")
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load(name: str) -> dict[str, Any]:

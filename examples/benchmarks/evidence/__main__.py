@@ -15,8 +15,11 @@ from running import Results, Setting
 
 SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"
-ENDS, BETWEEN = (0.995, 0.9), (0.99, 0.95)
-CURVES = ("gradual", "one-shot", "RigL", "static", "SNIP", "SET", "ACDC", "gradual, ERK", "gradual, uniform")
+LEVELS = (0.995, 0.99, 0.95, 0.9)
+CURVES = ("gradual", "one-shot", "RigL", "static", "SNIP", "SET", "ACDC", "gradual, ERK", "one-shot, random")
+NEURON_LEVELS = (0.5, 0.75, 0.95)
+NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first")
+FINE_TUNED = ("at the start", "at the start, uniform", "at the start, random", "gradual", "gradual, ERK")
 
 
 def quick() -> list[Setting]:
@@ -28,14 +31,15 @@ def quick() -> list[Setting]:
 
 def full() -> list[Setting]:
     """Return the curves, and the larger data."""
-    fashion = [
+    curves = [Setting("mnist", method, level) for level in LEVELS for method in CURVES]
+    neurons = [Setting("mnist", f"neurons, {name}", level) for level in NEURON_LEVELS for name in NEURONS]
+    fine_tuned = [
         Setting(task, method, level)
         for task in ("fashion", "cnn")
-        for level in (0.98, 0.95, 0.9)
-        for method in ("gradual", "one-shot", "gradual, ERK", "gradual, uniform", "one-shot, random")
+        for method, levels in [("dense", (0.0,)), *((name, (0.98, 0.95, 0.9)) for name in FINE_TUNED)]
+        for level in levels
     ]
-    curves = [Setting("mnist", method, level) for levels in (ENDS, BETWEEN) for method in CURVES for level in levels]
-    return [*curves, *(Setting(task, "dense", 0.0) for task in ("fashion", "cnn")), *fashion]
+    return [*curves, *neurons, *fine_tuned]
 
 
 def main() -> None:

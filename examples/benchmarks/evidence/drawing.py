@@ -10,36 +10,45 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from running import Results, Setting
 from tasks import TASKS
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vP*X"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")
+MARKERS = "osD^vP*Xp"
 
 
 def draw(results: Results, seeds: range, path: Path) -> None:
-    """Draw each task of which at least three sparsities of a method were run."""
-    panels = {name: found for name in TASKS if (found := curves(name, results, seeds))}
+    """Draw each task of which at least three sparsities of a method were run; neurons in a panel of their own."""
+    kinds = [(name, neurons) for name in TASKS for neurons in (False, True)]
+    panels = {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
     if not panels:
         return
-    figure = Figure(figsize=(6.4 * len(panels), 5.0), layout="constrained")
-    for place, (name, methods) in enumerate(panels.items(), 1):
-        _panel(figure.add_subplot(1, len(panels), place), name, methods, results, seeds)
-    figure.savefig(path, dpi=120)
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(12.8, 5.0 * rows), layout="constrained")
+    for place, (kind, methods) in enumerate(panels.items(), 1):
+        _panel(figure.add_subplot(rows, 2, place), *kind, methods, results, seeds)
+    figure.savefig(path, dpi=100)
 
 
-def curves(task: str, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
+def curves(task: str, neurons: bool, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
     """Return (part that is kept, mean, standard deviation) by method, if three sparsities were run."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for setting in sorted({setting for setting, _ in results.rows}):
         values = results.accuracies(setting, seeds)
-        if values and setting.task == task and setting.method != "dense":
+        mine = setting.task == task and setting.method.startswith("neurons") == neurons
+        if values and mine and setting.method != "dense":
             point = (1 - setting.sparsity, statistics.mean(values), statistics.stdev(values))
-            found.setdefault(setting.method, []).append(point)
+            found.setdefault(setting.method.removeprefix("neurons, "), []).append(point)
     return {method: sorted(points, reverse=True) for method, points in found.items() if len(points) >= 3}
 
 
 def _panel(
-    axes: Axes, task: str, methods: dict[str, list[tuple[float, float, float]]], results: Results, seeds: range
+    axes: Axes,
+    task: str,
+    neurons: bool,
+    methods: dict[str, list[tuple[float, float, float]]],
+    results: Results,
+    seeds: range,
 ) -> None:
     looks = cycle(zip(COLOURS, MARKERS, strict=True))
+    what = "neurons" if neurons else "weights"
     order = sorted(methods, key=lambda method: -methods[method][-1][1])  # the legend in the order of the curves' ends
     for method, (colour, marker) in zip(order, looks, strict=False):
         kept, means, spreads = zip(*methods[method], strict=True)
@@ -53,7 +62,7 @@ def _panel(
     axes.set_xticks(levels)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda kept, _: f"{100 * kept:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="weights kept (%, log scale)", ylabel="test accuracy (%)", title=TASKS[task].title)
+    axes.set(xlabel=f"{what} kept (%, log scale)", ylabel="test accuracy (%)", title=TASKS[task].title)
     axes.legend(frameon=False, loc="lower left", fontsize="small")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

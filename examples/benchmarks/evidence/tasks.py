@@ -183,13 +183,14 @@ class Task:
     def model(self, seed: int) -> Classifier:
         """Return a model to train, pretrained if it is to be."""
         if self.before is not None:
-            return copy.deepcopy(_pretrained(self, seed))
+            return copy.deepcopy(pretrained(self, seed))
         seed_everything(seed, verbose=False)
         return Classifier(self.network(), self.optimizer, self.rate, self.trainings)
 
 
 @cache
-def _pretrained(task: Task, seed: int) -> Classifier:
+def pretrained(task: Task, seed: int) -> Classifier:
+    """Return what the network of a task has learned before; to be copied, since it is made once."""
     assert task.before is not None
     seed_everything(seed, verbose=False)
     data, epochs = task.before
