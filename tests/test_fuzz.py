@@ -362,7 +362,8 @@ def timeline(case: Case) -> list[float | None]:
     """The fraction of the goal that the masks show before each batch and at the end; None as long as there are none.
 
     An update happens at the first moment (the start of an epoch, or the end of a step) at which one is due and the
-    window since the last one is full. After the last step of an epoch it serves for what the next epoch begins with.
+    window since the last one is full (what accumulates needs one window only). After the last step of an epoch it
+    serves for what the next epoch begins with.
     """
     schedule = schedules.resolve(SCHEDULE_NAMES[case.schedule])
     length = case.epochs * (case.steps if case.interval == "step" else 1)
@@ -381,7 +382,8 @@ def timeline(case: Case) -> list[float | None]:
         nonlocal level, applied, since
         clock, begins = (steps, steps) if case.interval == "step" else (epoch, max(epoch, steps // case.steps))
         if any(applied < at <= clock for at, _ in plan) and steps >= since + case.criterion.window:
-            (applied, level), since = [update for update in plan if update[0] <= begins][-1], steps
+            applied, level = [update for update in plan if update[0] <= begins][-1]
+            since = since if case.criterion.accumulates else steps
 
     for epoch in range(case.epochs):
         advance(epoch)
@@ -487,6 +489,7 @@ class Ear(Criterion):
         self.inner = inner
         self.needs = inner.needs
         self.window = inner.window
+        self.accumulates = inner.accumulates
         self.heard: dict[str, Tensor] = {}
 
     def scores(self, units: Any) -> Tensor:
