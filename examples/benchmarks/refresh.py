@@ -33,7 +33,7 @@ def steps() -> list[str]:
     rows = [row for row in load("step_overhead")["rows"] if "variant" in row]
     columns = list(dict.fromkeys((row["model"], row["threads"], row["clock"]) for row in rows))
     found = {(row["variant"], row["model"], row["threads"]): row["ratio"] for row in rows}
-    names = [f"{model}, {threads} thread{'s' * (threads > 1)}, {clock} time" for model, threads, clock in columns]
+    names = [f"{_run(model, threads)}, {clock} time" for model, threads, clock in columns]
     lines = [
         f"| time of a training step, dense = 1 | {' | '.join(names)} |",
         f"|---{'|---' * len(columns)}|",
@@ -43,6 +43,10 @@ def steps() -> list[str]:
         lines.append(f"| {what} | {' | '.join(cells)} |")
     models = dict.fromkeys(model for model, _, _ in columns)
     return [*lines, "", f"{'; '.join(f'{model}: {MODELS[model]}' for model in models)}."]
+
+
+def _run(model: str, threads: int) -> str:
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
 
 def updates() -> list[str]:
@@ -154,9 +158,7 @@ def make_step() -> str:
         if variant == "dense":
             what = (FLOOR, "lightning_prune, weights", "lightning_prune, channels")
             added = [f"{found[name, model, threads]['ratio'] - 1:+.1%}" for name in what]
-            name = (
-                f"{model}, {threads} thread{'s' * (threads > 1)}: {dense['milliseconds']:g} ms of {dense['clock']} time"
-            )
+            name = f"{_run(model, threads)}: {dense['milliseconds']:g} ms of {dense['clock']} time"
             lines.append(f"| {name} | {' | '.join(added)} |")
     return "\n".join(lines)
 

@@ -124,15 +124,16 @@ def _status(field: str) -> int:
 
 def save(name: str, full: bool, rows: list[dict[str, Any]]) -> None:
     """Write the measurements of one benchmark, and say where."""
-    write(name, full, rows)
-    print(f"\n{describe(machine())}\nwritten: results/{name}.json")
+    content = write(name, full, rows)
+    print(f"\n{describe(content['machine'])}\nwritten: results/{name}.json")
 
 
-def write(name: str, full: bool, rows: list[dict[str, Any]]) -> None:
-    """Write the measurements of one benchmark as JSON, a row each."""
+def write(name: str, full: bool, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the measurements of one benchmark as JSON, a row each, and return what was written."""
     RESULTS.mkdir(exist_ok=True)
     content = {"benchmark": name, "sizes": "full" if full else "quick", "machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return content
 
 
 def load(name: str) -> dict[str, Any]:
