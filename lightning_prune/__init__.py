@@ -1,6 +1,7 @@
 """Neural-network pruning as PyTorch Lightning callbacks."""
 
 from lightning_prune.acdc import ACDC
+from lightning_prune.at_init import PruningAtInit
 from lightning_prune.compressed import load_compressed, save_compressed
 from lightning_prune.constant import ConstantSparsity
 from lightning_prune.criteria import (
@@ -90,6 +91,7 @@ __all__ = [
     "Movement",
     "MovementPruning",
     "Pruning",
+    "PruningAtInit",
     "PruningReport",
     "Random",
     "RandomPruning",

@@ -1,5 +1,6 @@
 """Masked training: what every callback that trains under masks shares. It holds them, saves them and shows them."""
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,6 +21,8 @@ from lightning_prune.shards import counts_here, is_sharded, local, over_ranks, p
 from lightning_prune.targets import named_parameters
 from lightning_prune.zeroing import zero_pruned
 
+# below Lightning's logger, whose handlers and level it shares, and with a name of its own to be silenced by
+_log = logging.getLogger("lightning.pytorch.lightning_prune")
 _FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
 
 
@@ -289,6 +293,12 @@ def _announce_pruning(trainer: Trainer, pl_module: nn.Module) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hook := getattr(callback, "on_before_pruning", None):
             hook(trainer, pl_module)
+
+
+@rank_zero_only
+def tell(message: str) -> None:
+    """Say what is going to happen, once for all ranks."""
+    _log.info(message)
 
 
 def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:

@@ -18,6 +18,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, joined, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
+from lightning_prune.shards import average_gradients
 from lightning_prune.targets import Target
 from lightning_prune.units import Units
 
@@ -40,6 +41,7 @@ def prune(
     sequential: str | None = None,
     example_inputs: Inputs = None,
     recalibrate: int = 0,
+    distributed: bool = False,
 ) -> Masks:
     """Prune a model in place and return the masks; ``masks.apply(model)`` keeps the zeros while it trains on.
 
@@ -57,7 +59,8 @@ def prune(
             model, where those count as gone that go with the pruned units. At least so many go.
         data: Batches for a criterion that observes; as many as its ``window`` are taken.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
-            cross-entropy for integer targets, else the mean squared error.
+            cross-entropy for integer targets, else the mean squared error. If it is given, it is also what is run on a
+            batch for a criterion that needs forward passes.
         rounds: Times to score and prune a part, along the exponential schedule. With more than one, as with
             ``sequential``, the batches are held.
         sequential: Name of the ModuleList or Sequential whose blocks run one after another, for a criterion that needs
@@ -67,6 +70,7 @@ def prune(
         example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
             dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
         recalibrate: From how many batches of ``data`` the statistics of batch norms are measured anew afterwards.
+        distributed: Whether all ranks call it, each with as many batches of its own, for the masks of all batches.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a score is not finite.
@@ -88,8 +92,8 @@ def prune(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
     inputs = example_of(model, example_inputs)
-    units, _ = find_units(found, model, granularity, inputs)
-    budget = goal.budget_of(sparsity, of, granularity, units, model, inputs)
+    units, _ = find_units(found, model, granularity, inputs, distributed)
+    budget = goal.budget_of(sparsity, of, granularity, units, model, inputs, distributed)
     if sequential is not None and budget is not None:
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
     masks = Masks()
@@ -100,12 +104,12 @@ def prune(
             due = schedules.exponential(number / rounds)
             allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due, min_density, budget)
             left = list(units)
-            for stage in stages(model, batches, _passes(criterion, model, loss), sequential):
+            for stage in stages(model, batches, _passes(criterion, model, loss, distributed), sequential):
                 inside = set(stage.part.parameters())
                 now = [unit for unit in left if unit.parameter in inside]
                 left = [unit for unit in left if unit.parameter not in inside]
                 if now:
-                    _observe(now, criterion, stage)
+                    _observe(now, criterion, stage, distributed)
                     masks.update(joined(masks, make_masks(now, criterion, allocate, masks)))
                     masks.apply(model)
     if data is not None and recalibrate:
@@ -146,16 +150,16 @@ def _check_data(
         raise ValueError(f"sequential must go with a criterion that needs forwards, got {name}, which needs {needs}")
 
 
-def _passes(criterion: Criterion, model: nn.Module, loss: Loss | None) -> Run:
+def _passes(criterion: Criterion, model: nn.Module, loss: Loss | None, distributed: bool = False) -> Run:
     """Return what is run on a batch for the criterion to observe."""
     if criterion.needs == "gradients":
-        return partial(_backward, criterion, model, loss or _default_loss)
-    return partial(forward, model)
+        return partial(_backward, criterion, model, loss or _default_loss, distributed)
+    return partial(forward, model) if loss is None else torch.no_grad()(partial(loss, model))
 
 
-def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage) -> None:
+def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distributed: bool = False) -> None:
     """Let the criterion observe these units while a stage is run."""
-    observation = Observation(criterion, units)
+    observation = Observation(criterion, units, several=distributed)
     if not observation.needed:
         return
     observation.reset()
@@ -170,10 +174,12 @@ def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage) -> None
         observation.close()
 
 
-def _backward(criterion: Criterion, model: nn.Module, loss: Loss, batch: Any) -> None:
+def _backward(criterion: Criterion, model: nn.Module, loss: Loss, distributed: bool, batch: Any) -> None:
     model.zero_grad(set_to_none=True)
     with torch.enable_grad():
         criterion.backward(model, batch, loss)
+    if distributed:
+        average_gradients(model)
 
 
 def _default_loss(model: nn.Module, batch: Any) -> Tensor:

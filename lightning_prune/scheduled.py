@@ -1,11 +1,10 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
-import logging
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -18,15 +17,12 @@ from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
 from lightning_prune.holding import parameter_ids
-from lightning_prune.masked_training import MaskedTraining, gradient_scale
+from lightning_prune.masked_training import MaskedTraining, gradient_scale, tell
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.schedules import Horizon
 from lightning_prune.shards import reshard
 from lightning_prune.units import Units
-
-# below Lightning's logger, whose handlers and level it shares, and with a name of its own to be silenced by
-_log = logging.getLogger("lightning.pytorch.lightning_prune")
 
 
 class ScheduledTraining(MaskedTraining):
@@ -63,8 +59,7 @@ class ScheduledTraining(MaskedTraining):
         if type(criterion).backward is not Criterion.backward:
             raise ValueError(
                 f"criterion must observe the training that is under way, got {criterion}, which needs passes of its "
-                f"own: call prune(model, ..., criterion={type(criterion).__name__}(), data=...) before fit, and add "
-                f"ConstantSparsity() to keep the zeros"
+                f"own: use PruningAtInit(..., criterion={type(criterion).__name__}()), or prune(model, ...) before fit"
             )
         self._scope = scopes.resolve(scope)
         self._horizon = horizon
@@ -255,7 +250,7 @@ class ScheduledTraining(MaskedTraining):
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         name = type(self).__name__
-        _tell(self.explain())
+        tell(self.explain())
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if not self.reached and last > reachable:
@@ -293,8 +288,3 @@ class ScheduledTraining(MaskedTraining):
             "_observation": Observation(self.criterion, []),
             "_observed": observed,
         }
-
-
-@rank_zero_only
-def _tell(message: str) -> None:
-    _log.info(message)

@@ -112,6 +112,19 @@ def over_ranks(values: Tensor, operation: Operation = "sum") -> Tensor:
     return total.to(values.device)
 
 
+def average_gradients(model: torch.nn.Module) -> None:
+    """Give all ranks the mean of their gradients, where nothing else has; all ranks must call it.
+
+    A parameter without a gradient on some ranks counts as zero there.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
+    seen = over_ranks(torch.tensor([int(p.grad is not None) for p in parameters]))
+    for parameter, ranks in zip(parameters, seen.tolist(), strict=True):
+        if ranks:
+            mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = over_ranks(mine).div_(torch.distributed.get_world_size())
+
+
 def gather(tensor: Tensor | None) -> list[Tensor | None]:
     """Return the tensors of all ranks, in their order, on the CPU; shapes may differ."""
     found: list[Tensor | None] = [None] * torch.distributed.get_world_size()

@@ -149,7 +149,8 @@ class WandaPruning(Pruning):
 class SNIPPruning(Pruning):
     """Prune a network at its initialisation, at once, by how sensitive the loss is to each connection.
 
-    The scores are of the gradients before the first optimizer step; the masks come into force right after it.
+    The scores are of the gradients of the first optimizer step, and the masks come into force right after it:
+    ``PruningAtInit`` takes a pass more, and prunes before.
 
     Args:
         sparsity: Fraction of zeros, in [0, 1), or ``{pattern: fraction}`` per layer.

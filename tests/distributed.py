@@ -131,8 +131,11 @@ class Net(LightningModule):
     def forward(self, inputs: Tensor) -> Tensor:
         return self.net(inputs)
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: Sequence[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self(batch[0]), batch[1][:, : self.net[-1].out_features])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.training_step(batch, batch_idx)

@@ -17,18 +17,22 @@ from variants import CRITERIA, at_least, label, square_root
 import lightning_prune
 from lightning_prune import (
     OWL,
+    BatchNormScale,
     Channel,
     ConstantSparsity,
     Criterion,
     Entropy,
     EntropyPruning,
+    GraSP,
     Head,
     Magnitude,
     MagnitudePruning,
     Pruning,
+    PruningAtInit,
     RandomPruning,
     Sensitivity,
     SensitivityPruning,
+    SynFlow,
     Weight,
     sparsity,
 )
@@ -48,6 +52,11 @@ class Power(Criterion):
 
     def scores(self, units: Any) -> Tensor:
         return units.mean(lambda weight: weight.abs() ** self.exponent)
+
+
+def squares(model: Any, batch: list[Tensor]) -> Tensor:
+    """A user's loss."""
+    return model(batch[0]).square().mean()
 
 
 def run(*arguments: str, train: bool = True) -> LightningCLI:
@@ -190,12 +199,21 @@ def test_a_schedule_and_a_scope_of_the_user_by_import_path(tmp_path: Path) -> No
     assert {name: int(weight.count_nonzero()) for name, weight in weights(cli.model).items()} == kept
 
 
-@pytest.mark.parametrize("criterion", CRITERIA, ids=label)
+@pytest.mark.parametrize("criterion", [*CRITERIA, BatchNormScale()], ids=label)
 def test_every_criterion_by_its_name(criterion: Criterion, tmp_path: Path) -> None:
     config = yaml_file(
         tmp_path, entry("Pruning", sparsity=0.6, criterion=entry(type(criterion).__name__, **vars(criterion)))
     )
     assert callback_of(run("--config", config, train=False)).criterion == criterion
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, GraSP(), SynFlow()], ids=label)
+def test_every_criterion_at_initialisation(criterion: Criterion, tmp_path: Path) -> None:
+    given = entry(type(criterion).__name__, **vars(criterion))
+    arguments = {"sparsity": 0.6, "criterion": given, "rounds": 2, "loss": "test_cli.squares"}
+    cli = run("--config", yaml_file(tmp_path, entry("PruningAtInit", **arguments)))
+    assert (callback_of(cli).criterion, callback_of(cli).loss) == (criterion, squares)
+    assert zeros(cli.model) == round(0.6 * size(cli.model))
 
 
 def test_owl_with_its_arguments(tmp_path: Path) -> None:
@@ -252,6 +270,10 @@ GIVEN = {
     "WandaPruning": {**SHARED, "window": 2, "min_density": 0.1, "scope": "lamp"},
     "MagnitudePruning": {"sparsity": {"net.4.*": 0.3, "*": 0.7}, "interval": "epoch", "start": 0, "end": 1},
     "Pruning": {**SHARED, "criterion": entry("Random", seed=7), "granularity": "Channel"},
+    "PruningAtInit": {
+        **{"sparsity": 0.5, "criterion": "SynFlow", "scope": "erk", "rounds": 3, "min_density": 0.1},
+        **{"ignore": ["net.6.*"], "log_layers": True},
+    },
     "PruningReport": {"log_figures": False},
     "RandomPruning": {**SHARED, "seed": 5},
     "SensitivityPruning": {**SHARED, "window": 2},
@@ -295,7 +317,7 @@ def test_print_config_round_trips(name: str, short: bool, tmp_path: Path, capsys
     callback = callback_of(second)
     if isinstance(callback, MaskedTraining):
         assert public_state(callback) == public_state(callback_of(first))
-    if isinstance(callback, Pruning | ConstantSparsity):
+    if isinstance(callback, Pruning | PruningAtInit | ConstantSparsity):
         assert callback.sparsity_now == sparsity(second.model, callback.targets, callback.ignore)
     if isinstance(callback, ScheduledTraining):
         assert callback.sparsity_now > 0.4

@@ -190,7 +190,8 @@ def test_flow_needs_an_input_that_can_be_filled_with_ones(data: list[Any], messa
 @pytest.mark.parametrize("criterion", [GraSP(), SynFlow()], ids=str)
 def test_what_needs_passes_of_its_own_is_refused_in_training(criterion: Criterion) -> None:
     name = type(criterion).__name__
-    with pytest.raises(ValueError, match=rf"training that is under way, got {name}.* prune\(model, .*ConstantSparsity"):
+    told = rf"training that is under way, got {name}.* use PruningAtInit\(\.\.\., criterion={name}\(\)\)"
+    with pytest.raises(ValueError, match=told):
         Pruning(0.5, criterion=criterion)
 
 

@@ -26,15 +26,18 @@ from variants import METHODS, label
 from lightning_prune import (
     NM,
     OWL,
+    BatchNormScale,
     Block,
     Channel,
     ConstantSparsity,
     Criterion,
     Entropy,
     EntropyPruning,
+    GraSP,
     Magnitude,
     MagnitudePruning,
     Pruning,
+    PruningAtInit,
     Random,
     Sensitivity,
     SensitivityPruning,
@@ -67,6 +70,7 @@ GOALS: dict[str, dict[str, Any]] = {
 # those that came later are all trained in one test for each layout
 LATER: dict[str, dict[str, Any]] = {
     **{label(variant): {"sparsity": 0.6, "criterion": variant} for variant in VARIANTS},
+    "norm": {"sparsity": 0.6, "criterion": BatchNormScale(), "targets": ("net.3.weight",)},
     "lamp": {"sparsity": 0.6, "scope": "lamp"},
     "OWL": {"sparsity": 0.6, "scope": OWL(outliers=1.5, spread=0.2)},
     "min_density": {"sparsity": 0.6, "min_density": 0.35},
@@ -202,7 +206,8 @@ def test_groups_and_blocks_are_those_of_one_process_wherever_ranks_cut_them(layo
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
 def test_every_criterion_and_scope_is_that_of_one_process(layout: Layout) -> None:
     granularities = GRANULARITIES if layout == "ddp" else ["weight"]  # pieces cut rows, whose weights are compared
-    assert_like_alone(layout, 2, [(goal, granularity) for goal in LATER for granularity in granularities])
+    goals = [goal for goal in LATER if goal != "norm" or layout != "tp"]  # where another layer has the norm behind it
+    assert_like_alone(layout, 2, [(goal, granularity) for goal in goals for granularity in granularities])
 
 
 @distributed
@@ -225,11 +230,81 @@ def train_methods(layout: Layout, tensors: bool, names: list[str]) -> list[dict[
 @distributed
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
 def test_every_method_has_the_masks_of_one_process(layout: Layout) -> None:
-    tensors, rewinding = layout == "tp", "LotteryTicket"
-    names = [name for name in METHODS if layout == "ddp" or not name.startswith(rewinding)]
+    tensors, whole = layout == "tp", ("LotteryTicket", "PruningAtInit")  # these refuse shards
+    names = [name for name in METHODS if layout == "ddp" or not name.startswith(whole)]
+    names = [name for name in names if "GraSP" not in name]  # in which gradients of a batch are multiplied: see below
     found = run(train_methods, 2, layout, tensors, names)
     for number, expected in enumerate(train_methods("one", tensors, names)):
         assert_masked_alike([outcomes[number] for outcomes in found], expected)
+
+
+def preserve_flow() -> dict[str, Any]:
+    model, callback = Net("ddp"), PruningAtInit(0.5, GraSP())
+    fit(model, callback)
+    return outcome(model, callback)
+
+
+@distributed
+def test_what_is_not_linear_in_the_batches_is_the_mean_of_what_those_of_the_ranks_give() -> None:
+    model = build("one")
+    inputs, targets = next(iter(model.train_dataloader()))
+    halves = [(inputs[rank::2], targets[rank::2]) for rank in range(2)]
+    masks = prune(model, 0.5, criterion=GraSP(window=2), data=halves, loss=lambda model, batch: model.loss(batch))
+    for found in run(preserve_flow, 2):
+        assert found["masks"].keys() == masks.keys()
+        assert all(torch.equal(found["masks"][name], mask) for name, mask in masks.items())
+        assert found["sparsity"] == (pytest.approx(38 / 75), pytest.approx(38 / 75))
+
+
+OWN = {"weights": Magnitude(), "gradients": Sensitivity(window=2), "forwards": Entropy("low", bins=8, window=2)}
+
+
+def prune_together(kind: str) -> dict[str, Tensor]:
+    """Prune with two batches, of which every rank has its part."""
+    model = build("one")
+    data = [(inputs, targets[:, :4]) for inputs, targets in model.train_dataloader()][:2]
+    return dict(
+        prune(model, 0.6, criterion=OWN[kind], granularity=Channel(), data=data, rounds=2, distributed=ranks() > 1)
+    )
+
+
+@distributed
+@pytest.mark.parametrize("kind", OWN)
+def test_without_a_trainer_ranks_prune_together_by_the_batches_of_all(kind: str) -> None:
+    expected = prune_together(kind)
+    for masks in run(prune_together, 2, kind):
+        assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+
+
+def prune_apart() -> dict[str, Tensor]:
+    """Prune where one rank does not run a layer: its gradient counts as zero there."""
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)])
+    for layer in model:
+        layer.weight.data = torch.tensor([[4.0, 3.0], [2.0, 1.0]])
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return sum(layer(batch).sum() for layer in list(model)[rank() :])
+
+    return dict(prune(model, 0.5, criterion=Sensitivity(), data=[torch.ones(1, 2)], loss=loss, distributed=True))
+
+
+@distributed
+def test_a_layer_that_one_rank_does_not_run_counts_there_as_nothing() -> None:
+    for masks in run(prune_apart, 2):
+        # gradients are 1/2 for the first layer, which one rank runs, and 1 for the second
+        assert masks["0.weight"].tolist() == [[True, False], [False, False]]
+        assert masks["1.weight"].tolist() == [[True, True], [True, False]]
+
+
+def prune_in_pieces() -> str:
+    with pytest.raises(ValueError, match="the model must have whole parameters, got sharded ones") as refused:
+        fit(Net("fsdp"), PruningAtInit(0.5))
+    return str(refused.value)
+
+
+@distributed
+def test_weights_in_pieces_are_not_pruned_at_initialisation() -> None:
+    assert all("add ConstantSparsity()" in message for message in run(prune_in_pieces, 2))
 
 
 def rewind_pieces() -> str:

@@ -19,6 +19,7 @@ from lightning_prune import (
     Masks,
     Random,
     Sensitivity,
+    Wanda,
     Weight,
     prune,
 )
@@ -353,6 +354,23 @@ def test_a_loss_gets_the_batch_as_the_data_gave_it() -> None:
     assert [type(batch) for batch in seen] == [Pair, tuple, list]
     assert seen[0].y["y"][1].tolist() == x.tolist()
     assert seen[1][1:] == ("a string", 3)
+
+
+@pytest.mark.parametrize("sequential", [None, "1"])
+def test_a_loss_is_run_for_forward_passes_too(sequential: str | None) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    other, inputs = copy.deepcopy(model), torch.rand(5, 3)
+    grads: list[bool] = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        grads.append(torch.is_grad_enabled())
+        return model(batch["inputs"]).sum()
+
+    arguments: dict[str, Any] = {"criterion": Wanda(), "scope": "local", "sequential": sequential}
+    masks = prune(model, 0.5, data=[{"inputs": inputs}], loss=loss, **arguments)
+    expected = prune(other, 0.5, data=[inputs], **arguments)
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    assert set(grads) == {False}
 
 
 def test_a_loss_may_use_a_model_in_parts() -> None:

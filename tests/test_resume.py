@@ -22,7 +22,17 @@ from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_ma
 from torch import Tensor, nn
 from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, label
 
-from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, MagnitudePruning, Pruning, Weight, prune
+from lightning_prune import (
+    BatchNormScale,
+    Channel,
+    ConstantSparsity,
+    Criterion,
+    Granularity,
+    MagnitudePruning,
+    Pruning,
+    Weight,
+    prune,
+)
 
 # resumed runs save nothing, so the callbacks that saved are not among theirs
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
@@ -160,6 +170,13 @@ def test_every_combination_resumes_exactly(
     arguments = {"criterion": criterion, "granularity": granularity, **REGIMES[regime]}
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments))
     assert all(torch.load(path, weights_only=True)["callbacks"] for path in checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("granularity", [Weight(), Channel()], ids=label)
+def test_a_criterion_that_needs_a_norm_resumes_exactly(granularity: Granularity, regime: str, tmp_path: Path) -> None:
+    arguments = {"criterion": BatchNormScale(), "granularity": granularity, **REGIMES[regime]}
+    assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, targets=("net.0.*",), **arguments))
 
 
 class Attending(Resumable):

@@ -20,13 +20,16 @@ from lightning_prune import (
     Entropy,
     Fisher,
     Granularity,
+    GraSP,
     Head,
     LotteryTicket,
     Magnitude,
     Movement,
+    PruningAtInit,
     Random,
     RigL,
     Sensitivity,
+    SynFlow,
     Wanda,
     Weight,
 )
@@ -73,6 +76,10 @@ METHODS: dict[str, Callable[[], MaskedTraining]] = {
     "LotteryTicket-steps": partial(LotteryTicket, 0.5, rounds=3, rewind_to=1, frequency=2, interval="step"),
     "LotteryTicket-rate": partial(LotteryTicket, 0.5, rounds=2, rewind="learning_rate", rewind_to=0.1),
     "LotteryTicket-random": partial(LotteryTicket, 0.5, rounds=2, rewind="random", rewind_to=2),
+    "PruningAtInit": partial(PruningAtInit, 0.5),
+    "PruningAtInit-GraSP": partial(PruningAtInit, 0.5, GraSP()),
+    "PruningAtInit-SynFlow": partial(PruningAtInit, 0.5, SynFlow(), rounds=3),
+    "PruningAtInit-Wanda": partial(PruningAtInit, 0.5, Wanda(), scope="local"),
     "RigL-window": partial(RigL, 0.5, frequency=3, window=2),
 }
 

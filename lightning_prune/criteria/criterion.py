@@ -56,7 +56,8 @@ class Criterion:
     def backward(self, model: nn.Module, batch: Any, loss: Loss) -> None:
         """Fill the gradients that are to be observed: those of the loss.
 
-        A criterion that overrides this needs passes of its own, which no training step makes: it is for ``prune``.
+        A criterion that overrides this needs passes of its own, which no training step makes: it is for ``prune`` and
+        ``PruningAtInit``.
         """
         loss(model, batch).backward()
 

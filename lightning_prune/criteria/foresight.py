@@ -1,4 +1,4 @@
-"""Criteria for networks before training, which differentiate something else than the loss; for ``prune`` only."""
+"""Criteria for networks before training, which differentiate something else than the loss, in passes of their own."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -18,7 +18,7 @@ class GraSP(GradientMean):
     """Gradient signal preservation: ``sum w * Hg``, over the unit; what holds back the gradient's norm goes first.
 
     g is the gradient and H the Hessian of the loss on a batch, by all trainable parameters. Needs gradients, of passes
-    of its own: it is for ``prune``, before training.
+    of its own: it is for ``PruningAtInit`` and ``prune``, before training.
 
     Args:
         window: Number of batches; the mean of what each one gives. The paper takes one, of ten samples a class.
@@ -51,8 +51,8 @@ class SynFlow(Criterion):
 
     R is the sum of the outputs of the network with the absolute values of its parameters and buffers, for an input of
     ones of the shape of the first batch. Its logarithm is differentiated: the same order, in range for any depth. Meant
-    for ``prune(model, sparsity, criterion=SynFlow(), data=loader, rounds=100)`` before training: in few rounds, whole
-    layers can be lost.
+    for ``PruningAtInit(sparsity, SynFlow(), rounds=100)`` or ``prune(..., criterion=SynFlow(), rounds=100)`` before
+    training: in few rounds, whole layers can be lost.
 
     Reference: Tanaka et al., 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
         arXiv:2006.05467.

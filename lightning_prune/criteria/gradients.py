@@ -103,9 +103,9 @@ class Movement(GradientMean):
 class SNIP(GradientMean):
     """Connection sensitivity: the absolute value of the mean of ``sum w * dL/dw``, over the unit. Needs gradients.
 
-    It is for a network at its initialisation. In training, the scores are of the gradients before the first optimizer
-    step, as in the paper, but the masks come into force right after it: to train from the pruned initialisation, call
-    ``prune`` before. The paper divides by the sum of all scores, which leaves their order as it is.
+    It is for a network at its initialisation: ``PruningAtInit`` trains the pruned initialisation, as the paper does. In
+    ``Pruning`` the gradients are those of the first optimizer step, and the masks come into force right after it. The
+    paper divides by the sum of all scores, which leaves their order as it is.
 
     Args:
         window: Number of optimizer steps, or batches, observed; the paper takes one large batch.
