@@ -58,7 +58,11 @@ def test_a_claim_is_not_judged_before_all_its_runs_are_there(evidence: dict[str,
 
 def test_all_settings_of_the_claims_can_be_run(evidence: dict[str, ModuleType]) -> None:
     claims = evidence["claims"]
-    pairs = [*((claim.one, claim.other) for claim in claims.CLAIMS), *claims.PEERS]
+    pairs = [
+        *((claim.one, claim.other) for claim in claims.CLAIMS),
+        *claims.PEERS["mnist"],
+        *claims.PEERS["fashion-10"],
+    ]
     for setting in (setting for pair in pairs for setting in pair):
         assert setting.task in evidence["tasks"].TASKS
         evidence["methods"].METHODS[setting.method](setting.sparsity, 0)
@@ -82,12 +86,12 @@ def test_a_curve_is_drawn_from_three_sparsities_with_all_seeds(evidence: dict[st
     results, path = evidence["running"].Results(tmp_path / "found.jsonl"), tmp_path / "curves.png"
     for count, level in enumerate((0.9, 0.98, 0.995), 1):
         for seed in range(2):
-            assert not evidence["drawing"].curves("mnist", False, results, range(2))
+            assert not evidence["drawing"].curves("mnist", "", results, range(2))
             setting = evidence["running"].Setting("mnist", "gradual", level)
             results.rows[setting, seed] = {"accuracy": 90.0 + count + seed}
-    found = evidence["drawing"].curves("mnist", False, results, range(2))
+    found = evidence["drawing"].curves("mnist", "", results, range(2))
     assert list(found) == ["gradual"]
-    assert not evidence["drawing"].curves("mnist", True, results, range(2))  # of neurons
+    assert not evidence["drawing"].curves("mnist", "neurons", results, range(2))  # of neurons
     assert [round(kept, 3) for kept, _, _ in found["gradual"]] == [0.1, 0.02, 0.005]
     assert [mean for _, mean, _ in found["gradual"]] == [91.5, 92.5, 93.5]
     evidence["drawing"].draw(results, range(2), path)

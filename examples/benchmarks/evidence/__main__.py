@@ -10,15 +10,16 @@ from pathlib import Path
 
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
+from methods import GROUPS
 from report import claims, grid, peers, replace
 from running import Results, Setting
 
 SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"
-LEVELS = (0.995, 0.99, 0.95, 0.9)
-CURVES = ("gradual", "one-shot", "RigL", "static", "SNIP", "SET", "ACDC", "gradual, ERK", "one-shot, random")
-NEURON_LEVELS = (0.5, 0.75, 0.95)
-NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first")
+LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
+DENSE_FIRST = ("gradual", "one-shot", "ACDC", "gradual, ERK", "one-shot, random")
+NEURON_LEVELS = (0.5, 0.75, 0.9, 0.95)
+NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
 FINE_TUNED = ("at the start", "at the start, uniform", "at the start, random", "gradual", "gradual, ERK")
 
 
@@ -26,12 +27,13 @@ def quick() -> list[Setting]:
     """Return what the claims and the peers need, the most important first."""
     settings = [setting for claim in CLAIMS for setting in (claim.one, claim.other)]
     settings.sort(key=lambda setting: setting.task == "rounds")  # the longest last
-    return [DENSE, *settings, *(setting for pair in PEERS for setting in pair), Setting("mnist", "ACDC", 0.98)]
+    return [DENSE, *settings, *(setting for pair in PEERS["mnist"] for setting in pair), Setting("mnist", "ACDC", 0.98)]
 
 
 def full() -> list[Setting]:
     """Return the curves, and the larger data."""
-    curves = [Setting("mnist", method, level) for level in LEVELS for method in CURVES]
+    compared = (*DENSE_FIRST, *(method for methods in GROUPS.values() for method in methods))
+    curves = [Setting("mnist", method, level) for level in LEVELS for method in compared]
     neurons = [Setting("mnist", f"neurons, {name}", level) for level in NEURON_LEVELS for name in NEURONS]
     fine_tuned = [
         Setting(task, method, level)
@@ -39,7 +41,8 @@ def full() -> list[Setting]:
         for method, levels in [("dense", (0.0,)), *((name, (0.98, 0.95, 0.9)) for name in FINE_TUNED)]
         for level in levels
     ]
-    return [*curves, *neurons, *fine_tuned]
+    others = [Setting("fashion-10", "dense", 0.0), *(setting for pair in PEERS["fashion-10"] for setting in pair)]
+    return [*curves, *neurons, *others, *fine_tuned]
 
 
 def main() -> None:

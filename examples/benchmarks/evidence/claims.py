@@ -67,6 +67,10 @@ def _neurons(method: str) -> Setting:
     return Setting("mnist", f"neurons, {method}", NEURONS)
 
 
+def _rest(method: str) -> Setting:
+    return Setting("mnist", method, 0.995)
+
+
 DENSE = Setting("mnist", "dense", 0.0)
 CLAIMS = [
     Claim("gradual > one-shot", "Zhu and Gupta, 2017", _mnist("gradual"), _mnist("one-shot")),
@@ -77,6 +81,9 @@ CLAIMS = [
     Claim("RigL >= SET", "Evci et al., 2020", _mnist("RigL"), _mnist("SET"), or_equal=True),
     Claim("SNIP > random, uniform", "Lee et al., 2019", _mnist("SNIP"), _mnist("static, uniform")),
     Claim("SNIP > random, ERK", "Lee et al., 2019", _mnist("SNIP"), _mnist("static")),
+    Claim("GraSP > random, uniform", "Wang et al., 2020", _mnist("GraSP"), _mnist("static, uniform")),
+    Claim("at 99.5 %, SynFlow > SNIP", "Tanaka et al., 2020", _rest("SynFlow"), _rest("SNIP")),
+    Claim("at 99.5 %, LAMP > global, gradual", "Lee et al., 2021", _rest("gradual, LAMP"), _rest("gradual")),
     Claim("in transfer, movement > magnitude", "Sanh et al., 2020", _transfer("movement"), _transfer("gradual")),
     Claim(
         "rewound ticket > random weights",
@@ -99,10 +106,18 @@ CLAIMS = [
     Claim("neurons: entropy, high first > random", "", _neurons("entropy, high first"), _neurons("random")),
     Claim("neurons: entropy, high first > L2", "", _neurons("entropy, high first"), _neurons("L2")),
 ]
-PEERS = [
-    (_mnist("gradual"), _mnist("ModelPruning, gradual")),
-    (_mnist("one-shot"), _mnist("ModelPruning, one-shot")),
-    (_mnist("one-shot"), _mnist("torch.nn.utils.prune, one-shot")),
-    (_mnist("gradual"), _mnist("fasterai, gradual")),
-    (_neurons("L2"), Setting("mnist", "Torch-Pruning, neurons", NEURONS)),
-]
+
+
+def peers(task: str) -> list[tuple[Setting, Setting]]:
+    """Return pairs of what these callbacks and another library do on a task."""
+    weights = {
+        "ModelPruning, gradual": "gradual",
+        "ModelPruning, one-shot": "one-shot",
+        "torch.nn.utils.prune, one-shot": "one-shot",
+        "fasterai, gradual": "gradual",
+    }
+    pairs = [(Setting(task, ours, 0.98), Setting(task, theirs, 0.98)) for theirs, ours in weights.items()]
+    return [*pairs, (Setting(task, "neurons, L2", NEURONS), Setting(task, "Torch-Pruning, neurons", NEURONS))]
+
+
+PEERS = {"mnist": peers("mnist"), "fashion-10": peers("fashion-10")}

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from methods import GROUPS
 from running import Results, Setting
 from tasks import TASKS
 
@@ -15,8 +16,8 @@ MARKERS = "osD^vP*Xp"
 
 
 def draw(results: Results, seeds: range, path: Path) -> None:
-    """Draw each task of which at least three sparsities of a method were run; neurons in a panel of their own."""
-    kinds = [(name, neurons) for name in TASKS for neurons in (False, True)]
+    """Draw each task of which at least three sparsities of a method were run, a panel for each group of methods."""
+    kinds = [(name, group) for name in TASKS for group in ("", *GROUPS, "neurons")]
     panels = {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
     if not panels:
         return
@@ -27,12 +28,19 @@ def draw(results: Results, seeds: range, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def curves(task: str, neurons: bool, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
+def group_of(method: str) -> str:
+    """Return the group of a method; "" is that of the callbacks with their defaults."""
+    if method.startswith("neurons"):
+        return "neurons"
+    return next((group for group, methods in GROUPS.items() if method in methods), "")
+
+
+def curves(task: str, group: str, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
     """Return (part that is kept, mean, standard deviation) by method, if three sparsities were run."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for setting in sorted({setting for setting, _ in results.rows}):
         values = results.accuracies(setting, seeds)
-        mine = setting.task == task and setting.method.startswith("neurons") == neurons
+        mine = setting.task == task and group_of(setting.method) == group
         if values and mine and setting.method != "dense":
             point = (1 - setting.sparsity, statistics.mean(values), statistics.stdev(values))
             found.setdefault(setting.method.removeprefix("neurons, "), []).append(point)
@@ -42,13 +50,13 @@ def curves(task: str, neurons: bool, results: Results, seeds: range) -> dict[str
 def _panel(
     axes: Axes,
     task: str,
-    neurons: bool,
+    group: str,
     methods: dict[str, list[tuple[float, float, float]]],
     results: Results,
     seeds: range,
 ) -> None:
     looks = cycle(zip(COLOURS, MARKERS, strict=True))
-    what = "neurons" if neurons else "weights"
+    what = "neurons" if group == "neurons" else "weights"
     order = sorted(methods, key=lambda method: -methods[method][-1][1])  # the legend in the order of the curves' ends
     for method, (colour, marker) in zip(order, looks, strict=False):
         kept, means, spreads = zip(*methods[method], strict=True)
@@ -62,7 +70,8 @@ def _panel(
     axes.set_xticks(levels)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda kept, _: f"{100 * kept:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=f"{what} kept (%, log scale)", ylabel="test accuracy (%)", title=TASKS[task].title)
+    title = f"{TASKS[task].title}{f': {group}' if group else ''}"
+    axes.set(xlabel=f"{what} kept (%, log scale)", ylabel="test accuracy (%)", title=title)
     axes.legend(frameon=False, loc="lower left", fontsize="small")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

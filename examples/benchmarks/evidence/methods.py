@@ -10,26 +10,38 @@ from torch import Tensor
 
 from lightning_prune import (
     ACDC,
+    FPGM,
     NM,
     SET,
     SRSTE,
+    APoZ,
     Channel,
     Criterion,
     EntropyPruning,
+    Fisher,
+    GraSP,
     LotteryTicket,
     MagnitudePruning,
     MovementPruning,
     Pruning,
+    PruningAtInit,
     Random,
     RandomPruning,
     RigL,
+    Sensitivity,
     SensitivityPruning,
-    SNIPPruning,
+    SynFlow,
     Units,
+    WandaPruning,
     Weight,
 )
 
 ROUNDS = 5
+# what is compared in one panel of the picture; the others are pruned from a dense network by magnitude
+GROUPS = {
+    "sparse from the first step": ("RigL", "SET", "static", "SNIP", "GraSP", "SynFlow"),
+    "by other criteria": ("gradual, LAMP", "gradual, Fisher", "gradual, Taylor", "gradual, movement", "gradual, Wanda"),
+}
 HALFWAY: dict[str, Any] = {"schedule": "one_shot", "start": 0.5}
 AT_ONCE: dict[str, Any] = {"schedule": "one_shot", "start": 0}
 NEURONS: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",), **HALFWAY}
@@ -74,8 +86,15 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "SET": lambda sparsity, seed: SET(sparsity, seed=seed),
     "static": lambda sparsity, seed: random_weights(sparsity, seed, scope="erk", **AT_ONCE),
     "static, uniform": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_ONCE),
-    "SNIP": lambda sparsity, seed: SNIPPruning(sparsity),
+    "SNIP": lambda sparsity, seed: PruningAtInit(sparsity),
+    "GraSP": lambda sparsity, seed: PruningAtInit(sparsity, GraSP()),
+    "SynFlow": lambda sparsity, seed: PruningAtInit(sparsity, SynFlow(), rounds=100),
     "movement": lambda sparsity, seed: MovementPruning(sparsity),
+    "gradual, LAMP": lambda sparsity, seed: MagnitudePruning(sparsity, scope="lamp"),
+    "gradual, Fisher": lambda sparsity, seed: Pruning(sparsity, criterion=Fisher()),
+    "gradual, Taylor": lambda sparsity, seed: Pruning(sparsity, criterion=Sensitivity()),
+    "gradual, movement": lambda sparsity, seed: MovementPruning(sparsity),
+    "gradual, Wanda": lambda sparsity, seed: WandaPruning(sparsity),
     "LotteryTicket": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS),
     "LotteryTicket, random": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS, "random", seed=seed),
     "LotteryTicket, learning rate": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS, "learning_rate"),
@@ -84,6 +103,8 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "2:4, gradual": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=NM(2, 4)),
     "neurons, random": lambda sparsity, seed: RandomPruning(sparsity, seed=seed, **NEURONS),
     "neurons, L2": lambda sparsity, seed: Pruning(sparsity, criterion=L2(), granularity=Channel(), **NEURONS),
+    "neurons, FPGM": lambda sparsity, seed: Pruning(sparsity, criterion=FPGM(), granularity=Channel(), **NEURONS),
+    "neurons, APoZ": lambda sparsity, seed: Pruning(sparsity, criterion=APoZ(), granularity=Channel(), **NEURONS),
     "neurons, Taylor": lambda sparsity, seed: SensitivityPruning(sparsity, **NEURONS),
     "neurons, entropy, low first": lambda sparsity, seed: EntropyPruning(sparsity, prune="low", **NEURONS),
     "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),

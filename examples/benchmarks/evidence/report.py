@@ -15,12 +15,17 @@ def claims(results: Results, seeds: range) -> str:
 
 def peers(results: Results, seeds: range) -> str:
     """Return what others reach beside what these callbacks reach."""
-    rows = []
-    for ours, theirs in PEERS:
-        found = [results.accuracies(setting, seeds) for setting in (ours, theirs)]
-        if found[0] and found[1]:
-            rows.append([_named(ours), spread(found[0]), _named(theirs), spread(found[1])])
-    return _table(["lightning_prune", "", "peer", ""], rows)
+    parts = []
+    for task, pairs in PEERS.items():
+        rows = []
+        for ours, theirs in pairs:
+            found = [results.accuracies(setting, seeds) for setting in (ours, theirs)]
+            if found[0] and found[1]:
+                rows.append([_named(ours), spread(found[0]), _named(theirs), spread(found[1])])
+        if rows:
+            table = _table(["lightning_prune", "", "peer", ""], rows)
+            parts.append(f"**{TASKS[task].title}**\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def grid(results: Results, seeds: range) -> str:

@@ -223,6 +223,7 @@ TASKS = {
         constant,
         before=(partial(mnist, digits=range(5)), 10),
     ),
+    "fashion-10": Task("Fashion-MNIST, LeNet-300-100, 10 epochs from scratch", FashionMNIST, lenet, 10),
     "fashion": Task(
         "Fashion-MNIST, LeNet-300-100, trained for 3 epochs, then 1",
         FashionMNIST,
