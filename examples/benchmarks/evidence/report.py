@@ -1,16 +1,20 @@
 """Tables for pages: what the claims came to, the peers, and everything that was run."""
 
+import sys
 from pathlib import Path
 
 from claims import CLAIMS, PEERS
 from running import Results, Setting, spread
 from tasks import TASKS
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from marked import table
+
 
 def claims(results: Results, seeds: range) -> str:
     """Return the claims with both accuracies, their difference seed by seed, and the verdict."""
     rows = [row for claim in CLAIMS if (row := claim.judge(results, seeds))]
-    return _table(["claim", "source", "first", "second", "difference", "here"], rows)
+    return table(["claim", "source", "first", "second", "difference", "here"], rows)
 
 
 def peers(results: Results, seeds: range) -> str:
@@ -23,8 +27,8 @@ def peers(results: Results, seeds: range) -> str:
             if found[0] and found[1]:
                 rows.append([_named(ours), spread(found[0]), _named(theirs), spread(found[1])])
         if rows:
-            table = _table(["lightning_prune", "", "peer", ""], rows)
-            parts.append(f"**{TASKS[task].title}**\n\n{table}")
+            beside = table(["lightning_prune", "", "peer", ""], rows)
+            parts.append(f"**{TASKS[task].title}**\n\n{beside}")
     return "\n\n".join(parts)
 
 
@@ -42,27 +46,9 @@ def grid(results: Results, seeds: range) -> str:
             rows.append([method, *(spread(values) if values else "" for values in found)])
         title = f"{task.title}{f': dense {spread(dense)}' if dense else ''}"
         if rows:
-            parts.append(f"**{title}**\n\n{_table(['', *(f'{level:.1%}' for level in levels)], rows)}")
+            parts.append(f"**{title}**\n\n{table(['', *(f'{level:.1%}' for level in levels)], rows)}")
     return "\n\n".join(parts)
 
 
 def _named(setting: Setting) -> str:
     return f"{setting.method}, {setting.sparsity:.0%}"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def replace(path: Path, name: str, text: str) -> None:
-    """Put text between the markers of that name in a page.
-
-    Raises:
-        ValueError: If the page does not have each of the two markers once.
-    """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    page = path.read_text()
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"{path.name} must have the lines {begin} and {end} once each")
-    path.write_text(f"{page.partition(begin)[0]}{begin}\n{text}\n{end}{page.partition(end)[2]}")

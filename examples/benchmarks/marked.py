@@ -1,0 +1,24 @@
+"""Marked: what benchmarks write into pages, between two lines that name it."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def replace(path: Path, name: str, text: str) -> None:
+    """Put text between the markers of that name in a page.
+
+    Raises:
+        ValueError: If the page does not have each of the two markers once.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    page = path.read_text()
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{path.name} must have the lines {begin} and {end} once each")
+    path.write_text(f"{page.partition(begin)[0]}{begin}\n{text}\n{end}{page.partition(end)[2]}")
+    print(f"{path.name}: {name} written")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
