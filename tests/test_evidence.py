@@ -11,30 +11,19 @@ import torch
 from lightning import Trainer
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "evidence"
-NAMES = (
-    "claims",
-    "drawing",
-    "methods",
-    "peers",
-    "report",
-    "running",
-    "tasks",
-    "marked",
-    "mnist5k",
-    "timing",
-    "post_training",
-)
+NAMES = ("claims", "drawing", "methods", "peers", "report", "running", "tasks", "mnist5k")
+BESIDE = ("marked", "timing", "post_training")
 
 
 @pytest.fixture(scope="module")
 def evidence() -> Iterator[dict[str, ModuleType]]:
     known, threads = set(sys.modules), torch.get_num_threads()
     sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-    yield {name: __import__(name) for name in NAMES}
+    yield {name: __import__(name) for name in (*NAMES, *BESIDE)}
     sys.path.remove(str(FOLDER))
     sys.path.remove(str(FOLDER.parent))
     torch.set_num_threads(threads)
-    for name in set(NAMES) - known:
+    for name in {*NAMES, *BESIDE} - known:
         sys.modules.pop(name, None)
 
 

@@ -40,7 +40,6 @@ from lightning_prune import NM, OWL, Granularity, Units, Wanda, Weight, prune, r
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
 from tasks import TASKS, pretrained
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 Row = dict[str, Any]
 WINDOW, CALIBRATION, EVALUATION = 256, 32, 16  # tokens; windows
 SETTINGS: dict[str, tuple[float, Granularity]] = {"50 %": (0.5, Weight()), "2:4": (0.5, NM(2, 4))}
@@ -236,6 +235,7 @@ def shown(name: str, score: float) -> str:
 
 def main() -> None:
     """Measure what is missing, print a table and write it into the README."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     args = parser(str(__doc__).partition("\n")[0]).parse_args()
     settings = {**SETTINGS, **(MORE if args.full else {})}
     rows: list[Row] = load("post_training")["rows"] if (RESULTS / "post_training.json").exists() else []
