@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -28,10 +28,11 @@ class PruningAtInit(MaskedTraining):
     """Prune once, before the first optimizer step, from passes of its own over the first batch; then keep the zeros.
 
     It is ``prune`` inside of ``fit``, for any criterion, also those that differentiate something else than the loss
-    (``GraSP``, ``SynFlow``): from the first step on, the network is sparse. The passes are those of a copy of the
-    model, in evaluation mode and full precision, so that they leave no trace: no statistics of norms, no random
-    numbers, no metrics, no logs. Of several ranks each has a batch of its own, and all have the masks of all batches.
-    The masks come with a checkpoint, and are not chosen again when a run is resumed.
+    (``GraSP``, ``SynFlow``): from the first step on, the network is sparse. The passes are training steps of a copy of
+    the model on a copy of the batch: they change no statistics of norms, no random numbers, no metrics and nothing that
+    ``self.log`` says. Of several ranks each has a batch of its own, and all have the masks of all batches. The masks
+    come with a checkpoint, and are not chosen again when a run is resumed. Layers that are frozen when the first step
+    comes are left alone.
 
     Args:
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
@@ -39,7 +40,8 @@ class PruningAtInit(MaskedTraining):
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
         rounds: Times to score and prune, along the exponential schedule.
-        loss: ``loss(model, batch)``, for criteria that need gradients or forward passes; None is ``training_step``.
+        loss: ``loss(model, batch)``, for criteria that need gradients or forward passes; None is what ``training_step``
+            returns.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
         threshold: Instead of a sparsity: prune every unit that scores below it.
@@ -48,8 +50,8 @@ class PruningAtInit(MaskedTraining):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, or parameters
-            are uninitialised or in pieces; before the first step, if a score is not finite, or the loss is to come from
-            a ``training_step`` that returns none or optimizes by hand.
+            are uninitialised or in pieces; before the first step, if the model cannot be copied, a score is not finite,
+            or the loss is to come from a ``training_step`` that returns none or optimizes by hand.
 
     Reference: Lee et al., 2019, arXiv:1810.02340; Wang et al., 2020, arXiv:2002.07376; Tanaka et al., 2020,
     arXiv:2006.05467.
@@ -104,7 +106,7 @@ class PruningAtInit(MaskedTraining):
     @override
     def explain(self) -> str:
         what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
-        final = self.sparsity if isinstance(self.sparsity, float) else 1.0
+        final = self.sparsity if isinstance(self.sparsity, float | int) else 1.0
         return report.plan(type(self).__name__, what, self._found, [(0, final)], "step")
 
     @override
@@ -117,21 +119,32 @@ class PruningAtInit(MaskedTraining):
                 "the model must have whole parameters, got sharded ones: call prune(...) before fit, and add "
                 "ConstantSparsity()"
             )
+        self._find(pl_module)
+        tell(self.explain())
+
+    def _find(self, pl_module: LightningModule) -> None:
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
         self._found = {target.name: target.parameter for target in found}
-        tell(self.explain())
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.masks:
+            self._find(pl_module)  # layers may have been unfrozen since the start
+            self._refuse_overlap(trainer)
             self.put_in_force(trainer, pl_module, self._choose(trainer, pl_module, batch))
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Masks:
-        example = pl_module.example_input_array
-        full_precision = torch.autocast(pl_module.device.type, enabled=False)
-        with trainer.precision_plugin.forward_context(), full_precision, eager():
+        model, example = _silent_copy(pl_module), pl_module.example_input_array
+        modes = [module.training for module in model.modules()]
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            for module, mode in zip(model.modules(), modes, strict=True):
+                module.training = mode
+            return (self.loss or _loss_of_a_step)(model, copy.deepcopy(batch))  # which may change it
+
+        with trainer.precision_plugin.forward_context(), isolate_rng(), eager():
             return prune(
-                _silent_copy(pl_module),
+                model,
                 self.sparsity,
                 criterion=self.criterion,
                 granularity=self.granularity,
@@ -141,22 +154,31 @@ class PruningAtInit(MaskedTraining):
                 threshold=self.threshold,
                 min_density=self.min_density,
                 data=[batch],
-                loss=self.loss or _loss_of_a_step,
+                loss=loss,
                 rounds=self.rounds,
                 example_inputs=inputs_of(batch) if example is None and self.granularity.coupled else example,
                 distributed=trainer.world_size > 1,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_found": {}}
+
 
 def _silent_copy(pl_module: LightningModule) -> LightningModule:
     """Return a copy that logs nothing."""
-    copied = copy.deepcopy(pl_module)
+    try:
+        copied = copy.deepcopy(pl_module)
+    except Exception as error:  # of any type: whatever a user's attributes raise
+        raise ValueError(
+            f"the model must be one that copy.deepcopy can copy for PruningAtInit, got {type(pl_module).__name__} "
+            f"({error}): call prune(...) before fit, and add ConstantSparsity()"
+        ) from error
     with suppress(ValueError):  # it is not compiled; the compiled methods are those of the module that was copied
         copied = to_uncompiled(copied)
     copied.trainer = pl_module.trainer
     for module in copied.modules():
-        if isinstance(module, LightningModule):
-            module.log = module.log_dict = _nothing  # type: ignore[method-assign]
+        if hasattr(type(module), "log_dict"):  # a LightningModule, of either namespace
+            vars(module).update(log=_nothing, log_dict=_nothing)
     return copied
 
 
@@ -164,11 +186,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Log nothing."""
 
 
-def _loss_of_a_step(model: nn.Module, batch: Any) -> Tensor:
+def _loss_of_a_step(model: Any, batch: Any) -> Tensor:
     """Return the loss that ``training_step`` returns for the first batch."""
-    assert isinstance(model, LightningModule)
     if not model.automatic_optimization:
         raise ValueError("loss must be given where training_step optimizes by hand, got None")
+    if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
+        raise ValueError("loss must be given where training_step takes a dataloader_iter, got None")
     index = (0,) if is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2) else ()
     found = model.training_step(batch, *index)
     loss = found.get("loss") if isinstance(found, Mapping) else found

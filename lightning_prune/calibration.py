@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.calling import convert, inputs_of, keeping_gradients, keeping_modes
 
@@ -16,12 +17,25 @@ Run = Callable[[Any], Any]
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and give back its modes and gradients, and the random state, as they were."""
+def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[None]:
+    """Put a model in eval mode, and give back its modes and gradients, and the random state, as they were.
+
+    Args:
+        model: Any module.
+        batch_statistics: Whether batch norms stay in training mode; their buffers are given back, too.
+    """
     cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and batch_statistics]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     with keeping_modes(model), keeping_gradients(model), torch.random.fork_rng(list(cuda)):
         model.eval()
-        yield
+        for norm in norms:
+            norm.train()
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Iterable[Any]:

@@ -1,5 +1,6 @@
 """Calling: runs a model on example inputs of any form, and compares what comes out."""
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +31,17 @@ def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = No
     """
     if isinstance(inputs, Tensor):
         return inputs.to(device, dtype if inputs.is_floating_point() else None)
-    if isinstance(inputs, tuple | list):
+    if hasattr(type(inputs), "to"):  # packed sequences, and others that know how
+        return inputs.to(device)
+    if isinstance(inputs, tuple):
         parts = [convert(part, device, dtype) for part in inputs]
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
-    return {key: convert(part, device, dtype) for key, part in inputs.items()} if isinstance(inputs, dict) else inputs
+    if isinstance(inputs, list | dict):  # a subclass keeps what else it has
+        copied = copy.copy(inputs)
+        for key, part in inputs.items() if isinstance(inputs, dict) else enumerate(inputs):
+            copied[key] = convert(part, device, dtype)
+        return copied
+    return inputs
 
 
 def inputs_of(batch: Any) -> Inputs:

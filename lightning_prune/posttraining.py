@@ -97,7 +97,8 @@ def prune(
     if sequential is not None and budget is not None:
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
     masks = Masks()
-    with undisturbed(model):  # also while a loader is asked for batches, which may draw random numbers
+    # also while a loader is asked for batches, which may draw random numbers
+    with undisturbed(model, criterion.batch_statistics):
         batches = take(data, criterion.window, model)
         batches = list(batches) if rounds > 1 else batches
         for number in range(1, rounds + 1):
@@ -132,7 +133,7 @@ def observed_units(
     """
     _check_data(criterion, data)
     units, _ = find_units(found, model, granularity, example_of(model, None))
-    with undisturbed(model):
+    with undisturbed(model, criterion.batch_statistics):
         (stage,) = stages(model, take(data, criterion.window, model), _passes(criterion, model, loss))
         _observe(units, criterion, stage)
     return units

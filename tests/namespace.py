@@ -56,6 +56,12 @@ def check_trainer(folder: Path) -> None:
     assert sum("Checkpoint" in type(callback).__name__ for callback in trainer.callbacks) == 1
 
 
+def check_at_init() -> None:
+    model = Worsening()
+    namespace.Trainer(**RUN, enable_checkpointing=False, callbacks=[lp.PruningAtInit(0.9)]).fit(model)
+    assert int((model.layer.weight == 0).sum()) == round(0.9 * 64)
+
+
 def check_command_line(file: Path) -> None:
     callbacks = [
         {"class_path": "lightning_prune.MagnitudePruning", "init_args": {"sparsity": 0.75, "start": 0, "end": 4}},
@@ -72,5 +78,6 @@ def check_command_line(file: Path) -> None:
 
 if __name__ == "__main__":
     check_classes()
+    check_at_init()
     check_trainer(Path(sys.argv[2], "checkpoints"))
     check_command_line(Path(sys.argv[2], "run.yaml"))

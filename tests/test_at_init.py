@@ -1,15 +1,22 @@
 """PruningAtInit: what ``prune`` does before a training, inside of ``fit`` and without a trace."""
 
 import copy
+import pickle
+import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import BaseFinetuning
 from models import MLP, Attention, ConvNet, On, Tiny, TwoOptimizers, fit, size, weights, zeros
-from modes import Probe, Regression, assert_masked, leftovers, mlp
+from modes import SGD, Probe, Regression, assert_masked, leftovers, mlp
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from variants import CRITERIA, label
 
@@ -22,6 +29,7 @@ from lightning_prune import (
     GraSP,
     Head,
     Magnitude,
+    MagnitudePruning,
     PruningAtInit,
     SynFlow,
     Wanda,
@@ -34,6 +42,14 @@ OWN: tuple[Criterion, ...] = (*CRITERIA, GraSP(), SynFlow())
 
 def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def training_loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return loss(model.train(), batch)
+
+
+def first(model: Tiny) -> list[Tensor]:
+    return next(iter(model.train_dataloader()))
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -50,9 +66,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("criterion", OWN, ids=label)
 def test_a_run_is_that_of_a_model_pruned_before(criterion: Criterion) -> None:
-    one, other = MLP(dropout=0.3), MLP(dropout=0.3)
-    batch = next(iter(one.train_dataloader()))
-    masks = prune(other, 0.8, criterion=criterion, data=[batch], loss=loss, rounds=2)
+    one, other = MLP(), MLP()
+    masks = prune(copy.deepcopy(other), 0.8, criterion=criterion, data=[first(one)], loss=training_loss, rounds=2)
+    masks.apply(other)
     torch.manual_seed(1)
     fit(other, ConstantSparsity())
     callback = PruningAtInit(0.8, criterion, rounds=2)
@@ -135,6 +151,39 @@ def test_a_second_model_is_pruned_anew_and_a_second_fit_is_not() -> None:
     assert any(not torch.equal(callback.masks[name], mask) for name, mask in masks.items())
 
 
+class Unfreezing(BaseFinetuning):
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 0:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+def test_layers_that_thaw_before_the_first_batch_are_pruned_and_counted() -> None:
+    model, callback = Regression(mlp(), optimizer=SGD), PruningAtInit(0.5)
+    fit(model, callback, Unfreezing())
+    assert callback.target_names() == ["net.0.weight", "net.3.weight", "net.5.weight"]
+    assert_masked(model, callback)
+
+
+def test_callbacks_share_a_model_and_no_target() -> None:
+    model, first, second = MLP(), PruningAtInit(0.5, targets=("net.0.*",)), MagnitudePruning(0.9, ignore=("net.0.*",))
+    fit(model, first, second)
+    assert zeros(model) == round(0.5 * 48) + round(0.9 * 110)
+    with pytest.raises(ValueError, match="pruning callbacks must have disjoint targets, got"):
+        fit(MLP(), PruningAtInit(0.5), PruningAtInit(0.9, targets=("net.6.*",)))
+
+
+def test_a_copy_of_the_callback_has_the_masks_and_not_the_model() -> None:
+    model, callback = Regression(nn.Linear(1000, 100), size=(1000,)), PruningAtInit(0.5)
+    fit(model, callback)
+    assert len(pickle.dumps(callback)) < 2 * 100_000 < model.net.weight.nbytes
+    again = pickle.loads(pickle.dumps(callback))
+    assert_equal(again.masks, callback.masks)
+    assert (again.target_names(), again.sparsity_now, again.reached) == (["net.weight"], 0.5, True)
+
+
 # ------------------------------------------------------------------------------------------------ without a trace
 
 
@@ -149,6 +198,7 @@ class Watched(ConvNet):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.calls += 1
+        batch[0].mul_(1 + 0.01 * random.random() + np.random.random())  # for all who use the batch behind it
         logits = self(batch[0])
         self.accuracy(logits, batch[1])
         self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
@@ -161,10 +211,11 @@ def test_a_run_that_prunes_nothing_is_the_dense_one_bit_by_bit(criterion: Criter
     runs = []
     for callbacks in ([], [PruningAtInit(0.0, criterion)]):
         model = Watched()
-        torch.manual_seed(1)
+        seed_everything(1, verbose=False)
         trainer = fit(model, *callbacks)
         metrics = {name: value for name, value in trainer.callback_metrics.items() if "pruning" not in name}
-        runs.append({**state(model), **metrics, "random": torch.get_rng_state()})
+        others = torch.tensor([random.random(), np.random.random()])
+        runs.append({**state(model), **metrics, "random": torch.get_rng_state(), "others": others})
         assert leftovers(model, *trainer.optimizers) == []
     assert_equal(runs[1], runs[0])
     assert {"accuracy", "first_epoch", "calls"} <= runs[0].keys()
@@ -188,10 +239,11 @@ def test_the_loss_is_that_of_the_training_step(criterion: Criterion) -> None:
     model, plain = InADict(), MLP()
     callback = PruningAtInit(0.7, criterion)
     fit(model, callback, limit_val_batches=0)
-    assert_equal(callback.masks, prune(plain, 0.7, criterion=criterion, data=[next(iter(plain.train_dataloader()))]))
+    assert_equal(callback.masks, prune(plain, 0.7, criterion=criterion, data=[first(plain)], loss=training_loss))
 
 
 def squares(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    assert model.training
     return model(batch[0]).square().mean()
 
 
@@ -199,9 +251,9 @@ def test_a_loss_of_ones_own() -> None:
     model, plain = MLP(), MLP()
     callback = PruningAtInit(0.7, loss=squares)
     fit(model, callback)
-    batch = next(iter(plain.train_dataloader()))
-    expected = prune(copy.deepcopy(plain), 0.7, criterion=SNIP(), data=[batch], loss=squares)
-    others = prune(plain, 0.7, criterion=SNIP(), data=[batch], loss=loss)
+    own = partial(prune, sparsity=0.7, criterion=SNIP(), data=[first(plain)])
+    expected = own(copy.deepcopy(plain), loss=lambda model, batch: squares(model.train(), batch))
+    others = own(plain, loss=training_loss)
     assert_equal(callback.masks, expected)
     assert any(not torch.equal(mask, others[name]) for name, mask in expected.items())
 
@@ -214,6 +266,35 @@ def test_steps_by_hand_need_a_loss() -> None:
     assert zeros(model) == round(0.5 * size(model))
     model = TwoOptimizers()
     fit(model, PruningAtInit(0.5, Magnitude()))
+    assert zeros(model) == round(0.5 * size(model))
+
+
+class Detector(MLP):
+    """Returns its loss in training mode only, and takes what it needs out of the batch."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        assert self.training
+        assert batch.extra == "kept"
+        return nn.functional.cross_entropy(self.net(batch.pop("inputs")), batch.pop("labels"))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(super().train_dataloader().dataset, batch_size=8, collate_fn=Named.of)
+
+
+class Named(dict):
+    """A batch with an attribute of its own."""
+
+    extra = "kept"
+
+    @classmethod
+    def of(cls, samples: list[tuple[Tensor, Tensor]]) -> "Named":
+        return cls(zip(("inputs", "labels"), map(torch.stack, zip(*samples, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("criterion", [SNIP(), GraSP(), Wanda(), Magnitude()], ids=label)
+def test_passes_are_training_steps_on_a_copy_of_the_batch(criterion: Criterion) -> None:
+    model = Detector()
+    fit(model, PruningAtInit(0.5, criterion, rounds=3), max_epochs=1, limit_val_batches=0)
     assert zeros(model) == round(0.5 * size(model))
 
 
@@ -231,6 +312,22 @@ def test_a_step_without_a_loss_is_refused_and_changes_nothing() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ ways to train
+
+
+class HalfFrozen(Regression):
+    """A part in bfloat16 that autocasting alone lets work with the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.net[3].requires_grad_(False).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("criterion", [SNIP(), GraSP(), Wanda()], ids=label)
+def test_passes_are_autocast_as_steps_are(criterion: Criterion) -> None:
+    model, callback = HalfFrozen(), PruningAtInit(0.5, criterion)
+    fit(model, callback, precision="bf16-mixed", limit_val_batches=0)
+    assert_masked(model, callback)
+    assert list(callback.masks) == ["net.0.weight", "net.5.weight"]
 
 
 @pytest.mark.parametrize("criterion", [SNIP(), GraSP(), SynFlow(), Wanda()], ids=label)
@@ -273,6 +370,10 @@ def test_arguments_are_checked_at_once(make: Callable[[], Any], told: str) -> No
 
 
 def test_what_cannot_be_pruned_is_refused_before_the_first_step() -> None:
+    held = MLP()
+    held.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"copy\.deepcopy can copy for PruningAtInit, got MLP \(cannot pickle"):
+        fit(held, PruningAtInit(0.5))
     with pytest.raises(ValueError, match=r"targets must match a parameter, got 'ent\.\*'; close names:"):
         fit(MLP(), PruningAtInit(0.5, targets=("ent.*",)))
     lazy = Regression(nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 1)))

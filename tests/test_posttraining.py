@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import (
+    SNIP,
     Channel,
     Criterion,
     Entropy,
     Granularity,
+    GraSP,
     Magnitude,
     Masks,
     Random,
@@ -23,6 +25,8 @@ from lightning_prune import (
     Weight,
     prune,
 )
+from lightning_prune.calling import convert
+from lightning_prune.criteria import Loss
 from lightning_prune.scopes import SCOPES
 
 CRITERIA = [Magnitude(), Random(), Entropy("high", window=2), Entropy("low", window=2), Sensitivity(window=2)]
@@ -432,3 +436,55 @@ def test_a_model_with_only_lazy_parameters_is_refused() -> None:
 def test_a_frozen_model_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"frozen: \['0\.weight', '5\.weight', '7\.weight'\]"):
         prune(net().requires_grad_(False), 0.5)
+
+
+@pytest.mark.parametrize("criterion", [SNIP(), GraSP()], ids=str)
+def test_at_initialisation_batch_norms_normalise_by_the_batch(criterion: Criterion) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.9), nn.Linear(8, 3))
+    data = [(torch.randn(64, 4) + 3, torch.randint(0, 3, (64,)))]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    seen: list[tuple[bool, bool]] = []
+    model[3].register_forward_pre_hook(lambda dropout, inputs: seen.append((model[1].training, dropout.training)))
+
+    def loss(norm: bool) -> Loss:
+        def loss(model: Any, batch: Any) -> Tensor:
+            model[1].train(norm)
+            return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+        return loss
+
+    by_batch, by_running = (
+        prune(copy.deepcopy(model), 0.5, criterion=criterion, data=data, loss=loss(norm)) for norm in (True, False)
+    )
+    seen.clear()
+    masks = prune(model, 0.5, criterion=criterion, data=data)
+    assert seen == [(True, False)]
+    assert model[1].training
+    assert model[3].training
+    assert all(torch.equal(masks[name], mask) for name, mask in by_batch.items())
+    assert any(not torch.equal(masks[name], mask) for name, mask in by_running.items())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class Sized(dict):
+    """A batch that knows something beside its tensors."""
+
+    size = 2
+
+
+def test_batches_of_every_kind_reach_the_loss_as_they_are() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.rand(3, 6), torch.rand(2, 6)])
+    data = [Sized(x=torch.rand(2, 6)), {"x": [torch.rand(2, 6)]}, Pair(torch.rand(2, 6), "y"), packed]
+    seen: list[Any] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(batch)
+        x = batch["x"] if isinstance(batch, dict) else batch[0]
+        return model(x[0] if isinstance(x, list) else x).square().mean()
+
+    prune(nn.Linear(6, 2), 0.5, criterion=Sensitivity(), data=data, loss=loss)
+    assert [type(batch) for batch in seen] == [type(batch) for batch in data]
+    assert seen[0].size == 2
+    assert seen[3].batch_sizes.tolist() == [2, 2, 1]
+    assert type(convert(packed, torch.device("meta"))) is type(packed)

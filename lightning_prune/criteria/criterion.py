@@ -26,6 +26,8 @@ class Criterion:
             that ``scores`` may be asked for a piece of them at a time.
         accumulates: Whether what it observes adds up from ``window`` steps before the first update to the last one, and
             does not begin anew after each; for gradients.
+        batch_statistics: Whether batch norms normalise by the batch where ``prune`` observes: for networks at their
+            initialisation, of which running statistics say nothing.
         by_row: Whether weights are compared with those of their output channel only; larger units never are.
 
     >>> class Squared(Criterion):
@@ -37,6 +39,7 @@ class Criterion:
     entrywise: ClassVar[bool] = False
     window: int = 0
     accumulates: ClassVar[bool] = False
+    batch_statistics: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

@@ -30,6 +30,8 @@ class GraSP(GradientMean):
         arXiv:2002.07376.
     """
 
+    batch_statistics: ClassVar[bool] = True
+
     window: int = 1
 
     @override

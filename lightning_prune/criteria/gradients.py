@@ -117,6 +117,7 @@ class SNIP(GradientMean):
     """
 
     entrywise: ClassVar[bool] = True
+    batch_statistics: ClassVar[bool] = True
 
     window: int = 1
 
