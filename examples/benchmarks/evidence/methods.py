@@ -28,7 +28,6 @@ from lightning_prune import (
     Random,
     RandomPruning,
     RigL,
-    Sensitivity,
     SensitivityPruning,
     SynFlow,
     Units,
@@ -40,7 +39,7 @@ ROUNDS = 5
 # what is compared in one panel of the picture; the others are pruned from a dense network by magnitude
 GROUPS = {
     "sparse from the first step": ("RigL", "SET", "static", "SNIP", "GraSP", "SynFlow"),
-    "by other criteria": ("gradual, LAMP", "gradual, Fisher", "gradual, Taylor", "gradual, movement", "gradual, Wanda"),
+    "by other criteria": ("gradual, LAMP", "gradual, Fisher", "gradual, movement", "gradual, Wanda"),
 }
 HALFWAY: dict[str, Any] = {"schedule": "one_shot", "start": 0.5}
 AT_ONCE: dict[str, Any] = {"schedule": "one_shot", "start": 0}
@@ -92,7 +91,6 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "movement": lambda sparsity, seed: MovementPruning(sparsity),
     "gradual, LAMP": lambda sparsity, seed: MagnitudePruning(sparsity, scope="lamp"),
     "gradual, Fisher": lambda sparsity, seed: Pruning(sparsity, criterion=Fisher()),
-    "gradual, Taylor": lambda sparsity, seed: Pruning(sparsity, criterion=Sensitivity()),
     "gradual, movement": lambda sparsity, seed: MovementPruning(sparsity),
     "gradual, Wanda": lambda sparsity, seed: WandaPruning(sparsity),
     "LotteryTicket": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS),
