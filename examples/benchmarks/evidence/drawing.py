@@ -55,10 +55,11 @@ def _panel(
     results: Results,
     seeds: range,
 ) -> None:
-    looks = cycle(zip(COLOURS, MARKERS, strict=True))
+    looks = dict(zip(sorted(methods), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
     what = "neurons" if group == "neurons" else "weights"
     order = sorted(methods, key=lambda method: -methods[method][-1][1])  # the legend in the order of the curves' ends
-    for method, (colour, marker) in zip(order, looks, strict=False):
+    for method in order:
+        colour, marker = looks[method]
         kept, means, spreads = zip(*methods[method], strict=True)
         axes.errorbar(kept, means, spreads, color=colour, marker=marker, markersize=5, capsize=2, label=method)
     dense = results.accuracies(Setting(task, "dense", 0.0), seeds)
@@ -70,7 +71,7 @@ def _panel(
     axes.set_xticks(levels)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda kept, _: f"{100 * kept:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = f"{TASKS[task].title}{f': {group}' if group else ''}"
+    title = "\n".join(filter(None, (TASKS[task].title, group)))
     axes.set(xlabel=f"{what} kept (%, log scale)", ylabel="test accuracy (%)", title=title)
     axes.legend(frameon=False, loc="lower left", fontsize="small")
     axes.grid(color="#dddddd", linewidth=0.6)
