@@ -105,8 +105,7 @@ class PruningAtInit(MaskedTraining):
 
     @override
     def explain(self) -> str:
-        what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
-        final = self.sparsity if isinstance(self.sparsity, float | int) else 1.0
+        what, final = goal.describe(self.sparsity, self.threshold)
         return report.plan(type(self).__name__, what, self._found, [(0, final)], "step")
 
     @override

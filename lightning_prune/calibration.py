@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.calling import convert, inputs_of, keeping_gradients, keeping_modes
+from lightning_prune.calling import convert, evaluating, inputs_of, keeping_entries, keeping_gradients
 
 Run = Callable[[Any], Any]
 
@@ -25,17 +25,19 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
         batch_statistics: Whether batch norms stay in training mode; their buffers are given back, too.
     """
     cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and batch_statistics]
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    with keeping_modes(model), keeping_gradients(model), torch.random.fork_rng(list(cuda)):
-        model.eval()
-        for norm in norms:
-            norm.train()
-        try:
-            yield
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    norms = batch_norms(model) if batch_statistics else []
+    kept = keeping_entries(buffer for norm in norms for buffer in norm.buffers())
+    with evaluating(model, norms), keeping_gradients(model), kept, torch.random.fork_rng(list(cuda)):
+        yield
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of a model.
+
+    >>> [type(norm).__name__ for norm in batch_norms(nn.Sequential(nn.BatchNorm1d(2), nn.LayerNorm(2)))]
+    ['BatchNorm1d']
+    """
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Iterable[Any]:

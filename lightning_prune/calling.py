@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,8 +121,7 @@ def _relative(tensor: Tensor, other: Tensor) -> float:
 @torch.no_grad()
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return what the model puts out in eval mode, without a trace of the run: modes, random state."""
-    with keeping_modes(model), torch.random.fork_rng(devices=[]), eager():
-        model.eval()
+    with evaluating(model), torch.random.fork_rng(devices=[]), eager():
         return call(model, inputs)
 
 
@@ -142,6 +141,43 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Put a model in eval mode, all but some of its modules, and every module back into the mode that it is in now.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(1))
+    >>> with evaluating(model, training=[model[1]]):
+    ...     [module.training for module in model]
+    [False, True]
+    >>> model.training
+    True
+    """
+    with keeping_modes(model):
+        model.eval()
+        for module in training:
+            module.train()
+        yield
+
+
+@contextmanager
+def keeping_entries(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the entries of tensors back that they have now.
+
+    >>> norm = nn.BatchNorm1d(1)
+    >>> with keeping_entries(norm.buffers()):
+    ...     _ = norm(torch.tensor([[1.0], [3.0]]))
+    >>> norm.running_mean
+    tensor([0.])
+    """
+    entries = [(tensor, tensor.clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in entries:
+                tensor.copy_(before)
 
 
 @contextmanager

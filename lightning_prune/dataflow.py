@@ -11,6 +11,8 @@ from torch import nn
 from torch.fx import Node, Tracer
 from typing_extensions import override
 
+from lightning_prune.calling import keeping_entries
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # a linear layer has its channels in the last dimension, all others in the second one
 _BEHIND_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -94,10 +96,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     attributes = {module: dict(vars(module)) for module in model.modules()}
     found = [value for saved in attributes.values() for value in saved.values()]
     containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     python = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with keeping_entries(model.buffers()), torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)
@@ -107,6 +108,3 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         for module, saved in attributes.items():
             vars(module).clear()
             vars(module).update(saved)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.calling import Inputs, difference, eager, fitting, keeping_modes, needed_example_of, run, tensors
+from lightning_prune.calling import Inputs, difference, eager, evaluating, fitting, needed_example_of, run, tensors
 
 _INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX wants them in a file beside
 
@@ -88,9 +88,8 @@ def _write(model: nn.Module, inputs: Inputs, file: Path, sizes: Sizes) -> None:
     for tensor, size in sizes.items():
         shapes[tensor] = size
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    with warnings.catch_warnings(), keeping_modes(model), torch.random.fork_rng(devices=[]), eager():
+    with warnings.catch_warnings(), evaluating(model), torch.random.fork_rng(devices=[]), eager():
         warnings.simplefilter("ignore")  # of torch.onnx about its own parts
-        model.eval()
         try:
             torch.onnx.export(
                 model,

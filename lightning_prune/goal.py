@@ -79,6 +79,16 @@ def _check_fraction(argument: str, value: float, granularity: Granularity) -> No
         raise ValueError(f"{argument} must be at least {granularity.least:g} for {granularity}, got {value}")
 
 
+def describe(sparsity: Sparsity | None, threshold: float | None) -> tuple[str, float]:
+    """Return the goal in words, and the level that masks reach in the end: 1 where that is no single sparsity.
+
+    >>> describe(0.9, None), describe(None, 0.1)
+    (('sparsity 0.9', 0.9), ('threshold 0.1', 1.0))
+    """
+    what = f"sparsity {sparsity}" if threshold is None else f"threshold {threshold}"
+    return what, sparsity if isinstance(sparsity, float | int) else 1.0
+
+
 def find_targets(
     model: nn.Module, sparsity: Sparsity | None, targets: Sequence[str], ignore: Sequence[str]
 ) -> list[Target]:

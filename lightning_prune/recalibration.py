@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.calibration import forward, take
-from lightning_prune.calling import keeping_modes
+from lightning_prune.calibration import batch_norms, forward, take
+from lightning_prune.calling import evaluating
 
 
 @torch.no_grad()
@@ -34,16 +34,13 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = N
     >>> model[1].running_mean
     tensor([3.])
     """
-    found = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in found if norm.running_mean is not None]
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
     if not norms:
         return
     momenta, seen = [norm.momentum for norm in norms], 0
-    with keeping_modes(model):
-        model.eval()
+    with evaluating(model, norms):
         try:
             for norm in norms:
-                norm.train()
                 norm.momentum = None  # a plain average
             for batch in take(loader, batches, model):
                 if not seen:

@@ -96,9 +96,8 @@ class ScheduledTraining(MaskedTraining):
 
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         """Return the goal in words, what is told of each update, and that for each position."""
-        what = f"sparsity {self.sparsity}" if self.threshold is None else f"threshold {self.threshold}"
+        what, final = goal.describe(self.sparsity, self.threshold)
         what += "" if self.of == "units" else f" of the {self.of}"
-        final = self.sparsity if isinstance(self.sparsity, float | int) else 1.0
         return what, "level", [(position, amount * final) for position, amount in self._updates]
 
     @override
