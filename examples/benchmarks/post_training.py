@@ -42,8 +42,11 @@ from tasks import TASKS, pretrained
 
 Row = dict[str, Any]
 WINDOW, CALIBRATION, EVALUATION = 256, 32, 16  # tokens; windows
-SETTINGS: dict[str, tuple[float, Granularity]] = {"50 %": (0.5, Weight()), "2:4": (0.5, NM(2, 4))}
-MORE: dict[str, tuple[float, Granularity]] = {"60 %": (0.6, Weight()), "70 %": (0.7, Weight())}
+SETTINGS: dict[str, tuple[float, Granularity]] = {
+    **{"50 %": (0.5, Weight()), "60 %": (0.6, Weight()), "70 %": (0.7, Weight())},
+    "2:4": (0.5, NM(2, 4)),
+}
+QUICK = ("50 %", "2:4")
 METHODS = ("magnitude", "Wanda", "Wanda, capped", "Wanda, OWL", "SparseGPT")
 
 
@@ -204,7 +207,7 @@ def measure(task: Task, setting: str, method: str) -> Row:
     model, found = copy.deepcopy(task.model), {}
     if method:
         began = time.perf_counter()
-        methods(task, model, *{**SETTINGS, **MORE}[setting])[method]()
+        methods(task, model, *SETTINGS[setting])[method]()
         seconds = time.perf_counter() - began
         zeros = sparsity(model, targets=[f"{task.blocks}.*"])
         found = {"sparsity": round(zeros, 6), "seconds": round(seconds, 1)}
@@ -218,7 +221,7 @@ def make_table(rows: list[Row]) -> str:
     """Return the scores: a model and how much of it is zero in a line, a method in a column."""
     scores = {(row["model"], row["setting"], row["method"]): row["score"] for row in rows}
     lines = []
-    for name, setting in product(MODELS, ("50 %", "60 %", "70 %", "2:4")):
+    for name, setting in product(MODELS, SETTINGS):
         cells = [scores.get((name, setting, method)) for method in METHODS]
         if any(cells):
             cells = [scores.get((name, "dense", "")), *cells]
@@ -237,14 +240,14 @@ def main() -> None:
     """Measure what is missing, print a table and write it into the README."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     args = parser(str(__doc__).partition("\n")[0]).parse_args()
-    settings = {**SETTINGS, **(MORE if args.full else {})}
     rows: list[Row] = load("post_training")["rows"] if (RESULTS / "post_training.json").exists() else []
     known = {(row["model"], row["setting"], row["method"]) for row in rows}
     for name, make in MODELS.items():
-        missing = [pair for pair in wanted(settings) if (name, *pair) not in known]
-        task = make() if missing else None
+        missing = [pair for pair in wanted(SETTINGS if args.full else QUICK) if (name, *pair) not in known]
+        if not missing:
+            continue
+        task = make()
         for pair in missing:
-            assert task is not None
             rows.append(measure(task, *pair))
             print(rows[-1], flush=True)
             write("post_training", args.full, rows)

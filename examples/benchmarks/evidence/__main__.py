@@ -6,17 +6,13 @@ was run already is not run again: delete results/evidence.jsonl to begin anew.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
 from methods import GROUPS
-from report import claims, grid, peers
+from report import write
 from running import Results, Setting
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from marked import replace
 
 SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"
@@ -60,9 +56,7 @@ def main() -> None:
     if not args.tables:
         results.fill([*quick(), *(full() if args.full else [])], SEEDS, args.jobs)
     draw(results, SEEDS, ROOT / "docs" / "evidence.png")
-    replace(ROOT / "README.md", "claims", claims(results, SEEDS))
-    replace(ROOT / "docs" / "evidence.md", "peers", peers(results, SEEDS))
-    replace(ROOT / "docs" / "evidence.md", "grid", grid(results, SEEDS))
+    write(results, SEEDS, ROOT)
 
 
 if __name__ == "__main__":

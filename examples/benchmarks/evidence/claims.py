@@ -84,7 +84,9 @@ CLAIMS = [
     Claim("GraSP > random, uniform", "Wang et al., 2020", _mnist("GraSP"), _mnist("static, uniform")),
     Claim("at 99.5 %, SynFlow > SNIP", "Tanaka et al., 2020", _rest("SynFlow"), _rest("SNIP")),
     Claim("at 99.5 %, LAMP > global, gradual", "Lee et al., 2021", _rest("gradual, LAMP"), _rest("gradual")),
-    Claim("in transfer, movement > magnitude", "Sanh et al., 2020", _transfer("movement"), _transfer("gradual")),
+    Claim(
+        "in transfer, movement > magnitude", "Sanh et al., 2020", _transfer("gradual, movement"), _transfer("gradual")
+    ),
     Claim(
         "rewound ticket > random weights",
         "Frankle and Carbin, 2019",

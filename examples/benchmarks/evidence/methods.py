@@ -43,7 +43,7 @@ GROUPS = {
 }
 HALFWAY: dict[str, Any] = {"schedule": "one_shot", "start": 0.5}
 AT_ONCE: dict[str, Any] = {"schedule": "one_shot", "start": 0}
-NEURONS: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",), **HALFWAY}
+NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore": ("network.head.*",), **HALFWAY}
 
 
 class L2(Criterion):
@@ -88,7 +88,6 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "SNIP": lambda sparsity, seed: PruningAtInit(sparsity),
     "GraSP": lambda sparsity, seed: PruningAtInit(sparsity, GraSP()),
     "SynFlow": lambda sparsity, seed: PruningAtInit(sparsity, SynFlow(), rounds=100),
-    "movement": lambda sparsity, seed: MovementPruning(sparsity),
     "gradual, LAMP": lambda sparsity, seed: MagnitudePruning(sparsity, scope="lamp"),
     "gradual, Fisher": lambda sparsity, seed: Pruning(sparsity, criterion=Fisher()),
     "gradual, movement": lambda sparsity, seed: MovementPruning(sparsity),
@@ -100,9 +99,9 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "2:4, SRSTE": lambda sparsity, seed: SRSTE(2, 4),
     "2:4, gradual": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=NM(2, 4)),
     "neurons, random": lambda sparsity, seed: RandomPruning(sparsity, seed=seed, **NEURONS),
-    "neurons, L2": lambda sparsity, seed: Pruning(sparsity, criterion=L2(), granularity=Channel(), **NEURONS),
-    "neurons, FPGM": lambda sparsity, seed: Pruning(sparsity, criterion=FPGM(), granularity=Channel(), **NEURONS),
-    "neurons, APoZ": lambda sparsity, seed: Pruning(sparsity, criterion=APoZ(), granularity=Channel(), **NEURONS),
+    "neurons, L2": lambda sparsity, seed: Pruning(sparsity, criterion=L2(), **NEURONS),
+    "neurons, FPGM": lambda sparsity, seed: Pruning(sparsity, criterion=FPGM(), **NEURONS),
+    "neurons, APoZ": lambda sparsity, seed: Pruning(sparsity, criterion=APoZ(), **NEURONS),
     "neurons, Taylor": lambda sparsity, seed: SensitivityPruning(sparsity, **NEURONS),
     "neurons, entropy, low first": lambda sparsity, seed: EntropyPruning(sparsity, prune="low", **NEURONS),
     "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),

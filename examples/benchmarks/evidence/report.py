@@ -8,7 +8,14 @@ from running import Results, Setting, spread
 from tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from marked import table
+from marked import replace, table
+
+
+def write(results: Results, seeds: range, root: Path) -> None:
+    """Write the tables into the pages of the project in a folder."""
+    replace(root / "README.md", "claims", claims(results, seeds))
+    replace(root / "docs" / "evidence.md", "peers", peers(results, seeds))
+    replace(root / "docs" / "evidence.md", "grid", grid(results, seeds))
 
 
 def claims(results: Results, seeds: range) -> str:
