@@ -102,6 +102,7 @@ class Distillation(Callback):
         self._teaching: nn.Module | None = None
         self._restored: dict[str, Any] | None = None  # the teacher of a checkpoint, until there is a model for it
         self._model: weakref.ref[nn.Module] | None = None
+        self._running: weakref.ref[nn.Module] | None = None  # the model of the run that a trainer is in, of any kind
         self._joining: Joining | None = None
         self._backwards = 0
         self._distances: list[Tensor] = []
@@ -121,7 +122,7 @@ class Distillation(Callback):
 
     def _know(self, pl_module: LightningModule) -> None:
         if self._model is not None and self._model() is not pl_module:
-            self._teaching = None  # that of an earlier fit
+            self._teaching = self._restored = None  # those of an earlier run
         self._model = weakref.ref(pl_module)
 
     def _copy(self, pl_module: LightningModule, state: dict[str, Any] | None = None) -> nn.Module:
@@ -182,6 +183,10 @@ class Distillation(Callback):
     # ------------------------------------------------------------------------------------------------ hooks
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._running = weakref.ref(pl_module)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
         network = _layer(pl_module, "network", self.network)
@@ -236,10 +241,12 @@ class Distillation(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()
+        self._running = None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
+        self._running = None
 
     def _let_go(self) -> None:
         if self._joining is not None:
@@ -260,12 +267,13 @@ class Distillation(Callback):
         if "teacher" not in state_dict:
             raise ValueError(f"the state of Distillation must have a teacher, got {list(state_dict)}")
         self._let_go()
+        self._model = self._running  # whose teacher it is; that of any model where the user loads it
         self._teaching, self._restored = None, state_dict["teacher"]
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps the teacher, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**state, "_joining": None, "_model": None, "_distances": [], "_backwards": 0}
+        return {**state, "_joining": None, "_model": None, "_running": None, "_distances": [], "_backwards": 0}
 
 
 def _layer(module: nn.Module, argument: str, name: str) -> nn.Module:

@@ -50,6 +50,7 @@ class MaskedTraining(Callback):
         self.ignore = tuple(ignore)
         self.log_layers = log_layers
         self._holding = Holding()
+        self._running: weakref.ref[nn.Module] | None = None  # the model of the run that a trainer is in, of any kind
         self.forget()
 
     def forget(self) -> None:
@@ -158,12 +159,13 @@ class MaskedTraining(Callback):
                 f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
                 f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
             )
+        self._running = weakref.ref(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
-        if self._model is not None and self._model() is not pl_module and not self._restored:
-            self.forget()  # the callback of an earlier fit, now with another model
+        if self._model is not None and self._model() is not pl_module:
+            self.forget()  # the callback of an earlier run, now with another model
         self._model = weakref.ref(pl_module)
         self._shown = None
         steps = trainer.global_step if pl_module.automatic_optimization else self._steps
@@ -221,10 +223,12 @@ class MaskedTraining(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)
+        self._running = None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
+        self._running = None
 
     def _let_go(self, pl_module: nn.Module) -> None:
         reshard(pl_module)
@@ -272,6 +276,7 @@ class MaskedTraining(Callback):
             if name not in masks:
                 raise ValueError(f"the state of {type(self).__name__} must have a mask of {name!r}, got {list(masks)}")
         self.forget()
+        self._model = self._running  # whose state it is; that of any model where the user loads it
         self.masks, self._restored, self._steps = masks, True, state_dict["steps"]
         self._levels = dict(state_dict["levels"])
         total = sum(masks[name].numel() for name in self._levels)
@@ -285,7 +290,7 @@ class MaskedTraining(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**state, "_holding": Holding(), "_model": None, "_before": None}
+        return {**state, "_holding": Holding(), "_model": None, "_running": None, "_before": None}
 
 
 def _announce_pruning(trainer: Trainer, pl_module: nn.Module) -> None:
