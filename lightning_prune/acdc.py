@@ -13,7 +13,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.holding import forget_momentum
 from lightning_prune.masks import Masks
 from lightning_prune.scheduled import ScheduledTraining
-from lightning_prune.schedules import Horizon
+from lightning_prune.schedules import Horizon, positions
 
 
 class ACDC(ScheduledTraining):
@@ -69,7 +69,7 @@ class ACDC(ScheduledTraining):
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         every = self.frequency or max(1, round((last - first) / 15))
-        phases = [(position, float(i % 2 == 0)) for i, position in enumerate(range(first, last, every))]
+        phases = [(position, float(i % 2 == 0)) for i, position in enumerate(positions(first, last, every))]
         # the last decompressed phase takes in the compressed one that would stand before the end
         return [*phases[: len(phases) // 2 * 2], (last, 1.0)]
 

@@ -1,15 +1,220 @@
-"""Arguments: refuses those that are out of range."""
+"""Arguments: numbers, names and patterns as plain Python values, or an error with the argument, its rule and the value.
+
+Every function takes the name of the argument and what was given for it, and returns what is to be used. Scalars of
+NumPy and PyTorch count as the numbers that they are, and come back as Python's own; bools are no numbers.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lightning_prune.values import scalar, shown
+
+Option = TypeVar("Option", bound=str)
+
+_IN_WORDS = {"(-inf, inf)": "a finite number", "[0, inf)": "at least 0", "(0, inf)": "above 0"}
 
 
-def check_at_least(argument: str, value: int, least: int) -> None:
-    """Refuse an argument that is too small.
+def integer(argument: str, value: Any, least: int | None = None, most: int | None = None, unit: str = "") -> int:
+    """Return an int within bounds.
 
     Raises:
-        ValueError: If the value is smaller.
+        TypeError: If the value is no int; a float never is one.
+        ValueError: If it is too small or too large.
 
-    >>> check_at_least("window", 0, 1)
+    >>> integer("window", 0, least=1)
     Traceback (most recent call last):
     ValueError: window must be at least 1, got 0
     """
-    if value < least:
-        raise ValueError(f"{argument} must be at least {least}, got {value}")
+    found = scalar(value)
+    if isinstance(found, bool) or not isinstance(found, int):
+        whole = isinstance(found, float) and found.is_integer()
+        raise TypeError(f"{argument} must be an int, got {shown(value)}{_suggest(int(found)) if whole else ''}")
+    if least is not None and found < least:
+        raise ValueError(f"{argument} must be at least {f'{least} {unit}'.strip()}, got {found}")
+    if most is not None and found > most:
+        raise ValueError(f"{argument} must be at most {most}, got {found}")
+    return int(found)
+
+
+def check_at_least(argument: str, value: Any, least: int) -> None:
+    """Refuse an argument that is too small."""
+    integer(argument, value, least)
+
+
+def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | float:
+    """Return a finite number in an interval, such as "[0, 1)".
+
+    Raises:
+        ValueError: If the value is no number, or outside of the interval.
+
+    >>> number("sparsity", 90, "[0, 1)")
+    Traceback (most recent call last):
+    ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
+    """
+    found = _plain_number(value)
+    if found is not None and _lies_in(found, interval):
+        return found
+    rule = _IN_WORDS.get(interval, f"in {interval}")
+    if found is not None and interval in ("[0, inf)", "(0, inf)") and not _is_finite(found):
+        rule += " and finite"
+    raise ValueError(f"{argument} must be {rule}, got {shown(value)}{_meant(value, interval)}")
+
+
+def position(argument: str, value: Any) -> int | float:
+    """Return a moment of a run: an int that counts intervals, or a float that is a fraction of all.
+
+    Raises:
+        ValueError: If the value is neither.
+
+    >>> position("start", 2), position("start", 0.5)
+    (2, 0.5)
+    """
+    found = _plain_number(value)
+    if found is None or found < 0 or (isinstance(found, float) and not found <= 1.0):
+        raise ValueError(f"{argument} must be an int of at least 0 or a float in [0, 1], got {shown(value)}")
+    return found
+
+
+def fractions(argument: str, value: Any) -> int | float | dict[str, float]:
+    """Return a fraction in [0, 1), or a dict from patterns to fractions.
+
+    Raises:
+        ValueError: If the value is neither.
+        TypeError: If a pattern is no string.
+
+    >>> fractions("sparsity", {"net.0.*": 1.5})
+    Traceback (most recent call last):
+    ValueError: sparsity['net.0.*'] must be in [0, 1), got 1.5
+    """
+    if not isinstance(value, Mapping):
+        return number(argument, value, "[0, 1)")
+    if not value:
+        raise ValueError(f"{argument} must map at least one pattern to a fraction, got {value}")
+    keys = patterns(argument, tuple(value))
+    return {
+        key: number(f"{argument}[{key!r}]", given, "[0, 1)") for key, given in zip(keys, value.values(), strict=True)
+    }
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Return a bool.
+
+    Raises:
+        TypeError: If the value is none.
+
+    >>> flag("log_layers", True)
+    True
+    """
+    found = scalar(value)
+    if not isinstance(found, bool):
+        raise TypeError(f"{argument} must be True or False, got {shown(value)}")
+    return found
+
+
+def text(argument: str, value: Any, what: str) -> str:
+    """Return a string.
+
+    Raises:
+        TypeError: If the value is none.
+
+    >>> text("monitor", 5, "the name of a metric")
+    Traceback (most recent call last):
+    TypeError: monitor must be the name of a metric, a string, got 5
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be {what}, a string, got {shown(value)}")
+    return str(value)
+
+
+def choice(argument: str, value: Any, options: Sequence[Option]) -> Option:
+    """Return the option that was chosen.
+
+    Raises:
+        ValueError: If the value is none of them.
+
+    >>> choice("interval", "batch", ("step", "epoch"))
+    Traceback (most recent call last):
+    ValueError: interval must be "step" or "epoch", got 'batch'
+    """
+    for option in options if isinstance(value, str) else ():
+        if option == value:
+            return option
+    first, last = options[:-1], options[-1]
+    given = repr(value) if isinstance(value, str) else shown(value)
+    raise ValueError(f"{argument} must be {', '.join(map(_quoted, first))} or {_quoted(last)}, got {given}")
+
+
+def patterns(argument: str, value: Any) -> tuple[str, ...]:
+    """Return the patterns of names: globs, or regular expressions behind "re:".
+
+    Raises:
+        ValueError: If the value is a string, or a regular expression is none.
+        TypeError: If it is no sequence of strings.
+
+    >>> patterns("targets", ["net.*"])
+    ('net.*',)
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{argument} must be a sequence of patterns, got the string {value!r}: write [{value!r}]")
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | type):
+        raise TypeError(f"{argument} must be a sequence of patterns, got {shown(value)}")
+    return tuple(_pattern(argument, entry) for entry in _entries(value))
+
+
+def _entries(value: Iterable[Any]) -> Iterable[Any]:
+    return value if getattr(value, "ndim", 1) else (value,)  # a 0-d array cannot be iterated over
+
+
+def _pattern(argument: str, entry: Any) -> str:
+    if not isinstance(entry, str):
+        raise TypeError(
+            f"{argument} must hold patterns of parameter names, strings, got {shown(entry)}: "
+            f'names are those of model.named_parameters(), and "*" stands for any part of one'
+        )
+    if entry.startswith("re:"):
+        try:
+            re.compile(entry[3:])
+        except re.error as error:
+            raise ValueError(f"{argument} must match a parameter, got {entry!r}: {error}") from error
+    return str(entry)
+
+
+def _plain_number(value: Any) -> int | float | None:
+    found = scalar(value)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return None
+    return int(found) if isinstance(found, int) else float(found)
+
+
+def _lies_in(found: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = found > low or (interval[0] == "[" and found == low)
+    below = found < high or (interval[-1] == "]" and found == high)
+    return _is_finite(found) and above and below
+
+
+def _is_finite(found: float) -> bool:
+    return abs(found) <= sys.float_info.max  # neither NaN nor an int that no float can hold
+
+
+def _meant(value: Any, interval: str) -> str:
+    """Return the fraction that a percentage, or a number in quotes, may have been meant for."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return ""
+        return _suggest(value) if _lies_in(value, interval) else ""
+    found = _plain_number(value)
+    percent = found is not None and 2 <= found < 100 and interval in ("[0, 1)", "[0, 1]", "(0, 1)", "(0, 1]")
+    return _suggest(round(found / 100, 9)) if found is not None and percent else ""
+
+
+def _suggest(value: float) -> str:
+    return f": did you mean {value}?"
+
+
+def _quoted(option: str) -> str:
+    return f'"{option}"'

@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import integer, number
 from lightning_prune.calling import eager, inputs_of
 from lightning_prune.criteria import SNIP, Criterion, Loss
 from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.instances import function, instance
 from lightning_prune.masked_training import MaskedTraining, tell
 from lightning_prune.masks import Masks
 from lightning_prune.posttraining import prune
@@ -75,16 +76,15 @@ class PruningAtInit(MaskedTraining):
         min_density: float = 0.0,
     ) -> None:
         goal.check(sparsity, threshold, granularity, min_density)
-        check_at_least("rounds", rounds, 1)
         scopes.resolve(scope)
-        self.sparsity = sparsity
-        self.criterion = criterion
+        self.sparsity = goal.amount(sparsity)
+        self.criterion = instance("criterion", criterion, Criterion)
         self.granularity = granularity
         self.scope = scope
-        self.rounds = rounds
-        self.loss = loss
-        self.threshold = threshold
-        self.min_density = min_density
+        self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+        self.loss = None if loss is None else function("loss", loss, "model", "batch")
+        self.threshold = goal.level(threshold)
+        self.min_density = number("min_density", min_density, "[0, 1]")
         super().__init__(targets, ignore, log_layers)
 
     @override

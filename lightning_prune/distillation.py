@@ -13,10 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.arguments import integer, number, text
 from lightning_prune.joining import Joining, gradient_at, outputs_of
 from lightning_prune.masked_training import MaskedTraining
 from lightning_prune.namespaces import Callback
 from lightning_prune.shards import is_sharded
+from lightning_prune.values import shown
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
@@ -87,18 +89,14 @@ class Distillation(Callback):
         dim: int = -1,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        if not 0 < weight <= 1:
-            raise ValueError(f"weight must be in (0, 1], got {weight}")
         if not isinstance(teacher, str | Path | nn.Module):
-            raise ValueError(f'teacher must be "dense", a module or the path of a checkpoint, got {teacher!r}')
+            raise ValueError(f'teacher must be "dense", a module or the path of a checkpoint, got {shown(teacher)}')
         self.teacher = teacher
-        self.temperature = temperature
-        self.weight = weight
-        self.layer = layer
-        self.network = network
-        self.dim = dim
+        self.temperature = number("temperature", temperature, "(0, inf)")
+        self.weight = number("weight", weight, "(0, 1]")
+        self.layer = None if layer is None else text("layer", layer, "the name of a layer")
+        self.network = text("network", network, "the name of a network inside the model")
+        self.dim = integer("dim", dim)
         self._teaching: nn.Module | None = None
         self._restored: dict[str, Any] | None = None  # the teacher of a checkpoint, until there is a model for it
         self._model: weakref.ref[nn.Module] | None = None

@@ -1,21 +1,27 @@
 """Goal: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from lightning_prune import scopes
+from lightning_prune.arguments import choice, fractions, number
 from lightning_prune.budget import Budget, Measure, make_budget
 from lightning_prune.calling import Inputs
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import NM, Block, Granularity, Weight
+from lightning_prune.instances import instance
 from lightning_prune.masks import Allocate
 from lightning_prune.scopes import Scope
-from lightning_prune.targets import Target, find, fractions
+from lightning_prune.targets import Target, find
+from lightning_prune.targets import fractions as decided_by
 from lightning_prune.units import Units
+from lightning_prune.values import shown
 
 Sparsity = float | Mapping[str, float]
+
+# each scores all units again: a number of steps, given by mistake, would run for days
+MOST_ROUNDS = 10_000
 
 
 def check(
@@ -33,28 +39,47 @@ def check(
 
     >>> check(90, None)
     Traceback (most recent call last):
-    ValueError: sparsity must be in [0, 1), got 90
+    ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
     """
+    instance("granularity", granularity, Granularity)
     if (sparsity is None) == (threshold is None):
-        raise ValueError(f"give either sparsity or threshold, got sparsity={sparsity} and threshold={threshold}")
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"threshold must be finite, got {threshold}")
-    if isinstance(sparsity, Mapping):
-        if not sparsity:
-            raise ValueError("sparsity must map at least one pattern to a fraction, got {}")
-        for pattern, fraction in sparsity.items():
-            _check_fraction(f"sparsity[{pattern!r}]", fraction, granularity)
-    elif sparsity is not None:
-        _check_fraction("sparsity", sparsity, granularity)
-    elif granularity.group is not None:
+        given = f"sparsity={shown(sparsity)} and threshold={shown(threshold)}"
+        raise ValueError(f"give either sparsity or threshold, got {given}")
+    sparsity, threshold = amount(sparsity), level(threshold)
+    for pattern, fraction in sparsity.items() if isinstance(sparsity, Mapping) else ():
+        _check_least(f"sparsity[{pattern!r}]", fraction, granularity)
+    if isinstance(sparsity, int | float):
+        _check_least("sparsity", sparsity, granularity)
+    if threshold is not None and granularity.group is not None:
         raise ValueError(f"threshold must be None for {granularity}, which compares within groups, got {threshold}")
+    min_density = number("min_density", min_density, "[0, 1]")
     _check_density(sparsity, min_density)
     _check_measure(sparsity, granularity, min_density, of)
 
 
+def amount(sparsity: Sparsity | None) -> Sparsity | None:
+    """Return a sparsity in plain numbers.
+
+    Raises:
+        ValueError: If it is neither a fraction nor a mapping to fractions.
+
+    >>> import torch
+    >>> amount(torch.tensor(0.5))
+    0.5
+    """
+    return None if sparsity is None else fractions("sparsity", sparsity)
+
+
+def level(threshold: float | None) -> float | None:
+    """Return a threshold as a plain number.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
+    return None if threshold is None else number("threshold", threshold)
+
+
 def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
-    if not 0.0 <= min_density <= 1.0:
-        raise ValueError(f"min_density must be in [0, 1], got {min_density}")
     if min_density and not isinstance(sparsity, int | float):
         raise ValueError(f"min_density must go with one sparsity for all targets, got min_density={min_density}")
     if isinstance(sparsity, int | float) and min_density > 1.0 - sparsity + 1e-9:
@@ -62,8 +87,7 @@ def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
 
 
 def _check_measure(sparsity: Sparsity | None, granularity: Granularity, min_density: float, of: Measure) -> None:
-    if of not in ("units", "parameters", "flops"):
-        raise ValueError(f'of must be "units", "parameters" or "flops", got {of!r}')
+    choice("of", of, ("units", "parameters", "flops"))
     if of != "units" and not isinstance(sparsity, int | float):
         raise ValueError(f'of must be "units" for a threshold or a sparsity per layer, got {of!r}')
     if of != "units" and isinstance(granularity, NM | Block):
@@ -72,9 +96,7 @@ def _check_measure(sparsity: Sparsity | None, granularity: Granularity, min_dens
         raise ValueError(f"min_density must be 0 for {granularity} and of={of!r}, got {min_density}")
 
 
-def _check_fraction(argument: str, value: float, granularity: Granularity) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{argument} must be in [0, 1), got {value}")
+def _check_least(argument: str, value: float, granularity: Granularity) -> None:
     if 0.0 < value < granularity.least - 1e-9:
         raise ValueError(f"{argument} must be at least {granularity.least:g} for {granularity}, got {value}")
 
@@ -100,7 +122,7 @@ def find_targets(
     if not isinstance(sparsity, Mapping):
         return find(model, targets, ignore)
     found = find(model, targets or tuple(sparsity), ignore)
-    decided = fractions(sparsity, found)
+    decided = decided_by(sparsity, found)
     return [target for target in found if target.name in decided]
 
 
@@ -122,7 +144,7 @@ def allocation(
         level = criterion.level(threshold)
         return lambda scores: scopes.below(scores, level, due)
     if isinstance(sparsity, Mapping):
-        decided = fractions(sparsity, found)
+        decided = decided_by(sparsity, found)
         return lambda scores: scopes.per_layer(scores, decided, due)
     assert sparsity is not None
     amount = sparsity * due

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import flag, integer
+from lightning_prune.instances import instance, settle
 
 
 class Granularity:
@@ -101,6 +102,7 @@ class NM(Weight):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        settle(self, n=integer("n", self.n), m=integer("m", self.m))
         if not 1 <= self.n < self.m:
             raise ValueError(f"n must be at least 1 and less than m, got n={self.n} and m={self.m}")
 
@@ -138,8 +140,7 @@ class Block(Granularity):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_at_least("height", self.height, 1)
-        check_at_least("width", self.width, 1)
+        settle(self, height=integer("height", self.height, 1), width=integer("width", self.width, 1))
 
     @override
     def pool(self, values: Tensor, dim: int) -> Tensor:
@@ -153,7 +154,8 @@ class Block(Granularity):
     def expand(self, keep: Tensor, shape: torch.Size, dim: int) -> Tensor:
         down, across = self._grid(shape, dim)
         moved = [shape[dim], *(size for d, size in enumerate(shape) if d != dim)]
-        whole = keep.view(down, across).repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
+        height, width = min(self.height, moved[0]), min(self.width, math.prod(moved[1:]))
+        whole = keep.view(down, across).repeat_interleave(height, 0).repeat_interleave(width, 1)
         return whole[: moved[0], : math.prod(moved[1:])].reshape(moved).movedim(0, dim)
 
     @override
@@ -198,8 +200,9 @@ class Channel(Granularity):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_at_least("minimum", self.minimum, 1)
-        check_at_least("round_to", self.round_to, 1)
+        if self.coupled is not None:
+            settle(self, coupled=flag("coupled", self.coupled))
+        settle(self, minimum=integer("minimum", self.minimum, 1), round_to=integer("round_to", self.round_to, 1))
 
     @override
     def pool(self, values: Tensor, dim: int) -> Tensor:
@@ -241,8 +244,9 @@ class Head(Granularity):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_at_least("heads", 1 if self.heads is None else self.heads, 1)
-        check_at_least("minimum", self.minimum, 1)
+        if self.heads is not None:
+            settle(self, heads=integer("heads", self.heads, 1))
+        settle(self, minimum=integer("minimum", self.minimum, 1))
 
 
 def shrinkable(granularity: Granularity) -> Channel | Head:
@@ -254,6 +258,7 @@ def shrinkable(granularity: Granularity) -> Channel | Head:
     >>> shrinkable(Channel()).coupled
     True
     """
+    instance("granularity", granularity, Granularity)
     if not isinstance(granularity, Channel | Head) or granularity.coupled is False:
         raise ValueError(f"granularity must be Channel() or Head() to shrink the model, got {granularity}")
     return granularity if isinstance(granularity, Head) else replace(granularity, coupled=True)

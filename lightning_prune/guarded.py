@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
+from lightning_prune.arguments import choice, integer, number, text
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, pack_all, unpack_all
@@ -74,17 +75,16 @@ class GuardedPruning(ScheduledTraining):
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(sparsity, None)
-        _check(mode, max_drop, step, precision, patience, warmup)
-        self.monitor = monitor
-        self.max_drop = max_drop
-        self.mode: Literal["max", "min"] = mode
-        self.reference = reference
-        self.step = step
-        self.precision = precision
-        self.patience = patience
-        self.warmup = warmup
-        self._ceiling = sparsity
+        self.monitor = text("monitor", monitor, "the name of a metric")
+        self.max_drop = number("max_drop", max_drop, "[0, inf)")
+        self.mode: Literal["max", "min"] = choice("mode", mode, ("max", "min"))
+        self.reference = None if reference is None else number("reference", reference)
+        self.step = number("step", step, "(0, 1)")
+        self.precision = number("precision", precision, "(0, 1)")
+        self.patience = integer("patience", patience, 1, unit="validation")
+        self.warmup = integer("warmup", warmup, 0, unit="validations")
+        self._ceiling = number("sparsity", sparsity, "[0, 1)")
+        goal.check(self._ceiling, None, granularity)
         super().__init__(sparsity, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers=log_layers)
 
     @override
@@ -228,17 +228,3 @@ class GuardedPruning(ScheduledTraining):
 
 # what a search has found out; the rest are arguments, which a resumed run may change
 _FOUND = ("reference", "step", "level", "good", "bad", "waited", "last", "done", "settled")
-
-
-def _check(mode: str, max_drop: float, step: float, precision: float, patience: int, warmup: int) -> None:
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode must be "max" or "min", got {mode!r}')
-    if not max_drop >= 0:
-        raise ValueError(f"max_drop must be at least 0, got {max_drop}")
-    for argument, value in (("step", step), ("precision", precision)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"{argument} must be in (0, 1), got {value}")
-    if patience < 1:
-        raise ValueError(f"patience must be at least 1 validation, got {patience}")
-    if warmup < 0:
-        raise ValueError(f"warmup must be at least 0 validations, got {warmup}")

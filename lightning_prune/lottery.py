@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import choice, integer, position
 from lightning_prune.clock import in_steps, length
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
@@ -78,17 +78,12 @@ class LotteryTicket(ScheduledTraining):
         log_layers: bool = False,
     ) -> None:
         goal.check(sparsity, None, granularity)
-        check_at_least("rounds", rounds, 1)
-        if rewind not in ("weights", "learning_rate", "random"):
-            raise ValueError(f'rewind must be "weights", "learning_rate" or "random", got {rewind!r}')
-        if rewind_to < 0 or (isinstance(rewind_to, float) and not rewind_to <= 1.0):
-            raise ValueError(f"rewind_to must be an int of at least 0 or a float in [0, 1], got {rewind_to}")
-        self.rounds = rounds
-        self.rewind = rewind
-        self.rewind_to = rewind_to
-        self.seed = seed
-        first: int | float = 1 / (rounds + 1) if frequency is None else frequency
-        horizon = Horizon(first, first * rounds, interval, frequency)
+        self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+        self.rewind = choice("rewind", rewind, ("weights", "learning_rate", "random"))
+        self.rewind_to = position("rewind_to", rewind_to)
+        self.seed = integer("seed", seed)
+        first = 1 / (self.rounds + 1) if frequency is None else integer("frequency", frequency)
+        horizon = Horizon(first, first * self.rounds, interval, frequency)
         super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
 
     @override

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune.arguments import flag, patterns
 from lightning_prune.flags import count
 from lightning_prune.holding import Holding, entrywise, forget_entries
 from lightning_prune.masks import Masks, pack_all, unpack_all
@@ -43,12 +44,9 @@ class MaskedTraining(Callback):
 
     def __init__(self, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = (), log_layers: bool = False) -> None:
         super().__init__()
-        for argument, patterns in (("targets", targets), ("ignore", ignore)):
-            if isinstance(patterns, str):
-                raise ValueError(f"{argument} must be a sequence of patterns, got the string {patterns!r}")
-        self.targets = tuple(targets)
-        self.ignore = tuple(ignore)
-        self.log_layers = log_layers
+        self.targets = patterns("targets", targets)
+        self.ignore = patterns("ignore", ignore)
+        self.log_layers = flag("log_layers", log_layers)
         self._holding = Holding()
         self._running: weakref.ref[nn.Module] | None = None  # the model of the run that a trainer is in, of any kind
         self.forget()

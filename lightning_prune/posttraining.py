@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal, recalibration, schedules, scopes
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import integer
 from lightning_prune.budget import Measure
 from lightning_prune.calibration import Run, Stage, forward, stages, take, undisturbed
 from lightning_prune.calling import Inputs, example_of
@@ -82,8 +82,8 @@ def prune(
     75
     """
     goal.check(sparsity, threshold, granularity, min_density, of)
-    check_at_least("rounds", rounds, 1)
-    check_at_least("recalibrate", recalibrate, 0)
+    rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+    recalibrate = integer("recalibrate", recalibrate, 0)
     _check_data(criterion, data, sequential, recalibrate)
     allocator = scopes.resolve(scope)
     found = goal.find_targets(model, sparsity, targets, ignore)

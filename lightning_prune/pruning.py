@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_prune import goal, report, schedules, scopes
+from lightning_prune.arguments import flag, position
 from lightning_prune.budget import Measure
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight, shrinkable
@@ -86,15 +87,15 @@ class Pruning(ScheduledTraining):
         shrink_at_end: bool = False,
     ) -> None:
         goal.check(sparsity, threshold, granularity, min_density, of)
+        self.shrink_at_end = flag("shrink_at_end", shrink_at_end)
         granularity = shrinkable(granularity) if shrink_at_end else granularity
-        self.shrink_at_end = shrink_at_end
         self._schedule = schedules.resolve(schedule)
         self.schedule = schedule
         last = start if schedule == "one_shot" else end
         horizon = schedules.Horizon(start, last, interval, frequency)
         axes = (sparsity, criterion, granularity, scope)
         super().__init__(*axes, horizon, targets, ignore, threshold, log_layers, min_density, of)
-        self.end = end
+        self.end = position("end", end)
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:

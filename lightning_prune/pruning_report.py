@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import plots, report
+from lightning_prune.arguments import flag
 from lightning_prune.calling import example_of
 from lightning_prune.configuration import as_yaml, plain
 from lightning_prune.distillation import Distillation
 from lightning_prune.flops import dense_flops, sparse_flops
 from lightning_prune.history import History
+from lightning_prune.instances import path as as_path
 from lightning_prune.masked_training import MaskedTraining
 from lightning_prune.namespaces import Callback
 from lightning_prune.report_page import STYLE, render
@@ -56,10 +58,10 @@ class PruningReport(Callback):
 
     def __init__(self, path: str | None = None, log_figures: bool = False) -> None:
         super().__init__()
-        if path is not None and Path(path).suffix != ".html":
+        if path is not None and as_path("path", path).suffix != ".html":
             raise ValueError(f"path must end in .html, got {path}")
-        self.path = path
-        self.log_figures = log_figures
+        self.path = None if path is None else os.fspath(path)
+        self.log_figures = flag("log_figures", log_figures)
         self._forget()
 
     def _forget(self) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
+from lightning_prune.arguments import number
 from lightning_prune.budget import Budget, Measure
 from lightning_prune.calling import Inputs, inputs_of
 from lightning_prune.clock import in_steps, length, steps_per_epoch
@@ -17,6 +18,7 @@ from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
 from lightning_prune.holding import parameter_ids
+from lightning_prune.instances import instance
 from lightning_prune.masked_training import MaskedTraining, gradient_scale, tell
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
@@ -56,6 +58,7 @@ class ScheduledTraining(MaskedTraining):
         min_density: float = 0.0,
         of: Measure = "units",
     ) -> None:
+        criterion = instance("criterion", criterion, Criterion)
         if type(criterion).backward is not Criterion.backward:
             raise ValueError(
                 f"criterion must observe the training that is under way, got {criterion}, which needs passes of its "
@@ -63,16 +66,16 @@ class ScheduledTraining(MaskedTraining):
             )
         self._scope = scopes.resolve(scope)
         self._horizon = horizon
-        self.sparsity = sparsity
+        self.sparsity = goal.amount(sparsity)
         self.criterion = criterion
-        self.granularity = granularity
+        self.granularity = instance("granularity", granularity, Granularity)
         self.scope = scope
         self.start = horizon.start
         self.end = horizon.end
         self.interval = horizon.interval
         self.frequency = horizon.frequency
-        self.threshold = threshold
-        self.min_density = min_density
+        self.threshold = goal.level(threshold)
+        self.min_density = number("min_density", min_density, "[0, 1]")
         self.of = of
         super().__init__(targets, ignore, log_layers)
 

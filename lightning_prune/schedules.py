@@ -4,7 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_prune.arguments import choice, integer, position
+from lightning_prune.instances import named, settle
+from lightning_prune.values import shown
+
 Schedule = Callable[[float], float]
+
+_MOST = 1_000_000  # updates of a run
 
 
 def one_shot(progress: float) -> float:
@@ -62,18 +68,19 @@ def resolve(schedule: str | Schedule) -> Schedule:
 
     Raises:
         ValueError: If the name is unknown, or the callable leaves [0, 1], or does not end at 1.
+        TypeError: If it is neither a name nor such a callable.
 
     >>> resolve("linear")(0.5)
     0.5
     """
-    if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {sorted(SCHEDULES)} or a callable, got {schedule!r}")
-        return SCHEDULES[schedule]
-    first, last = schedule(0.0), schedule(1.0)
+    found = named("schedule", schedule, SCHEDULES, "progress")
+    try:
+        first, last = float(found(0.0)), float(found(1.0))
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"schedule must map numbers to numbers, got {shown(schedule)}: {error}") from error
     if not 0.0 <= first <= 1.0 or not math.isclose(last, 1.0, abs_tol=1e-9):
         raise ValueError(f"schedule must map [0, 1] into [0, 1] and 1 to 1, got {first} at 0 and {last} at 1")
-    return schedule
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,10 @@ class Horizon:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.interval not in ("step", "epoch"):
-            raise ValueError(f'interval must be "step" or "epoch", got {self.interval!r}')
-        if self.frequency is not None and self.frequency < 1:
-            raise ValueError(f"frequency must be at least 1 {self.interval}, got {self.frequency}")
-        for argument, value in (("start", self.start), ("end", self.end)):
-            if value < 0 or (isinstance(value, float) and not value <= 1.0):
-                raise ValueError(f"{argument} must be an int of at least 0 or a float in [0, 1], got {value}")
+        settle(self, start=position("start", self.start), end=position("end", self.end))
+        settle(self, interval=choice("interval", self.interval, ("step", "epoch")))
+        if self.frequency is not None:
+            settle(self, frequency=integer("frequency", self.frequency, 1, unit=self.interval))
         if type(self.start) is type(self.end) and self.start > self.end:
             raise ValueError(f"start must not lie after end, got start={self.start} and end={self.end}")
 
@@ -136,6 +140,21 @@ class Horizon:
         return round(value * length)
 
 
+def positions(first: int, last: int, every: int) -> range:
+    """Return the positions from the first up to the last, so far apart.
+
+    Raises:
+        ValueError: If they are more than a list could hold.
+
+    >>> list(positions(2, 7, 2))
+    [2, 4, 6]
+    """
+    found = range(first, last, every)
+    if last - first > _MOST * every:
+        raise ValueError(f"frequency must leave at most {_MOST:,} updates, got {every} from {first} to {last}")
+    return found
+
+
 def updates(schedule: Schedule, start: int, end: int, frequency: int | None) -> list[tuple[int, float]]:
     """Return the mask updates of a run as ``(position, fraction of the target)``, in order.
 
@@ -158,11 +177,11 @@ def updates(schedule: Schedule, start: int, end: int, frequency: int | None) -> 
     every = frequency or max(1, round((end - start) / 100))
     plan: list[tuple[int, float]] = []
     due = 0.0
-    for position in [*range(start, end, every), end]:
-        fraction = 1.0 if position == end else schedule((position - start) / (end - start))
+    for at in [*positions(start, end, every), end]:
+        fraction = 1.0 if at == end else schedule((at - start) / (end - start))
         if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"schedule must stay in [0, 1], got {fraction} at {position}")
+            raise ValueError(f"schedule must stay in [0, 1], got {fraction} at {at}")
         if fraction != due:
-            plan.append((position, fraction))
+            plan.append((at, fraction))
             due = fraction
     return plan

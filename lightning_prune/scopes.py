@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import integer, number
+from lightning_prune.instances import named, settle
 from lightning_prune.ranking import tail_share
 from lightning_prune.selection import Scores
 
@@ -101,11 +102,8 @@ class OWL:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not self.outliers > 0:
-            raise ValueError(f"outliers must be greater than 0, got {self.outliers}")
-        if not 0.0 <= self.spread < 1.0:
-            raise ValueError(f"spread must be in [0, 1), got {self.spread}")
-        check_at_least("depth", self.depth, 0)
+        settle(self, outliers=number("outliers", self.outliers, "(0, inf)"))
+        settle(self, spread=number("spread", self.spread, "[0, 1)"), depth=integer("depth", self.depth, 0))
 
     def __call__(self, scores: Scores, sparsity: float) -> dict[str, int]:
         """Return how many units each target keeps."""
@@ -173,15 +171,12 @@ def resolve(scope: str | Scope) -> Scope:
 
     Raises:
         ValueError: If the name is unknown.
+        TypeError: If it is neither a name nor a callable of two arguments.
 
     >>> resolve("global").__name__
     'global_'
     """
-    if isinstance(scope, str):
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {sorted(SCOPES)} or a callable, got {scope!r}")
-        return SCOPES[scope]
-    return scope
+    return named("scope", scope, SCOPES, "scores", "sparsity")
 
 
 def per_layer(scores: Scores, sparsities: Mapping[str, float], due: float = 1.0) -> dict[str, int]:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import goal, schedules, scopes
+from lightning_prune.arguments import integer, number
 from lightning_prune.criteria import Criterion, Magnitude, Random
 from lightning_prune.criteria.gradients import GradientMean
 from lightning_prune.granularities import Weight
+from lightning_prune.instances import named
 from lightning_prune.masks import Masks, make_masks, score
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.shards import local
@@ -79,13 +81,10 @@ class SET(ScheduledTraining):
     ) -> None:
         if sparsity is not None:
             goal.check(sparsity, None)
-        if not 0.0 < drop_fraction <= 1.0:
-            raise ValueError(f"drop_fraction must be in (0, 1], got {drop_fraction}")
-        if isinstance(decay, str) and decay not in _DECAYS:
-            raise ValueError(f"decay must be one of {sorted(_DECAYS)} or a callable, got {decay!r}")
-        self.drop_fraction = drop_fraction
+        named("decay", decay, _DECAYS, "progress")
+        self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
         self.decay = decay
-        self.seed = seed
+        self.seed = integer("seed", seed)
         horizon = schedules.Horizon(start, end, interval, frequency)
         axes = (sparsity, self.growth(0), Weight(), scope)
         super().__init__(*axes, horizon, targets, ignore, log_layers=log_layers)
@@ -111,7 +110,7 @@ class SET(ScheduledTraining):
         every = self.frequency or max(1, least, round(length / 100))
         left = _DECAYS[self.decay] if isinstance(self.decay, str) else self.decay
         plan = []
-        for position in range(first or every, last, every):
+        for position in schedules.positions(first or every, last, every):
             remaining = left((position - first) / length)
             if not 0.0 <= remaining <= 1.0:
                 raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
@@ -171,7 +170,7 @@ class RigL(SET):
         window: int = 1,
         **kwargs: Any,
     ) -> None:
-        self.window = window
+        self.window = integer("window", window, 1)
         super().__init__(sparsity, drop_fraction, decay, **kwargs)
 
     @override

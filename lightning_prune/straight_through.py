@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from lightning_prune.arguments import number
 from lightning_prune.criteria import Magnitude
 from lightning_prune.granularities import NM
 from lightning_prune.holding import parameter_ids
@@ -55,12 +56,10 @@ class SRSTE(MaskedTraining):
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
     ) -> None:
-        if not 0.0 <= decay < float("inf"):
-            raise ValueError(f"decay must be a finite number of at least 0, got {decay}")
         self.granularity = NM(n, m)
-        self.n = n
-        self.m = m
-        self.decay = decay
+        self.n = self.granularity.n
+        self.m = self.granularity.m
+        self.decay = number("decay", decay, "[0, inf)")
         super().__init__(targets, ignore, log_layers)
 
     @override

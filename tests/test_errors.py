@@ -29,10 +29,18 @@ from lightning_prune import (
 
 
 @pytest.mark.parametrize("strategy", [Pruning, MagnitudePruning, RandomPruning, EntropyPruning, SensitivityPruning])
-@pytest.mark.parametrize("sparsity", [1.0, 1, 90, -0.1, float("nan"), float("inf"), True, "0.5"])
+@pytest.mark.parametrize("sparsity", [1.0, 1, 90, -0.1, float("nan"), float("inf"), True])
 def test_a_sparsity_outside_0_to_1_is_refused(strategy: type[Pruning], sparsity: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"sparsity must be in [0, 1), got {sparsity}")):
         strategy(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "told"), [(90, "90: did you mean 0.9?"), ("0.9", "the string '0.9': did you mean 0.9?")]
+)
+def test_a_percentage_and_a_number_in_quotes_are_recognised(sparsity: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"sparsity must be in [0, 1), got {told}")):
+        Pruning(sparsity)
 
 
 @pytest.mark.parametrize(

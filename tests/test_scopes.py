@@ -265,7 +265,7 @@ def test_owl_looks_at_scores_and_not_at_ranks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"outliers": 0.0}, "outliers must be greater than 0, got 0.0"),
+        ({"outliers": 0.0}, "outliers must be above 0, got 0.0"),
         ({"spread": 1.0}, r"spread must be in \[0, 1\), got 1.0"),
         ({"depth": -1}, "depth must be at least 0, got -1"),
     ],

@@ -158,7 +158,7 @@ def test_a_second_fit_goes_on_with_the_weights_that_are_hidden() -> None:
     ("arguments", "message"),
     [
         ({"n": 4, "m": 4}, "n must be at least 1 and less than m, got n=4 and m=4"),
-        ({"decay": -1.0}, "decay must be a finite number of at least 0, got -1.0"),
+        ({"decay": -1.0}, "decay must be at least 0, got -1.0"),
     ],
 )
 def test_the_impossible_is_refused(arguments: dict[str, Any], message: str) -> None:

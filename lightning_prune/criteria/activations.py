@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.features import no_squares, per_weight, squares
+from lightning_prune.instances import settle
 from lightning_prune.shards import local, output_rows, piece
 from lightning_prune.units import Units
 
@@ -92,7 +93,7 @@ class Wanda(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_at_least("window", self.window, 1)
+        settle(self, window=integer("window", self.window, 1))
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
@@ -133,7 +134,7 @@ class APoZ(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_at_least("window", self.window, 1)
+        settle(self, window=integer("window", self.window, 1))
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import choice, integer
 from lightning_prune.criteria import lattice
 from lightning_prune.criteria.activations import channel_values
 from lightning_prune.criteria.criterion import Criterion, OverRanks
+from lightning_prune.instances import settle
 from lightning_prune.units import Units
 
 _CELLS = 2048  # of a neuron's histogram, at least; a quarter of them or more lie in the range of its values
 _CELLS_A_BIN = 64
+_MOST_BINS = 65_536  # 32 MiB a neuron
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,9 @@ class Entropy(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if self.prune not in ("high", "low"):
-            raise ValueError(f'prune must be "high" or "low", got {self.prune!r}')
-        check_at_least("bins", self.bins, 2)
-        check_at_least("window", self.window, 1)
-        check_at_least("positions", self.positions, 1)
+        settle(self, prune=choice("prune", self.prune, ("high", "low")))
+        settle(self, bins=integer("bins", self.bins, 2, most=_MOST_BINS), window=integer("window", self.window, 1))
+        settle(self, positions=integer("positions", self.positions, 1))
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
+from lightning_prune.instances import settle
 from lightning_prune.units import Units
 
 
@@ -30,7 +31,7 @@ class GradientMean(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        check_at_least("window", self.window, 1)
+        settle(self, window=integer("window", self.window, 1))
 
     def term(self, units: Units) -> Tensor:
         """Return what one step adds for each unit, from its own weights and their gradients."""

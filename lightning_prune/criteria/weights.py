@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.flags import chunks
+from lightning_prune.instances import settle
 from lightning_prune.ranking import tail_share
 from lightning_prune.shards import local, whole
 from lightning_prune.units import Units, weight_of
@@ -38,6 +40,10 @@ class Random(Criterion):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        settle(self, seed=integer("seed", self.seed))
 
     @override
     def scores(self, units: Units) -> Tensor:

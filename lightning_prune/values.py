@@ -1,0 +1,55 @@
+"""Values: what was given for an argument, as a plain scalar and in the words of an error message."""
+
+from typing import Any
+
+_LENGTH = 80  # of a value in a message
+
+
+def scalar(value: Any) -> Any:
+    """Return the Python number in a 0-d array or tensor; anything else as it is.
+
+    >>> import torch
+    >>> scalar(torch.tensor(2)), scalar([2])
+    (2, [2])
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without data
+            return value
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message names it: what it is, if its text alone would not tell or would be too long.
+
+    >>> import torch
+    >>> shown("0.9"), shown(int), shown(torch.zeros(2, 3)), shown(torch.tensor(2.5))
+    ("the string '0.9'", 'the class int', 'a Tensor of shape (2, 3)', '2.5')
+    """
+    value = scalar(value)
+    if isinstance(value, str):
+        return f"the string {_short(value)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{article(type(value).__name__)} of shape {tuple(shape)}"
+    told = _short(value)
+    if hasattr(value, "__qualname__"):
+        return f"the function {value.__qualname__}"
+    return article(type(value).__name__) if "\n" in told or told.startswith("<") else told
+
+
+def article(name: str) -> str:
+    """Return a noun with its article.
+
+    >>> article("Entropy"), article("Linear")
+    ('an Entropy', 'a Linear')
+    """
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _short(value: Any) -> str:
+    told = repr(value)
+    return told if len(told) <= _LENGTH else f"{told[: _LENGTH - 3]}..."
