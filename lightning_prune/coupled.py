@@ -1,24 +1,27 @@
 """Coupled units: channels and heads with all that dies with them, wherever in the model it lies."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune.calling import Inputs, fitting
+from lightning_prune.dataflow import norms_behind
+from lightning_prune.gates import affine_of, among, weight_of, weight_times_gradient
 from lightning_prune.granularities import Channel, Granularity, Head
 from lightning_prune.graph import Graph, Group, Member, packed_heads, trace
 from lightning_prune.proof import removable
 from lightning_prune.selection import Source
-from lightning_prune.shards import is_sharded, over_ranks
+from lightning_prune.shards import is_sharded, local, over_ranks
 from lightning_prune.surgery import entries
 from lightning_prune.targets import Target, named_parameters
-from lightning_prune.units import Units, Values, make_units, weight_of
+from lightning_prune.units import Units, Values, make_units
 
 
 class CoupledUnits(Units):
@@ -34,6 +37,8 @@ class CoupledUnits(Units):
         parameters: The parameters of the model, by name.
         granularity: Says how many units have to stay.
         counted: The names of the weights whose zeros count as sparsity.
+        norms: Finds the norm behind every layer of the model that has one.
+        owners: The module of every parameter of the model.
     """
 
     def __init__(
@@ -43,8 +48,10 @@ class CoupledUnits(Units):
         parameters: Mapping[str, nn.Parameter],
         granularity: Channel | Head,
         counted: Sequence[str],
+        norms: Callable[[], Mapping[nn.Module, nn.Module]],
+        owners: Mapping[nn.Parameter, nn.Module],
     ) -> None:
-        super().__init__(target, Channel(coupled=False))
+        super().__init__(target, Channel(coupled=False), norms=norms)
         self.size = group.size
         self.group = group
         self._least = min(granularity.minimum, self.size)
@@ -53,6 +60,7 @@ class CoupledUnits(Units):
         self._makers = [(parameter, member) for parameter, member in self._members if member.role == "makes"]
         self._weights = {m.name: parameter for parameter, m in self._members if m.name in counted}
         self._plain = len(self._makers) == 1 and self._makers[0][1].index.shape[1] == 1
+        self._owners = owners
 
     @property
     @override
@@ -84,10 +92,47 @@ class CoupledUnits(Units):
         return self._by_unit(values).sum(1)
 
     @override
-    def mean(self, values: Values) -> Tensor:
-        if self._plain:
-            return super().mean(values)
-        return self._by_unit(values).mean(1)
+    def per_weight(self, total: Tensor) -> Tensor:
+        return super().per_weight(total) if self._plain else total / self._width
+
+    @property
+    def _width(self) -> int:
+        """How many weights make each unit."""
+        return sum(parameter.numel() for parameter, _ in self._makers) // self.size
+
+    @override
+    def norms(self) -> list[nn.Module]:
+        owners = [self._owners.get(parameter) for parameter, member in self._members if member.role == "follows"]
+        return [owner for owner in dict.fromkeys(owners) if isinstance(owner, _NormBase)]
+
+    @override
+    def factors(self) -> Tensor | None:
+        found = [(p, m) for p, m in self._members if any(p is norm.weight for norm in self.norms())]
+        absolute = [(local(parameter).abs(), member) for parameter, member in found]
+        return self._joined(absolute).mean(1) if absolute else None
+
+    @override
+    def contribution(self) -> Tensor:
+        """Return what all layers that make the units contribute together, and all norms that follow on any branch.
+
+        Of layers that a norm follows, their own weights do not count.
+        """
+        gates = self._gate_members()
+        plain = [(p, m) for p, m in gates if m.role == "makes"] if self._plain else []
+        found = [self.sum(weight_times_gradient)] if plain else []
+        for parameter, member in gates if not plain else gates[1:]:
+            values = entries(weight_times_gradient(weight_of(parameter, self.grad_scale)), member)
+            found.append(values.sum(1)[self._rows_here].to(self.parameter.device))
+        return torch.stack(found).sum(0)
+
+    def _gate_members(self) -> list[tuple[nn.Parameter, Member]]:
+        """Return the parameters that the gates lie in, those that make the units first."""
+        found, followers = self._norms(), [p for p, member in self._members if member.role == "follows"]
+        layers = {self._owners[parameter] for parameter, _ in self._makers}
+        layers = {own for own in layers if own not in found or not affine_of(found[own], followers, self.name)}
+        affine = [own for norm in self.norms() for own in affine_of(norm, followers, self.name)]
+        gates = [(p, m) for p, m in self._members if m.role != "reads"]
+        return [(p, m) for p, m in gates if self._owners[p] in layers or among(p, affine)]
 
     def _by_unit(self, values: Values) -> Tensor:
         """Return values of the entries of all layers that make the units, a row a unit."""
@@ -103,13 +148,17 @@ class CoupledUnits(Units):
     def spread(self, channels: Tensor) -> Tensor:
         if self._plain:
             return super().spread(channels)
-        width = sum(parameter.numel() for parameter, _ in self._makers) // self.size
-        return channels[self._makers[0][1].index.to(channels.device)].mean(1, keepdim=True).expand(-1, width)
+        return channels[self._makers[0][1].index.to(channels.device)].mean(1, keepdim=True).expand(-1, self._width)
 
     @property
     @override
     def shares(self) -> dict[tuple[str, int], float]:
         return {(m.name, m.dim): m.index.shape[1] / p.shape[m.dim] for p, m in self._members}
+
+    @property
+    @override
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter, member in self._members if member.role != "reads"]
 
     @override
     def bound(self, keep: int) -> int:
@@ -222,7 +271,10 @@ def _coupled(
         if isinstance(granularity, Head) and not why:
             why = f"no attention with {granularity.heads or 'a stated number of'} heads is known"
         raise ValueError(f"{granularity} must find units to prune, got none ({why})")
-    return [CoupledUnits(targets[g.name], g, parameters, granularity, list(targets)) for g in proven], left_out
+    norms = cache(partial(norms_behind, model))
+    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
+    names = list(targets)
+    return [CoupledUnits(targets[g.name], g, parameters, granularity, names, norms, owners) for g in proven], left_out
 
 
 def _unfit(

@@ -24,7 +24,8 @@ def _alone(values: Tensor, operation: Operation) -> Tensor:
 
 def _finite_gradients(units: Sequence[Units]) -> bool:
     """Return whether all gradients are finite, on all ranks that hold pieces of them."""
-    gradients = [unit.parameter.grad for unit in units if unit.parameter.grad is not None]
+    parameters = dict.fromkeys(parameter for unit in units for parameter in unit.parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     bad = torch.tensor(sum(int(not local(gradient).isfinite().all()) for gradient in gradients))
     return not (over_ranks(bad) if any(map(is_sharded, gradients)) else bad)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.dataflow import norms_behind
+from lightning_prune.gates import affine_of, among, weight_of, weight_times_gradient
 from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.ranking import part_within, rank_within
 from lightning_prune.selection import Source
@@ -37,7 +38,8 @@ class Units:
         module: The one of its modules whose forward pass is observed at this moment.
         grad_scale: What the gradients are multiplied by at this moment (a gradient scaler's factor).
 
-    >>> from lightning_prune.granularities import Channel
+    >>> from lightning_prune.gates import affine_of, among, weight_of, weight_times_gradient
+    from lightning_prune.granularities import Channel
     >>> weight = nn.Parameter(torch.tensor([[1.0, -2.0], [0.0, 5.0]]))
     >>> units = Units(Target("weight", weight, (nn.Linear(2, 2),)), Channel())
     >>> units.mean(torch.abs)
@@ -57,6 +59,7 @@ class Units:
         self.granularity = granularity
         self.followers = dict(followers or {})
         self._norms = norms
+        self._rows_here = slice(None)  # which of the channels these are
         self.dim = channel_dim(target)
         self.size = granularity.count(self.parameter.shape, self.dim)
         self.statistic: Tensor | None = None
@@ -74,6 +77,11 @@ class Units:
         """The part, 0 to 1, that one unit takes of a dimension of a parameter, by name and dimension."""
         return {(self.name, self.dim): 1.0 / self.size, **{(name, 0): 1.0 / self.size for name in self.followers}}
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients a criterion may look at."""
+        return [self.parameter, *self.followers.values()]
+
     def bound(self, keep: int) -> int:
         """Return how many units really stay where so many are to be kept."""
         return keep
@@ -83,10 +91,18 @@ class Units:
         """The number of output channels of the whole weight."""
         return self.parameter.shape[self.dim]
 
-    def norm(self) -> nn.Module | None:
-        """Return the norm over the output channels of the weight's layer, or None where there is none."""
-        norms = self._norms()
-        return next((norms[module] for module in self.modules if module in norms), None)
+    def norms(self) -> list[nn.Module]:
+        """Return the norms over the output channels that follow the weight's layers."""
+        found = self._norms()
+        return list(dict.fromkeys(found[module] for module in self.modules if module in found))
+
+    def factors(self) -> Tensor | None:
+        """Return the absolute value of the factor that a norm has for each unit; None where no norm has factors."""
+        found = [norm.weight for norm in self.norms() if isinstance(norm.weight, nn.Parameter)]
+        if not found:
+            return None
+        factors = whole(local(found[0]), found[0]).abs().to(self.parameter.device)
+        return self.mean(lambda weight: self.spread(factors))
 
     def weight(self) -> Tensor:
         """Return this rank's piece of the weight, detached, at least float32; ``grad`` is its unscaled gradient."""
@@ -98,8 +114,42 @@ class Units:
 
     def mean(self, values: Values) -> Tensor:
         """Return the mean over each unit of what ``values`` gives for the weight, entry by entry."""
-        total = self.sum(values)
+        return self.per_weight(self.sum(values))
+
+    def per_weight(self, total: Tensor) -> Tensor:
+        """Return sums over units as means over their weights."""
         return total if self.size == self.parameter.numel() else total / self._weights_per_unit
+
+    def contribution(self) -> Tensor:
+        """Return ``sum p * dL/dp`` over the gate of each unit: minus the first-order change of the loss without it.
+
+        The gate of a channel is what scales it last: factor and shift of the norm that follows its layer, or else its
+        row of weights and its bias. The rows in front of a batch norm will not do: the loss does not depend on their
+        scale, so that their own sum vanishes. Units that are no channels are their own gates.
+
+        Raises:
+            ValueError: If a norm that normalises by the batch follows, and has no trainable factors.
+        """
+        gates, behind = self._gates()
+        found = [self._of_gate(gate)[self._rows_here] for gate in gates]
+        first = found.pop() if behind else self.sum(weight_times_gradient)
+        return sum(found, start=first)
+
+    def _gates(self) -> tuple[list[nn.Parameter], bool]:
+        """Return parameters with an entry per channel that belong to its gate, and whether a norm has all of it."""
+        if not self.granularity.follows:
+            return [], False
+        found, followers = self._norms(), list(self.followers.values())
+        norms = [found.get(module) for module in self.modules]
+        gates = [affine_of(norm, followers, self.name) if norm else [] for norm in norms]
+        owned = [own for norm in norms if norm for own in norm.parameters(recurse=False)]
+        behind = bool(gates) and all(gates)
+        biases = [] if behind else [follower for follower in followers if not among(follower, owned)]
+        return [own for affine in gates for own in affine] + biases, behind
+
+    def _of_gate(self, gate: nn.Parameter) -> Tensor:
+        """Return ``p * dL/dp`` of a whole parameter, on the device of the weight."""
+        return whole(weight_times_gradient(weight_of(gate, self.grad_scale)), gate).to(self.parameter.device)
 
     def spread(self, channels: Tensor) -> Tensor:
         """Return one number per output channel as a value for every entry of this rank's piece of the weight."""
@@ -135,6 +185,7 @@ class Units:
     def _rows(self, at: slice) -> "Units":
         """Return the units of some rows of the weight as units of their own, with their gradients."""
         some = copy.copy(self)
+        some._rows_here = at
         some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
         some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
         some.statistic = None if self.statistic is None else self.statistic[at]
@@ -257,19 +308,6 @@ class Units:
             unit = piece(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
             total.scatter_add_(0, unit.reshape(-1), values.reshape(-1))
         return over_ranks(total)
-
-
-def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
-    """Return this rank's piece of a parameter, detached, at least float32, with its gradient divided by a scale."""
-    weight = _at_least_float32(local(parameter))
-    if parameter.grad is not None:
-        grad = _at_least_float32(local(parameter.grad))
-        weight.grad = grad if grad_scale == 1.0 else grad / grad_scale
-    return weight
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def make_units(found: Sequence[Target], model: nn.Module, granularity: Granularity) -> list[Units]:

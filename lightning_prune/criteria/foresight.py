@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from lightning_prune.calling import inputs_of
 from lightning_prune.criteria.criterion import Criterion, Loss
-from lightning_prune.criteria.gradients import GradientMean, weight_times_gradient
+from lightning_prune.criteria.gradients import GradientMean
+from lightning_prune.gates import weight_times_gradient
 from lightning_prune.units import Units
 
 
@@ -44,7 +45,7 @@ class GraSP(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.sum(weight_times_gradient)
+        return units.contribution()
 
 
 @dataclass(frozen=True)

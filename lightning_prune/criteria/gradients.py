@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
+from lightning_prune.gates import weight_times_gradient
 from lightning_prune.instances import settle
 from lightning_prune.units import Units
 
@@ -70,7 +71,7 @@ class Sensitivity(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.sum(weight_times_gradient).square_()
+        return units.contribution().square_()
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Movement(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.mean(weight_times_gradient).neg_()
+        return units.per_weight(units.contribution()).neg_()
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class SNIP(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.sum(weight_times_gradient)
+        return units.contribution()
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -159,9 +160,3 @@ class Fisher(GradientMean):
     @override
     def scores(self, units: Units) -> Tensor:
         return super().scores(units) / 2
-
-
-def weight_times_gradient(weight: Tensor) -> Tensor:
-    """Return ``w * dL/dw``: minus the first-order change of the loss when the weight becomes zero."""
-    assert weight.grad is not None
-    return weight * weight.grad

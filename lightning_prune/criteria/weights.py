@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.flags import chunks
+from lightning_prune.gates import weight_of
 from lightning_prune.instances import settle
 from lightning_prune.ranking import tail_share
-from lightning_prune.shards import local, whole
-from lightning_prune.units import Units, weight_of
+from lightning_prune.shards import whole
+from lightning_prune.units import Units
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ class FPGM(Criterion):
 class BatchNormScale(Criterion):
     """The absolute value of the factor that the batch norm behind a layer has for its output channel.
 
-    Every weight of an output channel scores alike. It says most where the factors were trained towards zero, by the sum
-    of their absolute values in the loss ("network slimming"). Needs nothing but the norm.
+    Every weight of an output channel scores alike. Of coupled units, the mean over all norms that follow them. It says
+    most where the factors were trained towards zero, by the sum of their absolute values in the loss ("network
+    slimming"). Needs nothing but the norm.
 
     Raises:
         ValueError: When masks are made, if no norm with factors is found behind a target.
@@ -111,11 +113,10 @@ class BatchNormScale(Criterion):
 
     @override
     def scores(self, units: Units) -> Tensor:
-        norm = units.norm()
-        if norm is None or not isinstance(norm.weight, nn.Parameter):
+        factors = units.factors()
+        if factors is None:
+            found = ", ".join(type(norm).__name__ for norm in units.norms()) or "none"
             raise ValueError(
-                f"a norm with factors must stand behind the layer of {units.name!r}, got "
-                f"{'none' if norm is None else type(norm).__name__}: ignore the parameter"
+                f"a norm with factors must stand behind the layer of {units.name!r}, got {found}: ignore the parameter"
             )
-        factors = whole(local(norm.weight), norm.weight).abs().to(units.parameter.device)
-        return units.mean(lambda weight: units.spread(factors))
+        return factors

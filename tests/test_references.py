@@ -1,0 +1,221 @@
+"""Scores agree with the formulas of the papers' own code, of which each test says a few lines."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import (
+    SNIP,
+    Channel,
+    Criterion,
+    Movement,
+    Sensitivity,
+    Weight,
+    prune,
+)
+from lightning_prune.coupled import find_units
+from lightning_prune.granularities import Granularity
+from lightning_prune.observation import Observation
+from lightning_prune.targets import find
+
+_SEEDED = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(4, 8, 2, 8, 8, generator=_SEEDED)
+CLASSES = torch.randint(3, (4, 8), generator=_SEEDED)
+COUPLED = Channel(coupled=True)
+
+
+class Gate(nn.Identity):
+    """Where a reference has a gate: a factor of one for each channel, whose gradient says how much the channel does."""
+
+
+def randomly(model: nn.Module) -> nn.Module:
+    """Move all parameters away from values such as one and zero."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def convolutions() -> nn.Module:
+    """Three layers: with a norm and no bias, with a norm and a bias, with a bias alone."""
+    return randomly(
+        nn.Sequential(
+            *(nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), Gate(), nn.ReLU()),
+            *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(80, 4), Gate(), nn.Tanh(), nn.Linear(4, 3)),
+        )
+    )
+
+
+class Residual(nn.Module):
+    """Two layers that are added: norms follow each of them, or their sum, or neither."""
+
+    def __init__(self, norms: bool, last: nn.Module) -> None:
+        super().__init__()
+        self.one, self.first = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6) if norms else nn.Identity()
+        self.other, self.second = nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6) if norms else nn.Identity()
+        self.last, self.gate, self.head = last, Gate(), nn.Linear(6, 3)
+        randomly(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.last(self.first(self.one(x)) + self.second(self.other(x)))
+        y: Tensor = self.head(self.gate(total).relu().mean((2, 3)))
+        return y
+
+
+def observed(model: nn.Module, criterion: Criterion, granularity: Granularity) -> dict[str, Tensor]:
+    """Return the scores of four training steps, of which no optimizer changes anything."""
+    units, _ = find_units(find(model), model, granularity, (IMAGES[0],) if granularity.coupled else None)
+    observation = Observation(criterion, units)
+    for x, t in zip(IMAGES, CLASSES, strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model.train()(x), t).backward()
+        observation.gradients({id(parameter) for parameter in model.parameters()})
+        observation.step()
+    observation.finish()
+    return {unit.name: criterion.scores(unit) for unit in units}
+
+
+def by_gates(model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of each gate in the same four steps, (steps, channels)."""
+    found: dict[str, list[Tensor]] = {}
+    gates: dict[str, Tensor] = {}
+
+    def multiply(name: str, output: Tensor) -> Tensor:
+        gates[name] = torch.ones(output.shape[1], requires_grad=True)
+        return output * gates[name].view(-1, *[1] * (output.ndim - 2))
+
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            module.register_forward_hook(lambda *call, name=name: multiply(name, call[-1]))
+    for x, t in zip(IMAGES, CLASSES, strict=True):
+        nn.functional.cross_entropy(model.train()(x), t).backward()
+        for name, gate in gates.items():
+            found.setdefault(name, []).append(gate.grad)
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------ Taylor, SNIP
+
+
+# NVlabs/Taylor_pruning, method 22: criteria += (gate * gate.grad).pow(2), then divided by the number of steps
+@pytest.mark.parametrize(
+    ("criterion", "formula"),
+    [
+        (Sensitivity(), lambda gradients: gradients.square().mean(0)),
+        (SNIP(), lambda gradients: gradients.mean(0).abs()),
+    ],
+    ids=["Taylor", "SNIP"],
+)
+def test_channels_are_scored_by_the_gate_that_follows_their_norm_or_else_their_bias(
+    criterion: Criterion, formula: Any
+) -> None:
+    model = convolutions()
+    scores, gates = observed(model, criterion, Channel(coupled=False)), by_gates(model)
+    assert scores["0.weight"].min() > 1e-6
+    torch.testing.assert_close(scores["0.weight"], formula(gates["2"]), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(scores["8.weight"], formula(gates["9"]), rtol=1e-4, atol=1e-8)
+
+
+def test_movement_of_channels_is_that_of_their_gates_for_each_weight() -> None:
+    model = convolutions()
+    scores, gates = observed(model, Movement(), Channel(coupled=False)), by_gates(model)
+    torch.testing.assert_close(scores["0.weight"], -gates["2"].mean(0) / 18, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(scores["8.weight"], -gates["9"].mean(0) / 80, rtol=1e-4, atol=1e-8)
+
+
+# NVlabs/Taylor_pruning has the gates of residual networks after the sums
+@pytest.mark.parametrize(
+    ("norms", "last"),
+    [(True, nn.Identity()), (False, nn.Identity()), (False, nn.BatchNorm2d(6))],
+    ids=["of each", "nowhere", "of the sum"],
+)
+def test_coupled_channels_are_scored_by_the_gate_after_their_sum(norms: bool, last: nn.Module) -> None:
+    model = Residual(norms, last)
+    scores, gates = observed(model, Sensitivity(), COUPLED), by_gates(model)
+    torch.testing.assert_close(scores["one.weight"], gates["gate"].square().mean(0), rtol=1e-3, atol=1e-8)
+
+
+def test_sensitivity_finds_the_channels_behind_a_norm_that_change_the_loss_least() -> None:
+    model = randomly(nn.Sequential(nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 3)))
+    norm = model[1]
+    for parameter in norm.parameters():
+        parameter.data *= 0.1  # so that a channel more or less is a small change
+    scores = observed(model, Sensitivity(), Channel(coupled=False))["0.weight"]
+    changes = torch.tensor([change_without(model, norm, channel) for channel in range(16)])
+    ranks = torch.stack([changes.argsort().argsort(), scores.argsort().argsort()]).float()
+    assert torch.corrcoef(ranks)[0, 1] > 0.9  # 0 for an order at random
+    assert changes[scores.argsort()[:8]].sum() < 0.2 * changes.sum()
+
+
+def change_without(model: nn.Module, norm: nn.BatchNorm2d, channel: int) -> float:
+    """Return the mean square of the change of the loss, over the batches, without a channel behind a norm."""
+
+    def silence(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.index_fill(1, torch.tensor([channel]), 0.0)
+
+    def loss() -> Tensor:
+        pairs = zip(IMAGES, CLASSES, strict=True)
+        return torch.stack([nn.functional.cross_entropy(model(x), t) for x, t in pairs])
+
+    with torch.no_grad():
+        before = loss()
+        handle = norm.register_forward_hook(silence)
+        after = loss()
+        handle.remove()
+    return float((after - before).square().mean())
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("kind", [Sensitivity, SNIP, Movement])
+def test_a_batch_norm_without_trainable_factors_is_refused_in_training_alone(kind: Any, coupled: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 3, 6))
+    model.append(nn.Flatten())
+    with pytest.raises(ValueError, match=r"norm that follows the layer of '0\.weight' must have trainable factors"):
+        observed(model, kind(), Channel(coupled=coupled))
+    assert observed(model, kind(), Weight())["0.weight"].any()
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_batch_norm_without_factors_is_a_fixed_scale_in_eval_mode(coupled: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 3, 6))
+    model.append(nn.Flatten())
+    data, inputs = list(zip(IMAGES, CLASSES, strict=True)), IMAGES[0] if coupled else None
+    prune(model, 0.3, criterion=Sensitivity(), granularity=Channel(coupled=coupled), data=data, example_inputs=inputs)
+    assert not model[0].weight.flatten(1).all(1).all()
+
+
+def test_frozen_factors_in_eval_mode_leave_the_gate_to_the_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6).eval(), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+    model[1].requires_grad_(False).train = lambda mode=True: model[1]
+    scores = observed(randomly(model), SNIP(), Channel(coupled=False))["0.weight"]
+    layer = model[0]
+    steps = []
+    for x, t in zip(IMAGES, CLASSES, strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), t).backward()
+        steps.append((layer.weight * layer.weight.grad).sum((1, 2, 3)) + layer.bias * layer.bias.grad)
+    torch.testing.assert_close(scores, torch.stack(steps).mean(0).abs().detach())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), nn.LayerNorm(4, bias=False)], ids=str)
+def test_a_norm_over_channels_is_the_gate_too(norm: nn.Module) -> None:
+    model = randomly(nn.Sequential(nn.Flatten(), nn.Linear(128, 4), norm, Gate(), nn.ReLU(), nn.Linear(4, 3)))
+    scores, gates = observed(model, Sensitivity(), Channel(coupled=False)), by_gates(model)
+    torch.testing.assert_close(scores["1.weight"], gates["3"].square().mean(0), rtol=1e-4, atol=1e-8)
+
+
+def test_a_layer_with_a_norm_in_one_of_two_places_has_both_gates() -> None:
+    first, second, norm = nn.Linear(128, 128), nn.Linear(128, 128), nn.BatchNorm1d(128)
+    second.weight = first.weight
+    model = randomly(nn.Sequential(nn.Flatten(), first, norm, nn.ReLU(), second, nn.ReLU(), nn.Linear(128, 3)))
+    scores = observed(model, SNIP(), Channel(coupled=False))["1.weight"]
+    steps = []
+    for x, t in zip(IMAGES, CLASSES, strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model.train()(x), t).backward()
+        own = (first.weight * first.weight.grad).sum(1)
+        steps.append(own + sum(p * p.grad for p in (norm.weight, norm.bias, first.bias, second.bias)))
+    torch.testing.assert_close(scores, torch.stack(steps).mean(0).abs().detach(), rtol=1e-4, atol=1e-8)
