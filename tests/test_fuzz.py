@@ -343,11 +343,20 @@ def cases(draw: st.DrawFn) -> Case:
         granularity=draw(st.sampled_from([Weight(), Channel()])),
     )
     steps = case.epochs * case.steps
-    case = replace(case, criterion=draw(criteria(min(3, steps))))
+    case = _with_factors(replace(case, criterion=draw(criteria(min(3, steps)))))
     case = draw(windows(draw(goals(case))))
     points = [("step", n + 1) for n in range(steps)] + [("epoch", n) for n in range(case.epochs)]
     points += [("early", n + 1) for n in range(steps)]
     return replace(case, resume=draw(st.sampled_from([None, *points])))
+
+
+def _with_factors(case: Case) -> Case:
+    """Let batch norms train their factors where channels are scored by gradients, which they are refused without."""
+    if case.granularity == Weight() or case.criterion.needs != "gradients":
+        return case
+    frozen = [layer.norm == "batch" and layer.frozen == "rest" for layer in case.layers]
+    layers = [replace(one, frozen="nothing") if own else one for one, own in zip(case.layers, frozen, strict=True)]
+    return replace(case, layers=tuple(layers))
 
 
 def several(most: int) -> st.SearchStrategy[list[Case]]:

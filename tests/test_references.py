@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from lightning_prune import (
     SNIP,
+    BatchNormScale,
     Channel,
     Criterion,
     Movement,
     Sensitivity,
     Weight,
     prune,
+    shrink,
 )
 from lightning_prune.coupled import find_units
 from lightning_prune.granularities import Granularity
@@ -219,3 +221,46 @@ def test_a_layer_with_a_norm_in_one_of_two_places_has_both_gates() -> None:
         own = (first.weight * first.weight.grad).sum(1)
         steps.append(own + sum(p * p.grad for p in (norm.weight, norm.bias, first.bias, second.bias)))
     torch.testing.assert_close(scores, torch.stack(steps).mean(0).abs().detach(), rtol=1e-4, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------ network slimming
+
+
+# Eric-mingjie/rethinking-network-pruning, network-slimming/prune.py: of the factors of all batch norms, sorted by their
+# absolute values, the one at total * percent is the threshold, and what is greater stays
+@pytest.mark.parametrize("coupled", [False, True])
+def test_slimming_keeps_the_channels_whose_factors_exceed_one_threshold_and_shrinks(coupled: bool) -> None:
+    model = randomly(
+        nn.Sequential(
+            *(nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+        )
+    ).eval()
+    factors = [model[at].weight.detach().abs() for at in (1, 4)]
+    threshold = torch.cat(factors).sort()[0][int(14 * 0.5)]
+    granularity, ignore = Channel(coupled=coupled), ["8.*"]
+    masks = prune(
+        model, 0.5, criterion=BatchNormScale(), granularity=granularity, ignore=ignore, example_inputs=IMAGES[0]
+    )
+    kept = [masks[f"{at}.weight"] for at in (1, 4)]
+    assert all(torch.equal(mask, factor >= threshold) for mask, factor in zip(kept, factors, strict=True))
+    if coupled:
+        small = shrink(model, IMAGES[0])
+        assert [small[at].out_channels for at in (0, 3)] == [int(mask.sum()) for mask in kept]
+        torch.testing.assert_close(small(IMAGES[0]), model(IMAGES[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_slimming_of_a_sum_takes_the_mean_of_the_factors_of_both_branches() -> None:
+    model = Residual(True, nn.Identity()).eval()
+    factors = (model.first.weight.abs() + model.second.weight.abs()).detach() / 2
+    prune(model, 0.5, criterion=BatchNormScale(), granularity=COUPLED, example_inputs=IMAGES[0])
+    kept = model.one.weight.flatten(1).any(1)
+    assert torch.equal(kept, factors > factors.sort()[0][2])
+    assert torch.equal(kept, model.second.weight.detach() != 0)
+    assert shrink(model, IMAGES[0]).one.out_channels == 3
+
+
+def test_slimming_of_coupled_channels_names_a_layer_without_factors() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"behind the layer of '0\.weight', got none: ignore the parameter"):
+        prune(model, 0.5, criterion=BatchNormScale(), granularity=COUPLED, example_inputs=torch.ones(1, 4))

@@ -56,13 +56,16 @@ class GradientMean(Criterion):
 class Sensitivity(GradientMean):
     """The contribution of each unit to the loss, to first order: the mean over the window of ``(sum w * dL/dw)**2``.
 
-    The sum runs over the weights of the unit, the mean over optimizer steps. Needs gradients.
+    The mean runs over optimizer steps, the sum over the gate of a channel: factor and shift of the norm that follows
+    its layer, or else its weights and its bias; coupled channels have the gates of all layers that make them. Of other
+    units, the sum runs over their weights. Needs gradients.
 
     Args:
         window: Number of optimizer steps observed before an update.
 
     Raises:
-        ValueError: If the window is shorter than one step.
+        ValueError: If the window is shorter than one step; when it observes channels, if a norm that normalises by the
+            batch follows, and has no trainable factors.
 
     Reference: Molchanov et al., 2019, "Importance Estimation for Neural Network Pruning", arXiv:1906.10771.
     """
@@ -81,7 +84,7 @@ class Movement(GradientMean):
     A weight that shrinks while it is trained goes before one that grows, whatever their size. What is observed adds up
     until the last update, as in the paper; it is divided by the number of steps. Pruned weights are zero, do not move,
     and stay pruned; the paper, which keeps them under straight-through gradients, lets some come back. Of larger units,
-    the mean.
+    the mean; a channel moves with its gate, as for ``Sensitivity``.
 
     Args:
         window: Number of optimizer steps observed before the first update.
@@ -104,6 +107,8 @@ class Movement(GradientMean):
 @dataclass(frozen=True)
 class SNIP(GradientMean):
     """Connection sensitivity: the absolute value of the mean of ``sum w * dL/dw``, over the unit. Needs gradients.
+
+    The sum of a channel runs over its gate, as for ``Sensitivity``.
 
     It is for a network at its initialisation: ``PruningAtInit`` trains the pruned initialisation, as the paper does. In
     ``Pruning`` the gradients are those of the first optimizer step, and the masks come into force right after it. The
