@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
+from lightning_prune.agreement import restore
 from lightning_prune.arguments import choice, integer, number, text
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
@@ -197,6 +198,7 @@ class GuardedPruning(ScheduledTraining):
                 f"{self.max_drop} of {self._search.reference}, judged: {self._trials}"
             )
         self._search.settled = self._best is not None
+        restore(self, pl_module, self.masks, "when training ended")
         self._let_go(pl_module)
 
     @override

@@ -1,6 +1,6 @@
 """Holding: parameters stay at their masks, because every optimizer applies them right after its step."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Holding:
         self._parameters = [parameters[name] for name in masks]
         self._masks = {id(parameters[name]): by_row(mask) for name, mask in masks.items()}
         self.apply()
+
+    def holds(self, parameters: Sequence[nn.Parameter | None]) -> bool:
+        """Return whether these very parameters are held, in this order."""
+        return list(map(id, parameters)) == list(map(id, self._parameters))
 
     def apply(self) -> None:
         """Apply the masks to all parameters, also those that no optimizer has."""

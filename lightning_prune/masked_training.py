@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune.agreement import fitting, restore
 from lightning_prune.arguments import flag, patterns
 from lightning_prune.flags import count
 from lightning_prune.holding import Holding, entrywise, forget_entries
@@ -72,6 +73,11 @@ class MaskedTraining(Callback):
     @property
     def reached(self) -> bool:
         """Whether the masks are those that the callback aims at, so that what is judged now is what will be kept."""
+        return True
+
+    @property
+    def settled(self) -> bool:
+        """Whether what the masks prune is zero at this moment, as it is outside of straight-through steps."""
         return True
 
     @property
@@ -135,7 +141,8 @@ class MaskedTraining(Callback):
         """Return the masks on the devices of their parameters, and restored ones in their pieces."""
         parameters = named_parameters(pl_module)
         if not self._restored:
-            return Masks({name: mask.to(parameters[name].device) for name, mask in self.masks.items()})
+            held = self._fitting(parameters)
+            return Masks({name: mask.to(parameters[name].device) for name, mask in held.items()})
         for name, mask in self.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 found = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
@@ -146,6 +153,22 @@ class MaskedTraining(Callback):
         return Masks(
             {n: piece(mask, parameters[n]).contiguous().to(parameters[n].device) for n, mask in self.masks.items()}
         )
+
+    def _fitting(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
+        """Return the masks of parameters that the model still has, and warn of the others."""
+        held = fitting(self.masks, parameters)
+        if len(held) < len(self.masks):
+            gone = [name for name in self.masks if name not in held]
+            rank_zero_warn(
+                f"{type(self).__name__} drops the masks of {gone[:5]}: the model has no parameter of that name and "
+                f"shape any more"
+            )
+        return held
+
+    def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold the parameters that the model has now, since some are not those that were held."""
+        self.masks = self._fitting(named_parameters(pl_module))
+        self.put_in_force(trainer, pl_module, self.masks)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -170,13 +193,14 @@ class MaskedTraining(Callback):
         # a step that was taken, and not yet counted when the checkpoint was saved
         missed = self._restored and self._steps < steps
         self._steps = steps
-        masks = self._place(pl_module)
+        self.masks = self._place(pl_module)
+        if self._restored:
+            restore(self, pl_module, self.masks, "in the checkpoint")
         self._restored = False
         self.begin(trainer, pl_module)
         if missed:
             self.after_step()
         self._refuse_overlap(trainer)
-        self.masks = masks or self.masks
         own = not pl_module.configure_gradient_clipping.__module__.endswith("core.module")  # the user's own clipping
         self._clips = bool(trainer.gradient_clip_val) or own or not pl_module.automatic_optimization
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
@@ -187,6 +211,10 @@ class MaskedTraining(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)
+        parameters = named_parameters(pl_module)
+        if not self._holding.holds([parameters.get(name) for name in self.masks]):  # layers have been replaced
+            self.rebuild(trainer, pl_module)
         self.advance(trainer, pl_module)
 
     @override
@@ -216,6 +244,7 @@ class MaskedTraining(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restore(self, pl_module, self.masks, "when training ended")
         self._let_go(pl_module)
 
     @override
@@ -226,6 +255,8 @@ class MaskedTraining(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
+        if stage == "fit" and self._model is not None:  # what other callbacks did when training ended
+            restore(self, pl_module, self.masks, "after training")
         self._running = None
 
     def _let_go(self, pl_module: nn.Module) -> None:
@@ -256,15 +287,24 @@ class MaskedTraining(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {name: self._whole(name, mask) for name, mask in self.masks.items()}
-        return {"version": 1, "steps": self._steps, "levels": dict(self._levels), "masks": pack_all(masks)}
+        model = self._held_model()
+        held = self.masks if model is None else fitting(self.masks, named_parameters(model))
+        if model is not None and self.settled:
+            restore(self, model, held, "when a checkpoint was saved")
+        masks = {name: self._whole(name, mask) for name, mask in held.items()}
+        levels = {name: level for name, level in self._levels.items() if name in held}
+        return {"version": 1, "steps": self._steps, "levels": levels, "masks": pack_all(masks)}
+
+    def _held_model(self) -> nn.Module | None:
+        """Return the model that the masks are placed on, with its parameters in pieces if they are sharded."""
+        model = self._model() if self._model is not None and not self._restored else None
+        if model is not None:
+            reshard(model)
+        return model
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
-        model = self._model() if self._model is not None else None
-        if model is None or self._restored:
-            return mask
-        reshard(model)
-        return whole(mask, named_parameters(model)[name])
+        model = self._held_model()
+        return mask if model is None else whole(mask, named_parameters(model)[name])
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,7 +355,8 @@ def mask_averages(trainer: Trainer, masks: Mapping[str, Tensor]) -> None:
     """Apply masks to the copies of the model that averaging callbacks keep."""
     for average in averages(trainer):
         copies = named_parameters(average)
-        zero_pruned((local(copies[name]), mask.to(copies[name].device)) for name, mask in masks.items())
+        held = fitting(masks, copies)
+        zero_pruned((local(copies[name]), mask.to(copies[name].device)) for name, mask in held.items())
 
 
 def averages(trainer: Trainer) -> list[nn.Module]:

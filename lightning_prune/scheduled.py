@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
+from lightning_prune.agreement import fitting
 from lightning_prune.arguments import number
 from lightning_prune.budget import Budget, Measure
 from lightning_prune.calling import Inputs, inputs_of
@@ -24,6 +25,7 @@ from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
 from lightning_prune.schedules import Horizon
 from lightning_prune.shards import reshard
+from lightning_prune.targets import named_parameters
 from lightning_prune.units import Units
 
 
@@ -131,8 +133,9 @@ class ScheduledTraining(MaskedTraining):
 
     @override
     def target_names(self) -> list[str]:
-        # before the first batch has shown how units are coupled, those of the checkpoint
-        return list(dict.fromkeys(name for unit in self._units for name in unit.weights)) or list(self._levels)
+        # those that may be pruned now, and those that were and are frozen, or wait until a batch shows how units couple
+        held = (name for name in self._levels if name in self.masks)
+        return list(dict.fromkeys([*(name for unit in self._units for name in unit.weights), *held]))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -218,7 +221,15 @@ class ScheduledTraining(MaskedTraining):
             return
         self._observation.finish()
         masks = self.choose(pl_module, position, amount)
+        held = fitting(self.masks, named_parameters(pl_module))  # of frozen parameters too, which keep their zeros
+        frozen, before = [name for name in self._levels if name in held and name not in masks], self.reached
+        masks = Masks({**held, **masks})
         self._applied = position
+        if frozen and self.reached and not before:
+            rank_zero_warn(
+                f"{type(self).__name__} made its last update while {frozen[:5]} was frozen, and kept the zeros that "
+                f"are there: the goal is met by the other targets alone"
+            )
         if self.reached or not self.criterion.accumulates:
             self._observation.reset()
         self.put_in_force(trainer, pl_module, masks)
@@ -232,6 +243,11 @@ class ScheduledTraining(MaskedTraining):
         if self.criterion.accumulates and self._observation.steps:
             return True
         return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.window
+
+    @override
+    def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_units(trainer, pl_module)
+        super().rebuild(trainer, pl_module)
 
     def _find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the targets up: lazy ones appear after the first forward, frozen ones once they are trained."""

@@ -70,6 +70,16 @@ class SRSTE(MaskedTraining):
         self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
         self._open: set[str] = set()  # the targets that are without zeros in the model itself, during a step
 
+    @property
+    @override
+    def settled(self) -> bool:
+        return not self._open
+
+    @override
+    def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin(trainer, pl_module)
+        super().rebuild(trainer, pl_module)
+
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
