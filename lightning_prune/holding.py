@@ -15,6 +15,13 @@ _ENTRYWISE = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
     *(torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD),
 )
+_TORCH = tuple(found for found in vars(torch.optim).values() if isinstance(found, type) and found is not Optimizer)
+_ZERO_AT_FIRST = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
+    *("acc_delta", "ax", "prev", "variance"),
+)
+# the first of these options of a group that it has; a scheduler may have changed the learning rate since
+_OPTION_AT_FIRST = {"sum": ("initial_accumulator_value",), "step_size": ("initial_lr", "lr")}
 
 
 class Holding:
@@ -117,16 +124,39 @@ def entrywise(optimizer: Optimizer) -> bool:
 
 
 def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
-    """Zero what an optimizer remembers of the entries of a parameter where ``changed`` (bool): they start afresh.
+    """Reset what an optimizer remembers of the entries of a parameter where ``changed`` (bool): they start afresh.
 
-    LBFGS forgets everything, since its curvature under other masks would lead pruned weights away from zero.
+    Optimizers of torch have the entries that they begin with. Of other optimizers only averages of gradients and copies
+    of weights are reset, to zero: what else they keep may be a divisor. LBFGS forgets everything, since its curvature
+    under other masks would lead pruned weights away from zero.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
         return
-    for value in optimizer.state.get(parameter, {}).values():
+    for key, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            zero_pruned([(local(value), ~changed)])
+            fresh = _initial(optimizer, parameter, key, local(value))
+            if fresh == 0.0:
+                zero_pruned([(local(value), ~changed)])
+            elif fresh is not None:
+                local(value).masked_fill_(changed, fresh)
+
+
+def _initial(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> float | None:
+    """Return what entries of the state of an optimizer begin with; None if nobody knows."""
+    if isinstance(optimizer, _TORCH) and key in _ZERO_AT_FIRST:
+        return 0.0
+    if isinstance(optimizer, _TORCH) and key in _OPTION_AT_FIRST:
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        return float(next(group[option] for option in _OPTION_AT_FIRST[key] if option in group))
+    # mean squares, step sizes and the like are never negative, and a preconditioner is a symmetric matrix
+    averages = value.numel() > 0 and bool(value.min() < 0) and not _is_symmetric(value)
+    return 0.0 if averages else None
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return square and torch.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-3 * float(matrix.abs().max()))
 
 
 def forget_momentum(optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import Divided, ScheduleFree, Shampoo
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -367,26 +368,66 @@ def test_lbfgs_forgets_steps_under_other_masks() -> None:
     assert not optimizer.state
 
 
-@pytest.mark.parametrize(
-    ("make", "keys"),
-    [
-        (lambda ps: SGD(ps, 0.1, momentum=0.9), {"momentum_buffer"}),
-        (lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
-        (lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.9, centered=True), {"square_avg", "grad_avg"}),
-        (lambda ps: torch.optim.Adagrad(ps, 0.1), {"sum"}),
-    ],
-)
+INITIAL: list[Any] = [  # an optimizer, and what the entries of its state begin with
+    pytest.param(lambda ps: SGD(ps, 0.1, momentum=0.9), {"momentum_buffer": 0.0}, id="SGD"),
+    pytest.param(
+        lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True),
+        {"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0},
+        id="AdamW",
+    ),
+    pytest.param(lambda ps: torch.optim.Adamax(ps, 0.1), {"exp_avg": 0.0, "exp_inf": 0.0}, id="Adamax"),
+    pytest.param(
+        lambda ps: torch.optim.RMSprop(ps, 0.1, momentum=0.9, centered=True),
+        {"square_avg": 0.0, "grad_avg": 0.0, "momentum_buffer": 0.0},
+        id="RMSprop",
+    ),
+    pytest.param(lambda ps: torch.optim.Adadelta(ps, 0.1), {"square_avg": 0.0, "acc_delta": 0.0}, id="Adadelta"),
+    pytest.param(lambda ps: torch.optim.Adagrad(ps, 0.1, initial_accumulator_value=0.5), {"sum": 0.5}, id="Adagrad"),
+    pytest.param(lambda ps: torch.optim.Rprop(ps, 0.1), {"prev": 0.0, "step_size": 0.1}, id="Rprop"),
+    pytest.param(lambda ps: torch.optim.ASGD(ps, 0.1), {"ax": 0.0}, id="ASGD"),
+    pytest.param(lambda ps: Outer(ps, lr=0.1, momentum=0.9), {"momentum_buffer": 0.0}, id="subclass"),
+    pytest.param(ScheduleFree, {"z": 0.0}, id="ScheduleFree"),
+]
+
+
+@pytest.mark.parametrize(("make", "initial"), INITIAL)
 def test_changed_entries_start_afresh_and_the_others_keep_their_state(
-    make: Callable[[Iterable[nn.Parameter]], Optimizer], keys: set[str]
+    make: Callable[[Iterable[nn.Parameter]], Optimizer], initial: dict[str, float]
 ) -> None:
     linear = layer()
+    with torch.no_grad():
+        linear.weight[1, 1] = -9.0
     optimizer = make(linear.parameters())
     step(optimizer, linear)
-    before = copy.deepcopy(optimizer.state)
+    step(optimizer, linear)
+    before = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
     forget_entries(optimizer, linear.weight, MASK)
-    assert keys <= optimizer.state[linear.weight].keys()
+    assert initial.keys() <= optimizer.state[linear.weight].keys()
     for key, value in before[linear.weight].items():
-        kept = value.masked_fill(MASK, 0.0) if value.shape == MASK.shape else value
+        kept = value.masked_fill(MASK, initial[key]) if value.shape == MASK.shape else value
         assert torch.equal(optimizer.state[linear.weight][key], kept), key
     for key, value in before[linear.bias].items():
         assert torch.equal(optimizer.state[linear.bias][key], value), key
+
+
+def test_the_first_step_size_of_rprop_is_that_before_a_scheduler() -> None:
+    linear = layer()
+    optimizer = torch.optim.Rprop(linear.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    step(optimizer, linear)
+    scheduler.step()
+    forget_entries(optimizer, linear.weight, MASK)
+    assert optimizer.state[linear.weight]["step_size"].tolist() == [[pytest.approx(0.1)] * 2] * 2
+
+
+@pytest.mark.parametrize("make", [Shampoo, Divided])
+def test_of_other_optimizers_neither_divisors_nor_preconditioners_are_reset(
+    make: Callable[[Iterable[nn.Parameter]], Optimizer],
+) -> None:
+    linear = layer()
+    optimizer = make(linear.parameters())
+    for mask in (MASK, ~MASK, MASK):
+        step(optimizer, linear)
+        forget_entries(optimizer, linear.weight, mask)
+        step(optimizer, linear)
+    assert all(parameter.isfinite().all() for parameter in linear.parameters())
