@@ -198,14 +198,38 @@ def keeping_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
+class _Stance:
+    """Compiled modules run as they are written from the first that asks for it until the last has left."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.eager: Any = None
+
+    def enter(self) -> None:
+        """Ask for it."""
+        self.users += 1
+        if self.eager is None and "torch._dynamo" in sys.modules:
+            self.eager = torch.compiler.set_stance("force_eager")
+
+    def leave(self) -> None:
+        """Ask for it no longer; the stance that there was before comes back with the last."""
+        self.users -= 1
+        if self.eager is not None and not self.users:
+            self.eager.__exit__(None, None, None)
+            self.eager = None
+
+
+_STANCE = _Stance()  # one a process, as that of the compiler
+
+
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run compiled modules as they are written: compiled code would be compiled anew for every new shape."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    torch.compiler.set_stance("force_eager")
+    """Run compiled modules as they are written: compiled code would be compiled anew for every new shape.
+
+    It may be entered again before it is left, and left in any order.
+    """
+    _STANCE.enter()
     try:
         yield
     finally:
-        torch.compiler.set_stance("default")
+        _STANCE.leave()

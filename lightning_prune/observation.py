@@ -1,13 +1,14 @@
 """Observation: gathers the statistics of a criterion from the training that is under way, and disturbs nothing."""
 
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.calling import eager
 from lightning_prune.criteria import Criterion
 from lightning_prune.shards import Operation, gather, is_sharded, local, over_ranks
 from lightning_prune.units import Units
@@ -57,7 +58,7 @@ class Observation:
         self.steps = 0
         self._handles: list[RemovableHandle] = []
         self._seen: set[str] = set()
-        self._stance: Any = None
+        self._eager = ExitStack()
 
     @property
     def needed(self) -> bool:
@@ -76,17 +77,14 @@ class Observation:
         for unit in self.units:
             for module in dict.fromkeys(unit.modules):
                 self._handles.append(module.register_forward_hook(_Watch(self, unit)))
-        if "torch._dynamo" in sys.modules:  # compiled code does not see hooks that came after it
-            self._stance = torch.compiler.set_stance("force_eager")
+        self._eager.enter_context(eager())  # compiled code does not see hooks that came after it
 
     def close(self) -> None:
         """Stop to watch; the statistics stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._stance is not None:
-            torch.compiler.set_stance("default")
-            self._stance = None
+        self._eager.close()
 
     @torch.no_grad()
     def gradients(self, parameters: Collection[int], grad_scale: float = 1.0, check: bool = False) -> None:

@@ -40,13 +40,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import (
+    Channel,
     ConstantSparsity,
     Criterion,
+    Entropy,
     MagnitudePruning,
     Pruning,
     Sensitivity,
     prune,
 )
+from lightning_prune.calling import eager
 
 # ------------------------------------------------------------------------------------------- optimizers
 
@@ -569,6 +572,33 @@ def test_statistics_of_compiled_modules_are_those_of_plain_ones(where: str) -> N
     expected = entropy_masks(plain)
     assert found.keys() == expected.keys() != set()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings(*PROBED)
+@pytest.mark.parametrize("first", [2, 4])
+def test_a_window_that_closes_leaves_another_over_compiled_code_open(first: int) -> None:
+    torch._dynamo.reset()
+    model = compiled("net")
+    windows: dict[str, Any] = {"criterion": Entropy(window=2), "granularity": Channel(), "schedule": "one_shot"}
+    callbacks = [
+        Pruning(0.5, **windows, start=start, targets=(f"net.{layer}.weight",))
+        for layer, start in ((0, first), (3, 3), (5, 8))
+    ]
+    train(model, *callbacks)
+    assert [callback.sparsity_now for callback in callbacks] == [0.5, 0.5, 0.5]
+
+
+def test_eager_code_that_runs_within_a_window_leaves_it_open() -> None:
+    def eager_now() -> bool:
+        return torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    with torch.compiler.set_stance("eager_on_recompile"):
+        with eager():
+            with eager():
+                pass
+            assert eager_now()
+        assert torch._dynamo.eval_frame._stance.stance == "eager_on_recompile"  # the user's own
 
 
 @pytest.mark.parametrize("kind", KINDS)
