@@ -49,7 +49,7 @@ class Holding:
 
     def apply(self) -> None:
         """Apply the masks to all parameters, also those that no optimizer has."""
-        zero_pruned((local(parameter), self._masks[id(parameter)]) for parameter in self._parameters)
+        zero_pruned((local(parameter), mask) for parameter, mask in self._held())
 
     def change(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace the masks of some parameters from their next application on."""
@@ -92,9 +92,14 @@ class Holding:
         self.stepped = True
         zero_pruned((local(parameter), mask) for parameter, mask in self._of(optimizer))
 
-    def mask_gradients(self, optimizer: Optimizer) -> None:
-        """Zero the gradients of pruned entries: they must not count in a norm, nor in the line search of LBFGS."""
-        zero_pruned((local(p.grad), m) for p, m in self._of(optimizer) if p.grad is not None and not p.grad.is_sparse)
+    def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
+        """Zero the gradients of pruned entries: they must not count in a norm, nor in the line search of LBFGS.
+
+        Args:
+            optimizer: Of whose parameters; None means all.
+        """
+        held = self._held() if optimizer is None else self._of(optimizer)
+        zero_pruned(_gradient(p.grad, m) for p, m in held if p.grad is not None)
 
     def release(self) -> None:
         """Apply the masks once more and remove every hook; idempotent."""
@@ -105,12 +110,22 @@ class Holding:
         self._handles.clear()
         self._parameters, self._masks = [], {}
 
+    def _held(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return ((parameter, self._masks[id(parameter)]) for parameter in self._parameters)
+
     def _of(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for group in optimizer.param_groups:  # read anew each time: groups may be added while training
             for parameter in group["params"]:
                 mask = self._masks.get(id(parameter))
                 if mask is not None:
                     yield parameter, mask
+
+
+def _gradient(gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries of a gradient and of its mask; of a sparse one, as embeddings give, those of its rows."""
+    if gradient.layout != torch.sparse_coo:
+        return local(gradient), mask
+    return gradient._values(), mask[tuple(gradient._indices())]
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:

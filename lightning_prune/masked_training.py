@@ -19,6 +19,7 @@ from lightning_prune.flags import count
 from lightning_prune.holding import Holding, entrywise, forget_entries
 from lightning_prune.masks import Masks, pack_all, unpack_all
 from lightning_prune.namespaces import Callback
+from lightning_prune.readers import reads_after_backward, reads_before_step
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks, piece, reshard, whole
 from lightning_prune.targets import named_parameters
 from lightning_prune.zeroing import zero_pruned
@@ -62,7 +63,7 @@ class MaskedTraining(Callback):
         self._levels: dict[str, float] = {}
         self._sparsity_now = 0.0
         self._shown: tuple[int, dict[str, float]] | None = None  # the epoch, and what was logged in it
-        self._clips = True
+        self._reads = True, True  # whether others read gradients after a backward pass, and before a step
         self._before: Callable[[Optimizer], None] | None = None
 
     @property
@@ -91,7 +92,14 @@ class MaskedTraining(Callback):
         raise NotImplementedError
 
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Look at the gradients of an optimizer that is about to step: accumulated, reduced, not yet masked."""
+        """Look at the gradients of an optimizer that is about to step: accumulated and reduced.
+
+        Those of pruned weights may be masked by then, but where ``looks_at_pruned`` says so.
+        """
+
+    def looks_at_pruned(self, trainer: Trainer) -> bool:
+        """Return whether ``before_step`` has to see the gradients of pruned weights in the coming step."""
+        return False
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Look at the weights of an optimizer that has just stepped, not yet masked; it may be called twice a step."""
@@ -201,8 +209,7 @@ class MaskedTraining(Callback):
         if missed:
             self.after_step()
         self._refuse_overlap(trainer)
-        own = not pl_module.configure_gradient_clipping.__module__.endswith("core.module")  # the user's own clipping
-        self._clips = bool(trainer.gradient_clip_val) or own or not pl_module.automatic_optimization
+        self._reads = reads_after_backward(trainer, pl_module), reads_before_step(trainer, pl_module)
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
             self._holding.attach(optimizer, self._before, self.stepped)
@@ -218,6 +225,11 @@ class MaskedTraining(Callback):
         self.advance(trainer, pl_module)
 
     @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._reads[0] and not self.looks_at_pruned(trainer):
+            self._holding.mask_gradients()
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._holding.attach(optimizer, self._before, self.stepped)
         if pl_module.automatic_optimization:
@@ -226,7 +238,7 @@ class MaskedTraining(Callback):
     def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.before_step(trainer, optimizer)
         # weights are masked after the step; gradients only where those of pruned entries would touch others
-        if self._clips or not entrywise(optimizer):
+        if self._reads[1] or not entrywise(optimizer):
             self._holding.mask_gradients(optimizer)
 
     @override

@@ -131,6 +131,10 @@ class SET(ScheduledTraining):
             self.masks = make_masks(self._units, drawn, allocate, {})
 
     @override
+    def looks_at_pruned(self, trainer: Trainer) -> bool:
+        return self._observing(trainer)
+
+    @override
     def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
         return exchange(self._units, self.masks, amount, self.growth(position))
 

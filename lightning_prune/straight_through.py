@@ -102,6 +102,10 @@ class SRSTE(MaskedTraining):
         return Masks({name: place >= self.granularity.least for name, place in places.items()})
 
     @override
+    def looks_at_pruned(self, trainer: Trainer) -> bool:
+        return True
+
+    @override
     def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.before_step(trainer, optimizer)  # and no gradient is masked: those of pruned weights are the point
 

@@ -321,15 +321,15 @@ def test_gradients_that_are_missing_or_not_its_own_are_left() -> None:
     assert model["b"].weight.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-def test_sparse_gradients_are_left() -> None:
-    table = nn.Embedding(3, 2, sparse=True)
+@pytest.mark.parametrize("mask", [[[1, 0], [0, 1], [1, 1]], [[1, 1], [0, 0], [1, 1]]], ids=["entries", "rows"])
+def test_sparse_gradients_of_pruned_weights_are_zeroed(mask: list[list[int]]) -> None:
+    table, mask = nn.Embedding(3, 2, sparse=True), torch.tensor(mask).bool()
     optimizer = SGD(table.parameters(), 0.1)
-    mask = torch.tensor([[True, False], [False, True], [True, True]])
     holding = held(table, optimizer, weight=mask)
-    table(torch.tensor([0, 1])).sum().backward()
-    holding.mask_gradients(optimizer)
+    table(torch.tensor([0, 1, 1])).sum().backward()  # not coalesced: row 1 twice
+    holding.mask_gradients()
     assert table.weight.grad is not None
-    assert table.weight.grad.to_dense().tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    assert table.weight.grad.to_dense().tolist() == (torch.tensor([[1.0], [2.0], [0.0]]) * mask).tolist()
     optimizer.step()
     assert (table.weight[~mask] == 0).all()
 

@@ -486,12 +486,64 @@ class OwnClipping(Regression):
         self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
 
 
-@pytest.mark.parametrize(("kind", "clip"), [(Regression, 0.1), (OwnClipping, None)], ids=["trainer", "own"])
-def test_clipping_leaves_out_the_gradients_of_pruned_weights(kind: type[Regression], clip: float | None) -> None:
+class ClippingBeforeStep(Regression):
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class ClippingAfterBackward(Regression):
+    def on_after_backward(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class ClippingInStep(Regression):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        def closure() -> Any:
+            loss = optimizer_closure()
+            nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+class ClippingByHand(Regression):
+    """Manual optimization."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+class Clipping(Callback):
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_(pl_module.parameters(), 0.1)
+
+
+PLACES: dict[str, tuple[type[Regression], list[Callback], float | None]] = {
+    "trainer": (Regression, [], 0.1),
+    "configure_gradient_clipping": (OwnClipping, [], None),
+    "on_before_optimizer_step": (ClippingBeforeStep, [], None),
+    "on_after_backward": (ClippingAfterBackward, [], None),
+    "optimizer_step": (ClippingInStep, [], None),
+    "manual": (ClippingByHand, [], None),
+    "callback": (Regression, [Clipping()], None),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_clipping_leaves_out_the_gradients_of_pruned_weights(place: str) -> None:
+    kind, others, clip = PLACES[place]
     model = kind(mlp(), optimizer=partial(torch.optim.SGD, lr=0.5))
     masks = prune(model, 0.75)
     by_hand = copy.deepcopy(model)
-    train(model, ConstantSparsity(), gradient_clip_val=clip, max_epochs=1)
+    train(model, ConstantSparsity(), *others, gradient_clip_val=clip, max_epochs=1)
     optimizer = by_hand.configure_optimizers()
     for batch in by_hand.train_dataloader():
         optimizer.zero_grad()
