@@ -1,10 +1,13 @@
 """Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_prune.arguments import number
@@ -38,7 +41,7 @@ class SRSTE(MaskedTraining):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
-            is prunable, or an optimizer (LBFGS) runs the model inside its step.
+            is prunable; when an optimizer (LBFGS, SAM) runs the model inside its step, or a gradient is sparse.
 
     Reference: Zhou et al., 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
     arXiv:2102.04010.
@@ -69,6 +72,7 @@ class SRSTE(MaskedTraining):
         self._dense: dict[str, Tensor] = {}  # the weights without zeros, of this rank's pieces
         self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
         self._open: set[str] = set()  # the targets that are without zeros in the model itself, during a step
+        self._guard: RemovableHandle | None = None  # refuses forward passes meanwhile
 
     @property
     @override
@@ -84,20 +88,31 @@ class SRSTE(MaskedTraining):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
-        self._open.clear()  # an exception may have ended the last run within a step
-        self._units = make_units(find(pl_module, self.targets, self.ignore), pl_module, self.granularity)
-        for unit in self._units:
+        self._units = []
+        self.masks = Masks({**self.masks, **self._join(pl_module)})
+
+    def _join(self, pl_module: nn.Module) -> Masks:
+        """Take in the targets that are new, lazy or frozen until now, and return masks for those that have none."""
+        found = find(pl_module, self.targets, self.ignore)
+        known = {id(unit.parameter) for unit in self._units}
+        joined = make_units([t for t in found if id(t.parameter) not in known], pl_module, self.granularity)
+        for unit in joined:
             weight = local(unit.parameter)
             if unit.name in self._saved:
-                self._dense[unit.name] = piece(self._saved[unit.name], unit.parameter).to(weight, copy=True)
+                self._dense[unit.name] = piece(self._saved.pop(unit.name), unit.parameter).to(weight, copy=True)
             dense = self._dense.get(unit.name)
-            if dense is None or not ((weight == dense) | (weight == 0)).all():  # not those of this model
-                self._dense[unit.name] = weight.clone()
-        self._saved = {}
-        if not self.masks:
-            self.masks = self._choose(self._units)
+            if dense is None or dense.shape != weight.shape or not ((weight == dense) | (weight == 0)).all():
+                self._dense[unit.name] = weight.clone()  # there are none, or they are not those of this model
+        self._units += joined
+        return self._choose([unit for unit in joined if unit.name not in self.masks])
+
+    def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if masks := self._join(pl_module):
+            self.put_in_force(trainer, pl_module, Masks({**self.masks, **masks}))
 
     def _choose(self, units: list[Units]) -> Masks:
+        if not units:
+            return Masks()
         places = score(units, Magnitude(), dict.fromkeys(unit.name for unit in units))
         return Masks({name: place >= self.granularity.least for name, place in places.items()})
 
@@ -112,8 +127,12 @@ class SRSTE(MaskedTraining):
     @override
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         scale = gradient_scale(trainer, optimizer)
+        if self._guard is None:
+            self._guard = register_module_forward_pre_hook(partial(self._refuse, trainer, type(optimizer).__name__))
         for unit in self._of(optimizer):
             if unit.name not in self._open and unit.parameter.grad is not None:
+                if unit.parameter.grad.is_sparse:
+                    raise ValueError(f"{unit.name!r} must have a dense gradient for SRSTE, got a sparse one: ignore it")
                 self._open.add(unit.name)
                 dense = self._dense[unit.name]
                 local(unit.parameter).copy_(dense)
@@ -126,17 +145,45 @@ class SRSTE(MaskedTraining):
         for unit in units:  # once, though the hook of an optimizer may be called twice
             self._dense[unit.name].copy_(local(unit.parameter))
             self._open.remove(unit.name)
-        chosen = self._choose(units) if units else Masks()
+        if not self._open:
+            self._shut()
+        chosen = self._choose(units)
         self._holding.change({unit.parameter: chosen[unit.name] for unit in units})
         self.masks = Masks({**self.masks, **chosen})
+
+    def _refuse(self, trainer: Trainer, optimizer: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Let no forward pass of the model see the weights without zeros."""
+        if any(module is ours for ours in trainer.lightning_module.modules()):
+            if getattr(trainer.precision_plugin, "scaler", None) is None:
+                raise ValueError(f"optimizer must not run the model inside its step for SRSTE, got {optimizer}")
+            self._shut()  # a gradient scaler has skipped the step
+
+    def _shut(self) -> None:
+        """End a step: that it is open is no longer so, whether it was taken or not."""
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+        if self._open:  # it was not taken
+            self._open.clear()
+            self._holding.apply()
+
+    @override
+    def _let_go(self, pl_module: nn.Module) -> None:
+        self._shut()
+        super()._let_go(pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # what an epoch begins with may have been unfrozen
+            self._take_in(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._open:  # a gradient scaler has skipped the step
-            self._open.clear()
-            self._holding.apply()
+        self._shut()
+        if batch_idx == 0:  # lazy layers exist after their first forward pass
+            self._take_in(trainer, pl_module)
         mask_averages(trainer, self.masks)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -156,4 +203,4 @@ class SRSTE(MaskedTraining):
         self._saved = dict(state_dict["dense"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_units": [], "_open": set()}
+        return {**super().__getstate__(), "_units": [], "_open": set(), "_guard": None}

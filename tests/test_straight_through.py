@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import SAM
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from models import MLP, ConvNet, MaskRecorder, On, agrees, fit, weights
-from modes import SGD, Probe, Regression, mlp
+from modes import SGD, Probe, Regression, leftovers, mlp
 from torch import Tensor, nn
 
 from lightning_prune import SRSTE
@@ -169,6 +171,83 @@ def test_the_impossible_is_refused(arguments: dict[str, Any], message: str) -> N
 def test_an_optimizer_that_runs_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="optimizer must not run the model inside its step for SRSTE, got LBFGS"):
         fit(MLP(optimizer="lbfgs"), SRSTE())
+
+
+def test_an_optimizer_that_runs_the_model_again_inside_its_step_is_refused() -> None:
+    model, callback = MLP(), SRSTE()
+    model.configure_optimizers = lambda: SAM(model.parameters(), 0.1, momentum=0.9)
+    with (
+        Probe(model, callback) as probe,
+        pytest.raises(ValueError, match="optimizer must not run the model inside its step for SRSTE, got SAM"),
+    ):
+        fit(model, callback)
+    assert probe.forwards <= 10  # those of the first batch, and the one that was refused
+    assert agrees(model, callback.masks)
+    assert not leftovers(model)
+
+
+class ByHand(MLP):
+    """Manual optimization with a closure, which torch runs inside the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        def closure() -> None:
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+        self.optimizers().step(closure=closure)
+
+
+def test_a_closure_inside_a_manual_step_is_refused() -> None:
+    model, callback = ByHand(), SRSTE()
+    with pytest.raises(ValueError, match="optimizer must not run the model inside its step for SRSTE, got SGD"):
+        fit(model, callback)
+    assert agrees(model, callback.masks)
+
+
+class Watcher(Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Regression, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pl_module(batch[0])
+
+
+def test_a_forward_pass_after_a_skipped_step_sees_masked_weights() -> None:
+    model, callback = Overflow(mlp()), SRSTE()
+    plugin, seen = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0)), []
+    model.net[0].register_forward_pre_hook(lambda *args: seen.append(agrees(model, callback.masks)))
+    fit(model, Watcher(), callback, plugins=[plugin], max_epochs=1, limit_val_batches=0)
+    assert seen == [True] * 12
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_and_those_that_are_unfrozen_join() -> None:
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Regression) -> None:
+            pl_module.net[2].requires_grad_(trainer.current_epoch > 0)
+
+    model = Regression(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.LazyLinear(4)))
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.1)
+    model.net[2].requires_grad_(False)
+    callback, seen = SRSTE(2, 4), []
+    look = On(on_train_batch_end=lambda *args: seen.append(sorted(callback.masks)))
+    with Probe(model, callback) as probe:
+        fit(model, Unfreeze(), callback, look)
+    assert not probe.dense
+    lazy = ["net.0.weight", "net.4.weight"]
+    assert seen == [lazy] * 6 + [sorted([*lazy, "net.2.weight"])] * 6
+    assert agrees(model, callback.masks)
+    assert callback.sparsity_now == 0.5
+    assert callback.state_dict()["dense"].keys() == set(seen[-1])
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Sequential(nn.Embedding(4, 4, sparse=True), nn.Flatten(), nn.Linear(24, 4))
+    model = Regression(table)
+    model.forward = lambda inputs: model.net((inputs > 0).long())
+    model.make_optimizer = partial(torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"'net.0.weight' must have a dense gradient for SRSTE, got a sparse one"):
+        fit(model, SRSTE(targets=("net.0.weight",)))
 
 
 class Broken(torch.optim.SGD):
