@@ -194,7 +194,7 @@ class SRSTE(MaskedTraining):
     @override
     def state_dict(self) -> dict[str, Any]:
         dense = {name: self._whole(name, weight).to("cpu", copy=True) for name, weight in self._dense.items()}
-        return {**super().state_dict(), "dense": self._saved or dense}
+        return {**super().state_dict(), "dense": {**dense, **self._saved}}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
