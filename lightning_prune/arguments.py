@@ -4,6 +4,7 @@ Every function takes the name of the argument and what was given for it, and ret
 NumPy and PyTorch count as the numbers that they are, and come back as Python's own; bools are no numbers.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,12 @@ from lightning_prune.values import scalar, shown
 
 Option = TypeVar("Option", bound=str)
 
-_IN_WORDS = {"(-inf, inf)": "a finite number", "[0, inf)": "at least 0", "(0, inf)": "above 0"}
+_IN_WORDS = {
+    "[0, inf]": "at least 0",
+    "(-inf, inf)": "a finite number",
+    "[0, inf)": "at least 0",
+    "(0, inf)": "above 0",
+}
 
 
 def integer(argument: str, value: Any, least: int | None = None, most: int | None = None, unit: str = "") -> int:
@@ -44,7 +50,7 @@ def check_at_least(argument: str, value: Any, least: int) -> None:
 
 
 def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | float:
-    """Return a finite number in an interval, such as "[0, 1)".
+    """Return a number in an interval, such as "[0, 1)"; NaN is in none.
 
     Raises:
         ValueError: If the value is no number, or outside of the interval.
@@ -57,9 +63,48 @@ def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | fl
     if found is not None and _lies_in(found, interval):
         return found
     rule = _IN_WORDS.get(interval, f"in {interval}")
-    if found is not None and interval in ("[0, inf)", "(0, inf)") and not _is_finite(found):
+    if found is not None and interval in ("[0, inf)", "(0, inf)") and not math.isfinite(found):
         rule += " and finite"
     raise ValueError(f"{argument} must be {rule}, got {shown(value)}{_meant(value, interval)}")
+
+
+def real(argument: str, value: Any) -> int | float:
+    """Return any number, also NaN and infinity.
+
+    Raises:
+        TypeError: If the value is none.
+
+    >>> real("dense", "0.9")
+    Traceback (most recent call last):
+    TypeError: dense must be a number, got the string '0.9'
+    """
+    found = _plain_number(value)
+    if found is None:
+        raise TypeError(f"{argument} must be a number, got {shown(value)}")
+    return found
+
+
+def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]:
+    """Return the numbers of a sequence, one at least, each in an interval.
+
+    Raises:
+        ValueError: If one is no number, or outside of the interval, or there is none.
+        TypeError: If the value is no sequence.
+
+    >>> numbers("levels", [0.5, 90], "(0, 1)")
+    Traceback (most recent call last):
+    ValueError: levels must be numbers in (0, 1), got 90: did you mean 0.9?
+    """
+    if not isinstance(value, Iterable) or isinstance(value, str | Mapping | type) or not getattr(value, "ndim", 1):
+        raise TypeError(f"{argument} must be a sequence of numbers in {interval}, got {shown(value)}")
+    given = list(value)
+    if not given:
+        raise ValueError(f"{argument} must be numbers in {interval}, one at least, got {given}")
+    for entry in given:
+        found = _plain_number(entry)
+        if found is None or not _lies_in(found, interval):
+            raise ValueError(f"{argument} must be numbers in {interval}, got {shown(entry)}{_meant(entry, interval)}")
+    return tuple(number(argument, entry, interval) for entry in given)
 
 
 def position(argument: str, value: Any) -> int | float:
@@ -185,6 +230,8 @@ def _plain_number(value: Any) -> int | float | None:
     found = scalar(value)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
+    if abs(found) > sys.float_info.max:  # an int that no float can hold is as good as infinite
+        return math.copysign(math.inf, found)
     return int(found) if isinstance(found, int) else float(found)
 
 
@@ -192,11 +239,7 @@ def _lies_in(found: float, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(","))
     above = found > low or (interval[0] == "[" and found == low)
     below = found < high or (interval[-1] == "]" and found == high)
-    return _is_finite(found) and above and below
-
-
-def _is_finite(found: float) -> bool:
-    return abs(found) <= sys.float_info.max  # neither NaN nor an int that no float can hold
+    return above and below
 
 
 def _meant(value: Any, interval: str) -> str:

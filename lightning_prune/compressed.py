@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.instances import path as as_path
 from lightning_prune.masks import pack, unpack
 from lightning_prune.targets import plain_name
+from lightning_prune.values import shown
 from lightning_prune.zeroing import INTEGERS
 
 VALUES, MASK = ".compressed", ".bitmask"  # what stands behind a tensor's name in the file
@@ -46,6 +48,9 @@ def save_compressed(model_or_state: nn.Module | Mapping[str, Tensor], path: str 
             [ 0.0000, -2.0000]])}
     """
     save_file = _safetensors().torch.save_file
+    if not isinstance(model_or_state, nn.Module | Mapping):
+        raise TypeError(f"model_or_state must be a module or a state_dict, got {shown(model_or_state)}")
+    path = as_path("path", path)
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     index: dict[str, dict[str, Any]] = {}  # by name: nothing, if it is stored as it is; how it is compressed; its alias
     stored: dict[str, Tensor] = {}
@@ -60,7 +65,6 @@ def save_compressed(model_or_state: nn.Module | Mapping[str, Tensor], path: str 
         if clash := stored.keys() & parts.keys():
             raise ValueError(f"names must stay apart with {VALUES} or {MASK} behind them, got {clash.pop()!r} twice")
         stored |= parts
-    path = Path(path)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         whole = Path(folder) / path.name
         save_file(stored, whole, {"format": "pt", _INDEX: json.dumps(index)})
@@ -82,7 +86,7 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ImportError: If safetensors is not installed.
     """
     safe_open = _safetensors().safe_open
-    if not Path(path).is_file():
+    if not as_path("path", path).is_file():
         raise FileNotFoundError(f"path must be a file that save_compressed wrote, got {str(path)!r}")
     state: dict[str, Tensor] = {}
     try:

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_prune.arguments import integer
 from lightning_prune.calling import Inputs, difference, eager, evaluating, fitting, needed_example_of, run, tensors
+from lightning_prune.instances import instance
+from lightning_prune.instances import path as as_path
+from lightning_prune.values import optional
 
 _INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX wants them in a file beside
 
@@ -43,9 +47,11 @@ def export_onnx(
     ['model.onnx']
     """
     _check_installed()
+    instance("model", model, nn.Module)
+    path, batch_axis = as_path("path", path), optional(integer, "batch_axis", batch_axis)
     inputs = fitting(needed_example_of(model, example_inputs), model)
     sizes = {} if batch_axis is None else _batch(inputs, batch_axis)
-    model, path = getattr(model, "_orig_mod", model), Path(path)
+    model = getattr(model, "_orig_mod", model)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         file = Path(folder) / path.name
         _write(model, inputs, file, sizes)

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from lightning_prune.instances import instance
+from lightning_prune.instances import path as as_path
 from lightning_prune.kept import Kept, kept_of, remember
 from lightning_prune.surgery import cut
+from lightning_prune.values import shown
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,10 +32,12 @@ def save_shrunk(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: If the model has never been shrunk.
     """
+    instance("model", model, nn.Module)
+    file = as_path("path", path)
     kept = kept_of(model)
     if kept is None:
         raise ValueError(f"the model must have been shrunk, got a {type(model).__name__} that has not")
-    torch.save({"state_dict": model.state_dict(), KEY: kept.state_dict()}, path)
+    torch.save({"state_dict": model.state_dict(), KEY: kept.state_dict()}, file)
 
 
 def load_shrunk(
@@ -59,13 +65,14 @@ def load_shrunk(
     >>> load_shrunk(build, state)[0]
     Linear(in_features=4, out_features=1, bias=True)
     """
+    if not callable(model):
+        raise TypeError(f"model must be a class, a function that makes a model, or a model, got {shown(model)}")
+    if not isinstance(checkpoint, Mapping):
+        checkpoint = as_path("checkpoint", checkpoint)
     load = getattr(model, "load_from_checkpoint", None) if isinstance(model, type) else None
-    if load is not None and not isinstance(checkpoint, Mapping) and not _is_ours(checkpoint):
+    if load is not None and isinstance(checkpoint, Path) and not _is_ours(checkpoint):
         return cast(Model, load(checkpoint, map_location="cpu", **kwargs))
-    if isinstance(checkpoint, Mapping):
-        state = dict(checkpoint)
-    else:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
     if isinstance(model, nn.Module) and kwargs:
         raise ValueError(f"arguments must be given to a class only, got {sorted(kwargs)} for a model")
     loaded = model if isinstance(model, nn.Module) else model(**kwargs)
@@ -74,12 +81,38 @@ def load_shrunk(
     return cast(Model, loaded)
 
 
-def _is_ours(path: str | Path) -> bool:
-    """Return whether ``save_shrunk`` wrote a file, and not a Trainer."""
+def _is_ours(path: Path) -> bool:
+    """Return whether ``save_shrunk`` wrote a file, and not a Trainer.
+
+    Raises:
+        ValueError: If neither did.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
     try:
-        return set(torch.load(path, map_location="cpu", weights_only=True, mmap=True)) == {"state_dict", KEY}
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:  # hyperparameters of any type, which only a Trainer saves
         return False
+    return set(_checked(saved)) == {"state_dict", KEY}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return _checked(torch.load(path, map_location="cpu", weights_only=True))
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"checkpoint must be a file of a shrunk model, got {str(path)!r}: {error}") from error
+
+
+def _checked(saved: Any) -> Mapping[str, Any]:
+    """Return what a file holds.
+
+    Raises:
+        ValueError: If it is no checkpoint.
+    """
+    if not isinstance(saved, Mapping) or "state_dict" not in saved:
+        found = f"the entries {list(saved)[:5]}" if isinstance(saved, Mapping) else shown(saved)
+        raise ValueError(f"checkpoint must be one of a shrunk model, by save_shrunk or a Trainer, got {found}")
+    return saved
 
 
 def travel_along(model: nn.Module) -> None:

@@ -14,8 +14,10 @@ from torchmetrics.utilities.data import dim_zero_cat
 from typing_extensions import override
 
 from lightning_prune import report
+from lightning_prune.arguments import flag, patterns
 from lightning_prune.calling import example_of
 from lightning_prune.flops import dense_flops, sparse_flops
+from lightning_prune.instances import instance, tensors
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 
@@ -34,9 +36,9 @@ class _Ratio(Metric):
         self, targets: Sequence[str] = (), ignore: Sequence[str] = (), layers: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.targets = tuple(targets)
-        self.ignore = tuple(ignore)
-        self.layers = layers
+        self.targets = patterns("targets", targets)
+        self.ignore = patterns("ignore", ignore)
+        self.layers = flag("layers", layers)
         self.names: list[str] = []
         # a list, since how many layers there are is not known yet; every rank adds the counts of all pieces of a
         # parameter, so that the fraction is the same with and without a reduction
@@ -84,6 +86,7 @@ class Sparsity(_Ratio):
     @override
     def update(self, model: nn.Module) -> None:
         """Count the zeros of a model; with sharded parameters all ranks must call it."""
+        instance("model", model, nn.Module)
         self.count({row.name: (row.zeros, row.weights) for row in report.rows(model, self.targets, self.ignore)})
 
 
@@ -126,8 +129,9 @@ class MaskOverlap(_Ratio):
             model: The masked model.
             masks: Its masks, such as those of a callback; of a weight without a mask, what is not zero counts as kept.
         """
+        instance("model", model, nn.Module)
+        masks = tensors("masks", masks or {})
         found = {target.name: target.parameter for target in report.counted(model, self.targets, self.ignore)}
-        masks = masks or {}
         kept = {name: masks[name].clone() if name in masks else local(p) != 0 for name, p in found.items()}
         self.count({name: _both_and_either(mask, self._last.get(name), found[name]) for name, mask in kept.items()})
         self._last = kept
@@ -187,6 +191,7 @@ class ActiveParameters(_Amount):
     @override
     def update(self, model: nn.Module) -> None:
         """Count the parameters of a model; with sharded parameters all ranks must call it."""
+        instance("model", model, nn.Module)
         self.add(sum(p.numel() - report.zeros(p) for p in named_parameters(model).values()))
 
 
@@ -218,6 +223,7 @@ class ActiveFLOPs(_Amount):
     @override
     def update(self, model: nn.Module) -> None:
         """Run the example through a model and count; with sharded parameters all ranks must call it."""
+        instance("model", model, nn.Module)
         inputs = example_of(model, self.inputs)
         if inputs is None:
             raise ValueError(f"inputs must be given, as {type(model).__name__} has no example_input_array, got None")

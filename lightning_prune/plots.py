@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_prune import report
+from lightning_prune.arguments import integer, text
 from lightning_prune.history import History
+from lightning_prune.instances import instance, tensors
 from lightning_prune.sensitivity import SensitivityAnalysis
+from lightning_prune.values import optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +39,10 @@ def plot_schedule(callback: "Pruning", length: int, ax: "Axes | None" = None) ->
     >>> ax.get_xlabel()
     'step'
     """
+    from lightning_prune.pruning import Pruning  # which the report, and so these plots, are not to need
+
+    instance("callback", callback, Pruning)
+    length = integer("length", length, 1)
     fig, ax = _axes(ax, 6.4, 3.2)
     updates = callback.plan(*callback._horizon.window(length))
     final = callback.sparsity if isinstance(callback.sparsity, float) else 1.0
@@ -59,6 +66,8 @@ def plot_sparsity(model: "nn.Module | report.Summary", ax: "Axes | None" = None)
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['weight']
     """
+    if not isinstance(model, report.Summary):
+        instance("model", model, nn.Module)
     found = model if isinstance(model, report.Summary) else report.Summary(tuple(report.rows(model, (), ())))
     names, levels = [row.name for row in found.rows], [row.sparsity for row in found.rows]
     fig, ax = _axes(ax, 4.4 + _longest(names), 0.9 + _ROW * max(3, len(names)))
@@ -89,6 +98,8 @@ def plot_history(history: History, metric: str | None = None, ax: "Axes | None" 
     >>> ax.get_ylabel()
     'sparsity'
     """
+    instance("history", history, History)
+    metric = optional(text, "metric", metric, "the name of a metric")
     if metric is not None and metric not in history.metrics:
         raise ValueError(f"metric must be one that was recorded, got {metric!r}: {sorted(history.metrics)}")
     fig, ax = _axes(ax, 6.4, 3.2)
@@ -118,6 +129,7 @@ def plot_sensitivity(analysis: SensitivityAnalysis, ax: "Axes | None" = None) ->
     >>> [text.get_text() for text in ax.texts]
     ['0.000', '0.200']
     """
+    instance("analysis", analysis, SensitivityAnalysis)
     names = list(analysis.scores)
     levels = sorted({level for scores in analysis.scores.values() for level in scores})
     drops = [[analysis.drop(name, level) for level in levels] for name in names]
@@ -160,10 +172,11 @@ def plot_masks(
     >>> axes[0].get_title()
     'weight\n75.0% pruned'
     """
-    pictures = {name: _picture(mask) for name, mask in masks.items() if mask.ndim >= 2}
+    pictures = {name: _picture(mask) for name, mask in tensors("masks", masks).items() if mask.ndim >= 2}
     if not pictures:
         raise ValueError(f"masks must hold one of two or more dimensions, got {list(masks)}")
-    axes = _grid(len(pictures)) if ax is None else [*ax] if isinstance(ax, Sequence) else [ax]
+    given = [] if ax is None else [*ax] if isinstance(ax, Sequence) else [ax]
+    axes = _grid(len(pictures)) if ax is None else [_axes(each, 0, 0)[1] for each in given]
     if len(axes) != len(pictures):
         raise ValueError(f"ax must be one for each of {len(pictures)} masks, got {len(axes)}")
     for place, (name, (picture, density)) in zip(axes, pictures.items(), strict=True):
@@ -197,6 +210,9 @@ def _grid(count: int) -> "list[Axes]":
 
 def _axes(ax: "Axes | None", width: float, height: float) -> "tuple[Figure, Axes]":
     if ax is not None:
+        from matplotlib.axes import Axes
+
+        instance("ax", ax, Axes)
         return ax.get_figure(), ax  # type: ignore[return-value]
     fig, ax = _pyplot().subplots(figsize=(width, height), layout="constrained")
     return fig, ax

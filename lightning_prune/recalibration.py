@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.arguments import integer
 from lightning_prune.calibration import batch_norms, forward, take
 from lightning_prune.calling import evaluating
+from lightning_prune.instances import batches as iterable
+from lightning_prune.instances import instance
+from lightning_prune.values import optional
 
 
 @torch.no_grad()
@@ -23,7 +27,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = N
         batches: How many to take; None takes all.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or an argument is out of range.
 
     Reference: Li et al., 2020, "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning",
         arXiv:2007.02491.
@@ -34,6 +38,9 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = N
     >>> model[1].running_mean
     tensor([3.])
     """
+    instance("model", model, nn.Module)
+    iterable("loader", loader)
+    batches = optional(integer, "batches", batches, 1)
     norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
     if not norms:
         return

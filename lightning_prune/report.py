@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
+from lightning_prune.instances import instance
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
 from lightning_prune.targets import Target, find
 
@@ -79,6 +80,7 @@ def summary(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str]
     ---------------------------------------
     total                8      6    75.00%
     """
+    instance("model", model, nn.Module)
     result = Summary(tuple(rows(model, targets, ignore)))
     print(result)
     return result
@@ -97,6 +99,7 @@ def sparsity(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str
     >>> sparsity(model)
     0.75
     """
+    instance("model", model, nn.Module)
     return Summary(tuple(rows(model, targets, ignore))).total.sparsity
 
 

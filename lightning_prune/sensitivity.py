@@ -15,12 +15,16 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
+from lightning_prune.arguments import choice, flag, number, numbers, real, text
 from lightning_prune.calling import keeping_gradients, keeping_modes
 from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.instances import batches, function, instance, settle
+from lightning_prune.instances import path as as_path
 from lightning_prune.masks import make_masks
 from lightning_prune.posttraining import observed_units
 from lightning_prune.trials import Trials, fingerprint, lasting_name
+from lightning_prune.values import optional, shown
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -52,6 +56,15 @@ class SensitivityAnalysis:
     dense: float
     scores: dict[str, dict[float, float]]
 
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        text("metric", self.metric, "the name of a metric")
+        choice("mode", self.mode, ("max", "min"))
+        settle(self, dense=real("dense", self.dense))
+        for name, scores in instance("scores", self.scores, dict).items():
+            for level, score in instance(f"scores[{name!r}]", scores, dict).items():
+                real(f"scores[{name!r}][{shown(level)}]", score)
+
     def drop(self, name: str, level: float) -> float:
         """Return by how much the score of a layer at a sparsity is worse than that of the dense model."""
         worse = self.dense - self.scores[name][level]
@@ -69,8 +82,7 @@ class SensitivityAnalysis:
         Raises:
             ValueError: If the bound is negative or not a number.
         """
-        if not max_drop >= 0:
-            raise ValueError(f"max_drop must be at least 0, got {max_drop}")
+        max_drop = number("max_drop", max_drop, "[0, inf]")
         found = {}
         for name, scores in self.scores.items():
             found[glob.escape(name)] = 0.0
@@ -141,7 +153,15 @@ def sensitivity(
     ---------------------------------
     weight  45.0000  44.0000  35.0000
     """
-    _check(levels, mode)
+    instance("model", model, nn.Module)
+    instance("criterion", criterion, Criterion)
+    instance("granularity", granularity, Granularity)
+    levels = numbers("levels", levels, "(0, 1)")
+    mode = choice("mode", mode, ("max", "min"))
+    flag("progress", progress)
+    optional(batches, "samples", samples)
+    optional(function, "loss", loss, "model", "batch")
+    optional(as_path, "path", path)
     evaluate = _evaluation(model, data, metric, dataloaders)
     found = goal.find_targets(model, None, targets, ignore)
     units = observed_units(
@@ -170,26 +190,21 @@ def sensitivity(
     return SensitivityAnalysis(lasting_name(metric), mode, store.scores["", 0.0], scores)
 
 
-def _check(levels: Sequence[float], mode: str) -> None:
-    if not levels or not all(0.0 < level < 1.0 for level in levels):
-        raise ValueError(f"levels must be sparsities in (0, 1), got {list(levels)}")
-    if mode not in ("max", "min"):
-        raise ValueError(f'mode must be "max" or "min", got {mode!r}')
-
-
 def _loader(data: Any) -> Iterable[Any] | None:
-    return None if hasattr(data, "validate") else data
+    return None if hasattr(data, "validate") and not isinstance(data, type) else batches("data", data)
 
 
 def _evaluation(model: nn.Module, data: Any, metric: Metric, dataloaders: Any) -> Callable[[], float]:
     """Return the function that scores the model as it is now."""
     if _loader(data) is None:
         if not isinstance(metric, str):
-            raise ValueError(f"metric must be the name of a metric that the Trainer's validation logs, got {metric}")
+            raise ValueError(
+                f"metric must be the name of a metric that the Trainer's validation logs, got {shown(metric)}"
+            )
         return lambda: _validate(model, data, metric, dataloaders)
     if isinstance(metric, str):
         raise ValueError(f"metric must be a function of model and loader where no Trainer is given, got {metric!r}")
-    score = metric
+    score = function("metric", metric, "model", "loader")
 
     def evaluate() -> float:
         model.eval()

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import flag, integer
 from lightning_prune.calling import Inputs, fitting, needed_example_of
 from lightning_prune.graph import Graph, trace
+from lightning_prune.instances import instance, several, tensors
 from lightning_prune.kept import Kept, remember
 from lightning_prune.loading import travel_along
 from lightning_prune.masks import Masks
@@ -63,11 +64,15 @@ def shrink(
       (2): Linear(in_features=1, out_features=2, bias=True)
     )
     """
-    check_at_least("round_to", round_to, 1)
+    instance("model", model, nn.Module)
+    round_to = integer("round_to", round_to, 1)
+    inplace = flag("inplace", inplace)
+    optimizers = several("optimizers", optimizers, Optimizer)
+    averages = several("averages", averages, nn.Module)
+    masks = Masks(tensors("masks", masks or {}))
     if not inplace and (optimizers or averages):
         raise ValueError("inplace must be True where optimizers or averages are given: they hold the model itself")
     inputs = needed_example_of(model, example_inputs)
-    masks = Masks(masks or {})
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
     shrunk = model if inplace else deepcopy(model)
     masks.apply(shrunk)

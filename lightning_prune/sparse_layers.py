@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune.arguments import integer, number
+from lightning_prune.instances import instance
+
 # Measured by examples/benchmarks/csr.py: with so many zeros and weights, CSR is faster at every batch size.
 CSR_SPARSITY = 0.9
 CSR_WEIGHTS = 2**20
@@ -76,8 +79,9 @@ def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_w
     >>> [type(layer).__name__ for layer in to_sparse_csr(model)]
     ['CSRLinear', 'ReLU', 'Linear']
     """
-    if not 0.0 <= min_sparsity <= 1.0:
-        raise ValueError(f"min_sparsity must be in [0, 1], got {min_sparsity}")
+    instance("model", model, nn.Module)
+    min_sparsity = number("min_sparsity", min_sparsity, "[0, 1]")
+    min_weights = integer("min_weights", min_weights, 0)
     layers = dict(_linear_layers(model))
     zeros = {name: int((layer.weight == 0).sum()) for name, layer in layers.items()}
 
@@ -109,6 +113,7 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
 
     Reference: Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378.
     """
+    instance("model", model, nn.Module)
     layers = dict(_linear_layers(model))
     for name, layer in layers.items():
         _check_kernels(name, layer.weight)

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.arguments import patterns
+
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_forward_module\.")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
@@ -93,6 +95,7 @@ def find(
     >>> [target.name for target in find(model, ignore=["2.*"])]
     ['0.weight']
     """
+    targets, ignore = patterns("targets", targets), patterns("ignore", ignore)
     entries = list(_entries(model))
     weights = [entry for entry in entries if entry.weighs]
     _check("targets", targets, weights)

@@ -1,6 +1,10 @@
 """Values: what was given for an argument, as a plain scalar and in the words of an error message."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+T = TypeVar("T")
+Rest = ParamSpec("Rest")
 
 _LENGTH = 80  # of a value in a message
 
@@ -18,6 +22,17 @@ def scalar(value: Any) -> Any:
         except RuntimeError:  # a tensor without data
             return value
     return value
+
+
+def optional(
+    check: Callable[Concatenate[str, Any, Rest], T], argument: str, value: Any, *rest: Rest.args, **also: Rest.kwargs
+) -> T | None:
+    """Return None for None, and any other value as the check of an argument returns it.
+
+    >>> optional(lambda argument, value: int(value), "window", None) is None
+    True
+    """
+    return None if value is None else check(argument, value, *rest, **also)
 
 
 def shown(value: Any) -> str:

@@ -258,8 +258,8 @@ def test_scores_of_something_else_are_refused(change: dict[str, Any], differs: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"levels": [90]}, r"levels must be sparsities in \(0, 1\), got \[90\]"),
-        ({"levels": []}, r"levels must be sparsities in \(0, 1\), got \[\]"),
+        ({"levels": [90]}, r"levels must be numbers in \(0, 1\), got 90"),
+        ({"levels": []}, r"levels must be numbers in \(0, 1\), one at least, got \[\]"),
         ({"mode": "best"}, 'mode must be "max" or "min", got \'best\''),
         (
             {"metric": "val_acc"},
