@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_prune import scopes
+from lightning_prune import schedules, scopes
 from lightning_prune.arguments import choice, fractions, number
 from lightning_prune.budget import Budget, Measure, make_budget
 from lightning_prune.calling import Inputs
@@ -124,6 +124,17 @@ def find_targets(
     found = find(model, targets or tuple(sparsity), ignore)
     decided = decided_by(sparsity, found)
     return [target for target in found if target.name in decided]
+
+
+def after(sparsity: Sparsity, done: float) -> Sparsity:
+    """Return the sparsity when a fraction of the rounds is done, each of which keeps the same part of what is left.
+
+    >>> after({"a": 0.75, "b": 0.0}, 0.5)
+    {'a': 0.5, 'b': 0.0}
+    """
+    if isinstance(sparsity, Mapping):
+        return {pattern: schedules.after(done, fraction) for pattern, fraction in sparsity.items()}
+    return schedules.after(done, sparsity)
 
 
 def allocation(

@@ -1,7 +1,6 @@
 """Lottery tickets: train, prune, rewind, and again, in one fit."""
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.scheduled import ScheduledTraining
-from lightning_prune.schedules import Horizon
+from lightning_prune.schedules import Horizon, after
 
 
 class LotteryTicket(ScheduledTraining):
@@ -101,7 +100,7 @@ class LotteryTicket(ScheduledTraining):
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         what, told, updates = super().describe()
         if isinstance(self.sparsity, float):
-            updates = [(at, _after(done, self.sparsity)) for at, done in self._updates]
+            updates = [(at, after(done, self.sparsity)) for at, done in self._updates]
         return f"{what} in {self.rounds} rounds", told, updates
 
     @override
@@ -149,8 +148,7 @@ class LotteryTicket(ScheduledTraining):
     def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
         level = self.sparsity
         assert level is not None
-        due = {p: _after(amount, s) for p, s in level.items()} if isinstance(level, Mapping) else _after(amount, level)
-        return self.choose_for(model, due)
+        return self.choose_for(model, goal.after(level, amount))
 
     @override
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
@@ -174,8 +172,3 @@ class LotteryTicket(ScheduledTraining):
         self._expect(state_dict, "memory", "moment")
         super().load_state_dict(state_dict)
         self._memory, self._moment = state_dict["memory"], state_dict["moment"]
-
-
-def _after(done: float, sparsity: float) -> float:
-    """Return the sparsity when a fraction of the rounds is done, each of which keeps the same part of what is left."""
-    return sparsity if done == 1.0 else 1.0 - (1.0 - sparsity) ** done

@@ -60,6 +60,17 @@ def exponential(progress: float) -> float:
     return math.expm1(-5.0 * progress) / math.expm1(-5.0)
 
 
+def after(done: float, sparsity: float) -> float:
+    """Return the sparsity when a fraction of the rounds is done, each of which keeps the same part of what is left.
+
+    That is ``1 - (1 - sparsity)**done``; unlike ``exponential`` it takes as much of what is left whatever the sparsity.
+
+    >>> [round(after(done, 0.99), 3) for done in (0.0, 0.5, 1.0)]
+    [0.0, 0.9, 0.99]
+    """
+    return sparsity if done == 1.0 else 1.0 - (1.0 - sparsity) ** done
+
+
 SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (one_shot, linear, cubic, cosine, exponential)}
 
 
