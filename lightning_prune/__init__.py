@@ -22,6 +22,7 @@ from lightning_prune.criteria import (
     Wanda,
 )
 from lightning_prune.distillation import Distillation
+from lightning_prune.erdos_renyi import ERK
 from lightning_prune.export import export_onnx
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, Weight
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACDC",
+    "ERK",
     "FPGM",
     "LAMP",
     "NM",

@@ -40,7 +40,7 @@ class PruningAtInit(MaskedTraining):
         criterion: Scores the units; the lowest go. Of what it observes it is given one batch, whatever its ``window``.
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
-        rounds: Times to score and prune, along the exponential schedule.
+        rounds: Times to score and prune the same part of what is left.
         loss: ``loss(model, batch)``, for criteria that need gradients or forward passes; None is what ``training_step``
             returns.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.

@@ -176,7 +176,7 @@ class GuardedPruning(ScheduledTraining):
         if self._search.done:
             trainer.should_stop = True
         elif verdict != "wait" and not self._search.last:
-            self._planned.append((self._steps + 1 + self.criterion.window, self._search.level))
+            self._planned.append((self._steps + 1 + self.criterion.steps, self._search.level))
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._best is not None

@@ -68,7 +68,7 @@ class Observation:
     @property
     def full(self) -> bool:
         """Whether the window is full, so that an update may use the statistics."""
-        return not self.needed or self.steps >= self.criterion.window
+        return not self.needed or self.steps >= self.criterion.steps
 
     def open(self) -> None:
         """Start to watch forward passes, if the criterion needs them; idempotent."""

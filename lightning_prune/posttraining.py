@@ -1,7 +1,9 @@
 """Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -10,12 +12,12 @@ from torch import Tensor, nn
 from lightning_prune import goal, recalibration, schedules, scopes
 from lightning_prune.arguments import integer
 from lightning_prune.budget import Measure
-from lightning_prune.calibration import Run, Stage, forward, stages, take, undisturbed
+from lightning_prune.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.calling import Inputs, example_of
 from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
-from lightning_prune.masks import Masks, joined, make_masks
+from lightning_prune.masks import Allocate, Masks, joined, make_masks, score
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
 from lightning_prune.shards import average_gradients
@@ -57,16 +59,17 @@ def prune(
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
         of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
             model, where those count as gone that go with the pruned units. At least so many go.
-        data: Batches for a criterion that observes; as many as its ``window`` are taken.
+        data: Batches for a criterion that observes: as many as its ``window`` says are taken, all if that is None. A
+            warning says so where a default leaves some out.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
             cross-entropy for integer targets, else the mean squared error. If it is given, it is also what is run on a
             batch for a criterion that needs forward passes.
-        rounds: Times to score and prune a part, along the exponential schedule. With more than one, as with
-            ``sequential``, the batches are held.
+        rounds: Times to score and prune the same part of what is left: after k of n, ``(1 - sparsity)**(k / n)`` stays.
+            With more than one, as with ``sequential``, the batches are held.
         sequential: Name of the ModuleList or Sequential whose blocks run one after another, for a criterion that needs
             forward passes. Each block is observed behind the pruned ones, and pruned, before the next one; what is
-            outside of the blocks comes last. No more than one block's input is held, and the scope shares out inside
-            each block.
+            outside of the blocks comes last. No more than one block's input is held. The scope shares out inside each
+            block, but for ``OWL``, which compares blocks: it takes one more pass over the data, before a round.
         example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
             dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
         recalibrate: From how many batches of ``data`` the statistics of batch norms are measured anew afterwards.
@@ -99,23 +102,50 @@ def prune(
     masks = Masks()
     # also while a loader is asked for batches, which may draw random numbers
     with undisturbed(model, criterion.batch_statistics):
-        batches = take(data, criterion.window, model)
-        batches = list(batches) if rounds > 1 else batches
-        for number in range(1, rounds + 1):
-            due = schedules.exponential(number / rounds)
-            allocate = goal.allocation(found, sparsity, threshold, criterion, allocator, due, min_density, budget)
-            left = list(units)
-            for stage in stages(model, batches, _passes(criterion, model, loss, distributed), sequential):
-                inside = set(stage.part.parameters())
-                now = [unit for unit in left if unit.parameter in inside]
-                left = [unit for unit in left if unit.parameter not in inside]
-                if now:
-                    _observe(now, criterion, stage, distributed)
-                    masks.update(joined(masks, make_masks(now, criterion, allocate, masks)))
-                    masks.apply(model)
+        batches = _batches(criterion, data, model)
+        batches = list(batches) if rounds > 1 or sequential else batches
+        parts = partial(_stages, criterion, model, batches, loss, distributed)
+        for done in (number / rounds for number in range(1, rounds + 1)):
+            part = None if sparsity is None else goal.after(sparsity, done)
+            due = schedules.exponential(done) if sparsity is None else 1.0
+            allocate = goal.allocation(found, part, threshold, criterion, allocator, due, min_density, budget)
+            if sequential and getattr(allocator, "compares_blocks", False):
+                (whole,) = parts()
+                allocate = _settled(units, criterion, allocate, whole, masks, distributed)
+            _prune(model, units, criterion, allocate, parts(sequential), masks, distributed)
     if data is not None and recalibrate:
         recalibration.recalibrate(model, data, recalibrate)
     return masks
+
+
+def _prune(
+    model: nn.Module,
+    units: Sequence[Units],
+    criterion: Criterion,
+    allocate: Allocate,
+    parts: Iterable[Stage],
+    masks: Masks,
+    distributed: bool,
+) -> None:
+    """Prune the units that each part has, one part after the other, and write down the masks."""
+    left = list(units)
+    for stage in parts:
+        inside = set(stage.part.parameters())
+        now = [unit for unit in left if unit.parameter in inside]
+        left = [unit for unit in left if unit.parameter not in inside]
+        if now:
+            _observe(now, criterion, stage, distributed)
+            masks.update(joined(masks, make_masks(now, criterion, allocate, masks)))
+            masks.apply(model)
+
+
+def _settled(
+    units: Sequence[Units], criterion: Criterion, allocate: Allocate, whole: Stage, masks: Masks, distributed: bool
+) -> Allocate:
+    """Return how many units each target keeps by the scores of all, before any part is pruned."""
+    _observe(units, criterion, whole, distributed)
+    keep = allocate(score(units, criterion, {unit.name: unit.kept(masks) for unit in units}))
+    return lambda scores: {name: keep[name] for name in scores}
 
 
 def observed_units(
@@ -134,7 +164,7 @@ def observed_units(
     _check_data(criterion, data)
     units, _ = find_units(found, model, granularity, example_of(model, None))
     with undisturbed(model, criterion.batch_statistics):
-        (stage,) = stages(model, take(data, criterion.window, model), _passes(criterion, model, loss))
+        (stage,) = _stages(criterion, model, _batches(criterion, data, model), loss)
         _observe(units, criterion, stage)
     return units
 
@@ -151,11 +181,38 @@ def _check_data(
         raise ValueError(f"sequential must go with a criterion that needs forwards, got {name}, which needs {needs}")
 
 
-def _passes(criterion: Criterion, model: nn.Module, loss: Loss | None, distributed: bool = False) -> Run:
-    """Return what is run on a batch for the criterion to observe."""
+def _batches(criterion: Criterion, data: Iterable[Any] | None, model: nn.Module) -> Iterable[Any]:
+    """Return as many batches as the criterion looks at."""
+    field, window = getattr(type(criterion), "__dataclass_fields__", {}).get("window"), criterion.window
+    given = 0 if data is None else length_hint(data)
+    if window is not None and field is not None and field.default == window < given:
+        name = type(criterion).__name__
+        warnings.warn(
+            f"{name} takes {window} of the {given} batches of data: say {name}(window={given}) for all of them",
+            stacklevel=3,
+        )
+    return take(data, window, model)
+
+
+def _stages(
+    criterion: Criterion,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    distributed: bool = False,
+    sequential: str | None = None,
+) -> Iterator[Stage]:
+    """Yield the parts of a model, with the passes that the criterion observes."""
     if criterion.needs == "gradients":
-        return partial(_backward, criterion, model, loss or _default_loss, distributed)
-    return partial(forward, model) if loss is None else torch.no_grad()(partial(loss, model))
+        average = average_gradients if distributed else _alone
+        yield Stage(model, partial(criterion.passes, model, batches, loss or _default_loss, average))
+    else:
+        run = partial(forward, model) if loss is None else torch.no_grad()(partial(loss, model))
+        yield from stages(model, batches, run, sequential)
+
+
+def _alone(model: nn.Module) -> None:
+    """Leave the gradients, which are those of all ranks."""
 
 
 def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distributed: bool = False) -> None:
@@ -173,14 +230,6 @@ def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distrib
         observation.finish()
     finally:
         observation.close()
-
-
-def _backward(criterion: Criterion, model: nn.Module, loss: Loss, distributed: bool, batch: Any) -> None:
-    model.zero_grad(set_to_none=True)
-    with torch.enable_grad():
-        criterion.backward(model, batch, loss)
-    if distributed:
-        average_gradients(model)
 
 
 def _default_loss(model: nn.Module, batch: Any) -> Tensor:

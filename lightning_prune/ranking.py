@@ -87,6 +87,18 @@ def _rank(groups: Tensor) -> Tensor:
     return torch.stack(ranks, -1)
 
 
+def sum_share(rows: Tensor) -> Tensor:
+    """Return what each score and all that are lower have of the sum of their row, float64, 0 to 1.
+
+    >>> sum_share(torch.tensor([[1.0, 3.0, 4.0], [0.0, 2.0, 0.0]])).tolist()
+    [[0.125, 0.5, 1.0], [0.0, 1.0, 0.0]]
+    """
+    ordered, order = rows.double().sort(dim=-1, stable=True)
+    total = ordered.cumsum(-1)
+    shares = total / total[..., -1:].clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(shares).scatter_(-1, order, shares)
+
+
 def tail_share(scores: Tensor) -> Tensor:
     """Return the square of each score over the sum of the squares of all that are no less; a negative one counts as 0.
 

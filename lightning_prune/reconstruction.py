@@ -14,6 +14,8 @@ _PART = 1 << 22  # entries of unfolded input at a time
 class Choice:
     """Chooses the lowest of each span of columns, so many that the fraction of all that were shown is always met.
 
+    Negative saliencies always go; spans that follow make up for it, where they are more than the fraction.
+
     Args:
         share: The fraction that goes.
         group: Columns that are compared with each other only, of one row at a time; None compares all of a block.
@@ -41,13 +43,15 @@ class Choice:
 
     def __call__(self, saliency: Tensor) -> Tensor:
         """Return what goes (bool) of a span, by saliencies of shape (groups, columns of the span, rows)."""
+        gone = saliency < 0
         self.shown += saliency.numel()
-        count = round(self.share * self.shown) - self.chosen
-        self.chosen += count
+        count = max(round(self.share * self.shown) - self.chosen, int(gone.sum()))
         if self.group is not None:
             saliency = rank_within(saliency.movedim(1, -1), saliency.shape[1]).movedim(-1, 1)
         picked = torch.zeros(saliency.numel(), dtype=torch.bool, device=saliency.device)
         picked[saliency.reshape(-1).topk(count, largest=False, sorted=False).indices] = True
+        picked |= gone.reshape(-1)
+        self.chosen += int(picked.sum())
         return picked.view(saliency.shape)
 
 
@@ -66,10 +70,11 @@ def reconstruct(
     """Return rows of weights after some are pruned and the others make up for it, and which (bool) are pruned.
 
     Args:
-        rows: Of shape (groups, rows, columns); each group meets inputs of its own.
+        rows: Of shape (groups, rows, columns); each group meets inputs of its own. Weights that are 0 stay 0, and those
+            of inputs that are always 0 become it.
         moments: Second moments of the inputs, of shape (groups, columns, columns).
         choose: From the saliencies of a span of columns, as it is by then, to what goes (bool): of shape
-            (groups, columns of the span, rows).
+            (groups, columns of the span, rows). Weights that were 0 from the start have -1.
         spans: Numbers of columns that are chosen from together, in order.
         blocksize: Columns whose errors reach those behind the block together; the same result, sooner.
         damping: Added to the diagonal of the moments, as a fraction of its mean.
@@ -81,14 +86,15 @@ def reconstruct(
     [[[0.0, 4.0]]]
     """
     factor = torch.stack([inverse_factor(group, damping) for group in moments]).to(rows.dtype)
-    columns = rows.mT.contiguous()  # a column at a time is read and written
+    columns = rows.mT.clone(memory_format=torch.contiguous_format)  # a column at a time is read and written
+    zeros = columns == 0
+    columns.masked_fill_(moments.diagonal(dim1=1, dim2=2)[..., None] == 0, 0.0)
     pruned = torch.zeros(columns.shape, dtype=torch.bool, device=rows.device)
     begin = 0
     for block in _blocks(spans, blocksize):
         end = begin + sum(block)
-        errors = _prune_block(
-            columns[:, begin:end], factor[:, begin:end, begin:end], pruned[:, begin:end], choose, block
-        )
+        here = slice(begin, end)
+        errors = _prune_block(columns[:, here], factor[:, here, here], zeros[:, here], pruned[:, here], choose, block)
         columns[:, end:] -= factor[:, begin:end, end:].mT @ errors
         begin = end
     return columns.masked_fill_(pruned, 0.0).mT, pruned.mT
@@ -106,7 +112,12 @@ def _blocks(spans: Sequence[int], blocksize: int) -> Iterator[list[int]]:
 
 
 def _prune_block(
-    block: Tensor, factor: Tensor, pruned: Tensor, choose: Callable[[Tensor], Tensor], spans: Sequence[int]
+    block: Tensor,
+    factor: Tensor,
+    zeros: Tensor,
+    pruned: Tensor,
+    choose: Callable[[Tensor], Tensor],
+    spans: Sequence[int],
 ) -> Tensor:
     """Prune a block of columns in place, write down what goes, and return the errors for the columns behind it."""
     scale = factor.diagonal(dim1=1, dim2=2)[..., None]
@@ -114,7 +125,8 @@ def _prune_block(
     end = 0
     for span in spans:
         begin, end = end, end + span
-        pruned[:, begin:end] = choose((block[:, begin:end] / scale[:, begin:end]).square())
+        saliency = (block[:, begin:end] / scale[:, begin:end]).square()
+        pruned[:, begin:end] = choose(saliency.masked_fill_(zeros[:, begin:end], -1.0))
         for place in range(begin, end):
             errors[:, place] = block[:, place] / scale[:, place] * pruned[:, place]
             block[:, place:] -= factor[:, place, place:, None] * errors[:, place, None]

@@ -60,8 +60,8 @@ class ScheduledTraining(MaskedTraining):
         min_density: float = 0.0,
         of: Measure = "units",
     ) -> None:
-        criterion = instance("criterion", criterion, Criterion)
-        if type(criterion).backward is not Criterion.backward:
+        own = type(instance("criterion", criterion, Criterion))
+        if own.backward is not Criterion.backward or own.passes is not Criterion.passes:
             raise ValueError(
                 f"criterion must observe the training that is under way, got {criterion}, which needs passes of its "
                 f"own: use PruningAtInit(..., criterion={type(criterion).__name__}()), or prune(model, ...) before fit"
@@ -242,7 +242,7 @@ class ScheduledTraining(MaskedTraining):
             return False
         if self.criterion.accumulates and self._observation.steps:
             return True
-        return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.window
+        return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.steps
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,12 +1,11 @@
 """Scopes: unit scores and one sparsity to how many units each target keeps."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import ClassVar
 
 from lightning_prune.arguments import integer, number
+from lightning_prune.erdos_renyi import ERK, whole
 from lightning_prune.instances import named, settle
 from lightning_prune.ranking import tail_share
 from lightning_prune.selection import Scores
@@ -44,19 +43,7 @@ def erk(scores: Scores, sparsity: float) -> dict[str, int]:
     >>> erk(Scores.of({"a": torch.rand(30, 30), "b": torch.rand(3, 30)}), 0.5)
     {'a': 405, 'b': 90}
     """
-    sizes = scores.sizes
-    density = {name: sum(shape) / math.prod(shape) for name, shape in scores.shapes.items()}
-    wanted = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
-    full: set[str] = set()
-    while True:  # a target that would be more than dense is left dense, and the others share what remains
-        free = wanted - sum(sizes[name] for name in full)
-        scale = free / max(1e-12, sum(density[name] * sizes[name] for name in sizes if name not in full))
-        over = {name for name in sizes if name not in full and density[name] * scale > 1.0}
-        if not over:
-            break
-        full |= over
-    keep = {name: float(size) if name in full else density[name] * scale * size for name, size in sizes.items()}
-    return _whole(keep, wanted)
+    return ERK()(scores, sparsity)
 
 
 def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
@@ -76,15 +63,18 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class OWL:
-    """Keep more of targets with more outliers: scores that are many times their mean. Made for ``Wanda``.
+    """Keep more of blocks with more outliers: scores that are many times the mean of their block. Made for ``Wanda``.
 
-    Densities lie around that of the whole, no further apart than ``2 * spread``.
+    The targets of a block have one density. Densities lie around that of the whole, no further apart than
+    ``2 * spread``. Where blocks are pruned one after another (``sequential``), the scores of the model before that
+    decide, of one more pass over the data.
 
     Args:
         outliers: How many times the mean a score has to exceed, to be an outlier.
         spread: The most, a fraction, that densities may lie above or below the middle of theirs.
-        depth: Parts of a name, between dots, that targets of one block share, which then all have one density: 3 for
-            "model.layers.7.mlp.up_proj.weight". 0 gives every target its own; the paper goes by blocks.
+        depth: Parts of a name, between dots, that targets of one block share: 3 for
+            "model.layers.7.mlp.up_proj.weight". None goes to the first number that is not the same for all targets,
+            as that of a block in a ``ModuleList`` is ("model.layers.7"). 0 gives every target its own density.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -96,30 +86,51 @@ class OWL:
     {'a': 4, 'b': 6}
     """
 
+    compares_blocks: ClassVar[bool] = True
+
     outliers: float = 5.0
     spread: float = 0.08
-    depth: int = 0
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         settle(self, outliers=number("outliers", self.outliers, "(0, inf)"))
-        settle(self, spread=number("spread", self.spread, "[0, 1)"), depth=integer("depth", self.depth, 0))
+        depth = None if self.depth is None else integer("depth", self.depth, 0)
+        settle(self, spread=number("spread", self.spread, "[0, 1)"), depth=depth)
 
     def __call__(self, scores: Scores, sparsity: float) -> dict[str, int]:
         """Return how many units each target keeps."""
-        blocks: dict[str, list[str]] = {}
-        for name in scores:
-            blocks.setdefault(".".join(name.split(".")[: self.depth]) if self.depth else name, []).append(name)
-        share = {}
-        for names in blocks.values():
-            found = [self._outliers(scores.raw(name)) for name in names]
-            share.update(dict.fromkeys(names, sum(found) / sum(scores.sizes[name] for name in names)))
+        share: dict[str, float] = {}
+        for names in _blocks(scores, self.depth):
+            share.update(dict.fromkeys(names, self._outliers(scores, names)))
         low, high = min(share.values()), max(share.values())
         wide = {name: 2 * self.spread * (ratio - low) / (high - low or 1.0) for name, ratio in share.items()}
         return _shifted(wide, scores.sizes, sparsity)
 
-    def _outliers(self, scores: Tensor) -> int:
-        return int((scores > self.outliers * scores.mean()).sum())
+    def _outliers(self, scores: Scores, names: Iterable[str]) -> float:
+        """Return which fraction of the scores of a block are outliers."""
+        sizes = {name: scores.sizes[name] for name in names}  # scores are had twice, and never held together
+        mean = sum(float(scores.raw(name).mean()) * size for name, size in sizes.items()) / sum(sizes.values())
+        found = sum(int((scores.raw(name) > self.outliers * mean).sum()) for name in sizes)
+        return found / sum(sizes.values())
+
+
+def _blocks(names: Iterable[str], depth: int | None) -> list[list[str]]:
+    """Return the names that belong together: those whose first parts are the same.
+
+    >>> _blocks(["net.0.h.0.fc1.weight", "net.0.h.0.fc2.weight", "net.0.h.1.fc1.weight", "net.1.weight"], 4)
+    [['net.0.h.0.fc1.weight', 'net.0.h.0.fc2.weight'], ['net.0.h.1.fc1.weight'], ['net.1.weight']]
+    >>> _blocks(["net.0.h.0.fc1.weight", "net.0.h.0.fc2.weight", "net.0.h.1.fc1.weight"], None)
+    [['net.0.h.0.fc1.weight', 'net.0.h.0.fc2.weight'], ['net.0.h.1.fc1.weight']]
+    """
+    parts = {name: name.split(".") for name in names}
+    columns = list(zip(*parts.values(), strict=False))
+    common = next((place for place, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+    found: dict[str, list[str]] = {}
+    for name, words in parts.items():
+        number = next((place for place in range(common, len(words)) if words[place].isdigit()), len(words))
+        found.setdefault(".".join(words[: number + 1 if depth is None else depth or None]), []).append(name)
+    return list(found.values())
 
 
 def _shifted(density: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, int]:
@@ -131,7 +142,7 @@ def _shifted(density: Mapping[str, float], sizes: Mapping[str, int], sparsity: f
         shift = (low + high) / 2
         keep = {name: min(1.0, max(0.0, density[name] + shift)) * size for name, size in sizes.items()}
         low, high = (low, shift) if sum(keep.values()) > wanted else (shift, high)
-    return _whole(keep, wanted)
+    return whole(keep, wanted)
 
 
 def at_least(scores: Scores, sparsity: float, scope: Scope, density: float) -> dict[str, int]:
@@ -198,12 +209,3 @@ def below(scores: Scores, level: float, due: float = 1.0) -> dict[str, int]:
     """
     counts = scores.counts(round(due * scores.below(level)))
     return {name: size - counts[name] for name, size in scores.sizes.items()}
-
-
-def _whole(keep: dict[str, float], total: int) -> dict[str, int]:
-    """Round to whole numbers that sum to ``total``: the largest remainders are rounded up."""
-    whole = {name: int(amount) for name, amount in keep.items()}
-    by_remainder = sorted(keep, key=lambda name: whole[name] - keep[name])  # stable: equal ones in target order
-    for name in by_remainder[: total - sum(whole.values())]:
-        whole[name] += 1
-    return whole

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import goal
+from lightning_prune import goal, scopes
 from lightning_prune.arguments import check_at_least
 from lightning_prune.calibration import Stage, forward, stages, take, undisturbed
+from lightning_prune.criteria import Wanda
 from lightning_prune.features import input_of, is_readable, windows
 from lightning_prune.granularities import Granularity, Weight
-from lightning_prune.masks import Masks
+from lightning_prune.masks import Masks, score
+from lightning_prune.posttraining import observed_units
 from lightning_prune.reconstruction import Choice, reconstruct, second_moments
 from lightning_prune.shards import is_sharded
 from lightning_prune.targets import Target, fractions
@@ -29,15 +31,18 @@ def sparsegpt(
     blocksize: int = 128,
     damping: float = 0.01,
     sequential: str | None = None,
+    scope: str | scopes.Scope = "local",
 ) -> Masks:
-    """Prune every target by its own sparsity and reconstruct what it puts out for the data, in place; return the masks.
+    """Prune every target by its own sparsity and reconstruct what it outputs for the data, in place; return the masks.
 
     Weights go column by column. The error that a pruned weight makes is spread, as the inverse of the input's second
-    moments says, over the weights of its row in the columns that are still to come.
+    moments says, over the weights of its row in the columns that are still to come. Weights that are zero already stay
+    zero, and count; those of inputs that are zero in all of the data become zero, too, and are the first to be pruned.
 
     Args:
         model: Any module; the targets belong to linear layers and convolutions, with groups or without.
-        sparsity: Fraction of zeros of each target, in [0, 1), or ``{pattern: fraction}`` per layer.
+        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer. More go where
+            more are zero already.
         data: Batches to calibrate with; all of them are taken. A batch is the model's input, or has it in front.
         granularity: ``Weight()``, or ``NM(n, m)`` to choose in groups of m inputs.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
@@ -46,6 +51,9 @@ def sparsegpt(
         damping: Added to the second moments of every input, as a fraction of their mean.
         sequential: Name of the ModuleList or Sequential whose blocks run one after another; each one is then calibrated
             behind the pruned ones, and no more than one block's input is held.
+        scope: How one sparsity is shared out over the targets: "local" gives it to each; any other scope, such as
+            ``OWL()``, goes by the scores of ``Wanda`` for the model as it is. That takes one more pass over the data,
+            which are held.
 
     Raises:
         ValueError: If an argument is out of range, a target belongs to another kind of layer, or an input is not
@@ -61,12 +69,16 @@ def sparsegpt(
     goal.check(sparsity, None, granularity)
     if not isinstance(granularity, Weight):
         raise ValueError(f"granularity must be Weight() or NM(n, m), got {granularity}")
+    allocate = scopes.resolve(scope)
+    if granularity.group is not None and allocate is not scopes.local:
+        raise ValueError(f'scope must be "local" for {granularity}, which leaves nothing to share out, got {scope!r}')
     check_at_least("blocksize", blocksize, 1)
     if not 0.0 <= damping < float("inf"):
         raise ValueError(f"damping must be at least 0 and finite, got {damping}")
     found = goal.find_targets(model, sparsity, targets, ignore)
     _check_layers(found)
-    shares = fractions(sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}, found)
+    data = data if allocate is scopes.local else list(data)
+    shares = _shares(model, found, sparsity, allocate, data)
     masks = Masks()
     with undisturbed(model):
         for stage in stages(model, take(data, None, model), partial(forward, model), sequential):
@@ -77,6 +89,18 @@ def sparsegpt(
                 choice = Choice(shares[target.name], granularity.group, blocksize)
                 masks[target.name] = _prune(target, moments.pop(target.name), choice, damping)
     return masks
+
+
+def _shares(
+    model: nn.Module, found: Sequence[Target], sparsity: goal.Sparsity, scope: scopes.Scope, data: Iterable[Any]
+) -> dict[str, float]:
+    """Return the fraction of each target that goes."""
+    if isinstance(sparsity, Mapping) or scope is scopes.local:
+        return fractions(sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}, found)
+    units = observed_units(model, found, Wanda(), Weight(), data, None)
+    scores = score(units, Wanda(), {unit.name: None for unit in units})
+    keep = scope(scores, sparsity)
+    return {name: 1.0 - keep[name] / size for name, size in scores.sizes.items()}
 
 
 def _check_layers(found: Sequence[Target]) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import integer
+from lightning_prune.arguments import flag, integer
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.features import no_squares, per_weight, squares
 from lightning_prune.instances import settle
+from lightning_prune.ranking import sum_share
 from lightning_prune.shards import local, output_rows, piece
 from lightning_prune.units import Units
 
@@ -72,13 +73,15 @@ def _spread(values: Tensor, room: int, turn: int) -> Tensor:
 class Wanda(Criterion):
     """``|w|`` times the root mean square, over the window, of the input that the weight meets. Needs forward passes.
 
-    Weights are compared with those of their output channel only, and with ``NM`` inside their group; other units have
+    Weights are compared with those of their output channel only, and with ``NM`` inside their group; larger units have
     the mean, and are compared with all. The root mean square is the paper's norm, divided by one number for a layer.
     Linear layers, convolutions (every place of the kernel has an input of its own; those of a transposed one share that
     of their channel) and the projections of queries, keys and values in ``MultiheadAttention``.
 
     Args:
-        window: Number of optimizer steps, or batches, observed.
+        window: Number of optimizer steps, or batches, observed; None is 16 steps, and all batches of ``prune``.
+        by_row: Whether every output channel loses the same number of weights. If not, it is the variant of the paper's
+            appendix, for ``scope="local"``: every one loses the same share of the sum of its scores.
 
     Raises:
         ValueError: If the window is shorter than one step; when it observes, if the layer is of another kind.
@@ -87,13 +90,14 @@ class Wanda(Criterion):
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
-    by_row: ClassVar[bool] = True
 
-    window: int = 16
+    window: int | None = None
+    by_row: bool = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        settle(self, window=integer("window", self.window, 1))
+        window = None if self.window is None else integer("window", self.window, 1)
+        settle(self, window=window, by_row=flag("by_row", self.by_row))
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
@@ -108,7 +112,12 @@ class Wanda(Criterion):
         assert units.statistic is not None
         total, count = units.statistic
         norms = per_weight((total / count.clamp(min=1)).sqrt().float(), units.parameter.shape)
-        return units.mean(lambda weight: weight.abs() * piece(norms, units.parameter))
+        found = units.mean(lambda weight: weight.abs() * piece(norms, units.parameter))
+        if self.by_row or units.granularity.spans:
+            return found
+        whole = units.whole(found).view(units.parameter.shape).movedim(units.dim, 0)
+        shares = sum_share(whole.flatten(1)).view(whole.shape).movedim(0, units.dim)
+        return units.piece(shares.contiguous())
 
 
 @dataclass(frozen=True)

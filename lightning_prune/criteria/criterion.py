@@ -1,6 +1,6 @@
 """The base of all criteria: how much each unit matters. The units with the lowest scores are pruned first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,8 @@ from lightning_prune.units import Units
 OverRanks = Callable[[Tensor, Operation], Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]
 
+_STEPS = 16
+
 
 class Criterion:
     """A score for every unit; a subclass with the one method ``scores`` is a new criterion.
@@ -21,7 +23,7 @@ class Criterion:
     Attributes:
         needs: What it observes during ``window`` optimizer steps before an update: nothing beyond the weights, the
             gradients (``observe`` is called once a step), or forward passes (once a forward of the weight's module).
-        window: How many optimizer steps it observes.
+        window: How many optimizer steps it observes, or batches in ``prune``; None is 16 steps, and all batches.
         entrywise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
             that ``scores`` may be asked for a piece of them at a time.
         accumulates: Whether what it observes adds up from ``window`` steps before the first update to the last one, and
@@ -37,16 +39,21 @@ class Criterion:
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
     entrywise: ClassVar[bool] = False
-    window: int = 0
+    window: int | None = 0
     accumulates: ClassVar[bool] = False
     batch_statistics: ClassVar[bool] = False
-    by_row: ClassVar[bool] = False
+    by_row: bool = False
 
     def __init_subclass__(cls) -> None:
         """Let a subclass with scores of its own say anew whether they are entrywise."""
         super().__init_subclass__()
         if "scores" in vars(cls):
             cls.entrywise = vars(cls).get("entrywise", False)
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps it observes."""
+        return _STEPS if self.window is None else self.window
 
     def scores(self, units: Units) -> Tensor:
         """Return a finite score for each unit: ``units.sum`` and ``units.mean`` pool values of single weights."""
@@ -59,10 +66,21 @@ class Criterion:
     def backward(self, model: nn.Module, batch: Any, loss: Loss) -> None:
         """Fill the gradients that are to be observed: those of the loss.
 
-        A criterion that overrides this needs passes of its own, which no training step makes: it is for ``prune`` and
-        ``PruningAtInit``.
+        A criterion that overrides this, or ``passes``, needs passes of its own, which no training step makes: it is for
+        ``prune`` and ``PruningAtInit``.
         """
         loss(model, batch).backward()
+
+    @torch.enable_grad()
+    def passes(
+        self, model: nn.Module, batches: Iterable[Any], loss: Loss, average: Callable[[nn.Module], None]
+    ) -> Iterator[None]:
+        """Fill the gradients that are to be observed, for one batch after another; ``average`` does so over ranks."""
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            self.backward(model, batch, loss)
+            average(model)
+            yield
 
     def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
         """Return the statistic at the end of the window, over what all ranks have seen of their batches.

@@ -1,16 +1,23 @@
 """Criteria for networks before training, which differentiate something else than the loss, in passes of their own."""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_prune.arguments import number
 from lightning_prune.calling import inputs_of
 from lightning_prune.criteria.criterion import Criterion, Loss
 from lightning_prune.criteria.gradients import GradientMean
 from lightning_prune.gates import weight_times_gradient
+from lightning_prune.instances import settle
+from lightning_prune.targets import find
 from lightning_prune.units import Units
 
 
@@ -18,14 +25,17 @@ from lightning_prune.units import Units
 class GraSP(GradientMean):
     """Gradient signal preservation: ``sum w * Hg``, over the unit; what holds back the gradient's norm goes first.
 
-    g is the gradient and H the Hessian of the loss on a batch, by all trainable parameters. Needs gradients, of passes
-    of its own: it is for ``PruningAtInit`` and ``prune``, before training.
+    g is the gradient and H the Hessian of the loss, the mean over all batches, by all trainable weights: those that are
+    pruned by default, no biases, norms and embeddings. Needs gradients, of two passes of its own over the batches: it
+    is for ``PruningAtInit`` and ``prune``, before training.
 
     Args:
-        window: Number of batches; the mean of what each one gives. The paper takes one, of ten samples a class.
+        window: Number of batches. The paper takes one, of ten samples a class.
+        temperature: Divides the logits, where the loss is a cross-entropy or takes a log-softmax, so that no class
+            outweighs the others.
 
     Raises:
-        ValueError: If the window is shorter than one batch.
+        ValueError: If the window is shorter than one batch, or the temperature is not above 0 and finite.
 
     Reference: Wang et al., 2020, "Picking Winning Tickets Before Training by Preserving Gradient Flow",
         arXiv:2002.07376.
@@ -34,18 +44,70 @@ class GraSP(GradientMean):
     batch_statistics: ClassVar[bool] = True
 
     window: int = 1
+    temperature: float = 200.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        settle(self, temperature=number("temperature", self.temperature, "(0, inf)"))
 
     @override
-    def backward(self, model: nn.Module, batch: Any, loss: Loss) -> None:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        found = torch.autograd.grad(loss(model, batch), parameters, create_graph=True, allow_unused=True)
-        gradients = [gradient for gradient in found if gradient is not None]
-        # half of the square of the gradient's norm, of which H g is the gradient
-        torch.stack([gradient.square().sum() for gradient in gradients]).sum().div(2).backward()
+    @torch.enable_grad()
+    def passes(
+        self, model: nn.Module, batches: Iterable[Any], loss: Loss, average: Callable[[nn.Module], None]
+    ) -> Iterator[None]:
+        batches, loss = list(batches), partial(_tempered, self.temperature, loss)
+        model.zero_grad(set_to_none=True)
+        for batch in batches:
+            loss(model, batch).backward()
+        average(model)
+        weights = [target.parameter for target in find(model) if target.parameter.grad is not None]
+        direction = [(weight, weight.grad.div(len(batches))) for weight in weights if weight.grad is not None]
+        yield from super().passes(model, batches, partial(_along, direction, loss), average)
 
     @override
     def term(self, units: Units) -> Tensor:
         return units.contribution()
+
+
+def _along(direction: Sequence[tuple[nn.Parameter, Tensor]], loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """Return the product of the gradient of a loss and a direction g, of which H g is the gradient."""
+    weights, steps = zip(*direction, strict=True)
+    found = torch.autograd.grad(loss(model, batch), weights, create_graph=True, allow_unused=True)
+    pairs = zip(found, steps, strict=True)
+    return torch.stack([(slope * step).sum() for slope, step in pairs if slope is not None]).sum()
+
+
+def _tempered(temperature: float, loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss of logits that are divided by a temperature, wherever a training step has them from."""
+    with _Tempered(temperature):
+        return loss(model, batch)
+
+
+class _Tempered(TorchFunctionMode):
+    """Divides what goes into a log-softmax, on its own or as a part of a cross-entropy."""
+
+    takes_logits = frozenset(
+        {
+            *(functional.log_softmax, torch.log_softmax, Tensor.log_softmax),
+            *(functional.cross_entropy, functional.binary_cross_entropy_with_logits),
+        }
+    )
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.takes_logits and args:
+            args = (args[0] / self.temperature, *args[1:])
+        elif func in self.takes_logits:
+            kwargs["input"] = kwargs["input"] / self.temperature
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
