@@ -191,13 +191,7 @@ def test_owl_finds_blocks_by_their_numbers() -> None:
     scores = {f"enc.h.{block}.{part}.0.w": quiet for block in (0, 1) for part in "qk"} | {"enc.norm.w": quiet}
     scores["enc.h.1.k.0.w"] = loud
     keep = OWL(spread=0.1)(Scores.of(scores), 0.5)
-    assert keep == {
-        "enc.h.0.q.0.w": 17,
-        "enc.h.0.k.0.w": 17,
-        "enc.h.1.q.0.w": 25,
-        "enc.h.1.k.0.w": 25,
-        "enc.norm.w": 16,
-    }
+    assert list(keep.values()) == [17, 17, 25, 25, 16]  # of 40: the two of the second block have more
     apart = OWL(spread=0.1, depth=0)(Scores.of(scores), 0.5)
     assert apart["enc.h.1.q.0.w"] == apart["enc.h.0.q.0.w"] < apart["enc.h.1.k.0.w"]
 
