@@ -193,7 +193,7 @@ def test_owl_finds_blocks_by_their_numbers() -> None:
     keep = OWL(spread=0.1)(Scores.of(scores), 0.5)
     assert list(keep.values()) == [17, 17, 25, 25, 16]  # of 40: the two of the second block have more
     apart = OWL(spread=0.1, depth=0)(Scores.of(scores), 0.5)
-    assert apart["enc.h.1.q.0.w"] == apart["enc.h.0.q.0.w"] < apart["enc.h.1.k.0.w"]
+    assert apart["enc.h.1.q.0.w"] < 20 < apart["enc.h.1.k.0.w"]
 
 
 def test_a_scope_without_blocks_is_refused_where_groups_leave_nothing_to_share_out() -> None:
