@@ -1,21 +1,22 @@
 """Sparse training: networks that are sparse from the first step, and exchange weak weights for new ones on the way."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune import goal, schedules, scopes
-from lightning_prune.arguments import integer, number
-from lightning_prune.criteria import Criterion, Magnitude, Random
+from lightning_prune.arguments import choice, flag, integer, number
+from lightning_prune.criteria import Criterion, Random
 from lightning_prune.criteria.gradients import GradientMean
+from lightning_prune.exchanging import exchange, steps, uniform
 from lightning_prune.granularities import Weight
 from lightning_prune.instances import named
-from lightning_prune.masks import Masks, make_masks, score
+from lightning_prune.masks import Masks, make_masks
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.shards import local
 from lightning_prune.units import Units
@@ -32,8 +33,9 @@ DecayName = Literal["constant", "linear", "cosine"]
 class SET(ScheduledTraining):
     """Train sparse from the first step: now and then drop the smallest weights, and grow as many at random.
 
-    Every target keeps its number of zeros at every moment. New weights start at zero, with fresh optimizer state, and
-    a weight that has just been dropped does not come back in the same update.
+    The masks of every target keep their number of zeros at every moment. New weights start at zero, with fresh
+    optimizer state: one that gets no gradient from then on stays zero, and ``sparsity(model)`` counts it beside what is
+    pruned. Layers that are lazy or frozen when training starts are drawn when they join.
 
     Args:
         sparsity: Fraction of zeros among the targets, in [0, 1), drawn at random when training starts, or
@@ -52,6 +54,9 @@ class SET(ScheduledTraining):
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+        grow_init: What new weights start with: "zeros"; "random", uniformly up to the mean size of the layer's weights,
+            either way; for ``RigL``, "gradient", one step of plain gradient descent at the learning rate.
+        regrow: Whether a weight that has just been dropped may come back in the same update, as it was.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
@@ -63,6 +68,8 @@ class SET(ScheduledTraining):
     >>> SET(0.9, frequency=100).reached
     True
     """
+
+    _GROW_INITS: ClassVar[tuple[str, ...]] = ("zeros", "random")
 
     def __init__(
         self,
@@ -78,6 +85,9 @@ class SET(ScheduledTraining):
         targets: tuple[str, ...] = (),
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
+        *,
+        grow_init: Literal["zeros", "random", "gradient"] = "zeros",
+        regrow: bool = False,
     ) -> None:
         if sparsity is not None:
             goal.check(sparsity, None)
@@ -85,9 +95,16 @@ class SET(ScheduledTraining):
         self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
         self.decay = decay
         self.seed = integer("seed", seed)
+        self.grow_init = choice("grow_init", grow_init, self._GROW_INITS)
+        self.regrow = flag("regrow", regrow)
         horizon = schedules.Horizon(start, end, interval, frequency)
         axes = (sparsity, self.growth(0), Weight(), scope)
         super().__init__(*axes, horizon, targets, ignore, log_layers=log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._grown: dict[str, tuple[Tensor, Tensor]] = {}  # what has grown in an update, and what it begins with
 
     def growth(self, position: int) -> Criterion:
         """Return what scores the weights that may grow in the update at a position: the highest do."""
@@ -120,15 +137,35 @@ class SET(ScheduledTraining):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().begin(trainer, pl_module)
-        if self.masks:
-            return
-        if self.sparsity is None:
-            self.masks = Masks({unit.name: local(unit.parameter) != 0 for unit in self._units})
-        else:
-            found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
-            drawn = Random(self.seed)
-            allocate = goal.allocation(found, self.sparsity, None, drawn, self._scope)
-            self.masks = make_masks(self._units, drawn, allocate, {})
+        self.masks = Masks({**self.masks, **self._draw(pl_module)})
+
+    def _draw(self, model: nn.Module) -> Masks:
+        """Return masks for targets that have none: all when training starts, later lazy ones and those unfrozen."""
+        new = [unit for unit in self._units if unit.name not in self.masks]
+        if self.sparsity is None or not new:
+            return Masks({unit.name: local(unit.parameter) != 0 for unit in new})
+        found = goal.find_targets(model, self.sparsity, self.targets, self.ignore)
+        drawn = Random(self.seed)
+        return make_masks(new, drawn, goal.allocation(found, self.sparsity, None, drawn, self._scope), {})
+
+    def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_units(trainer, pl_module)
+        if masks := self._draw(pl_module):
+            self.put_in_force(trainer, pl_module, Masks({**self.masks, **masks}))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0:  # what an epoch begins with may have been unfrozen
+            self._take_in(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # lazy layers exist after their first forward pass
+            self._take_in(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def looks_at_pruned(self, trainer: Trainer) -> bool:
@@ -136,7 +173,25 @@ class SET(ScheduledTraining):
 
     @override
     def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
-        return exchange(self._units, self.masks, amount, self.growth(position))
+        held = {**self.masks, **self._draw(model)}
+        masks = exchange(self._units, held, amount, self.growth(position), self.regrow)
+        if self.grow_init != "zeros":
+            grown = {unit.name: masks[unit.name] & ~held[unit.name] for unit in self._units}
+            noise = Random(self.seed + 1_000_003 * position + 1)
+            start = steps if self.grow_init == "gradient" else partial(uniform, noise=noise, held=held)
+            self._grown = {unit.name: (grown[unit.name], start(unit, grown[unit.name])) for unit in self._units}
+        return masks
+
+    @override
+    def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+        for unit in self._units if self._grown else ():
+            grown, values = self._grown[unit.name]
+            rate = rates.get(id(unit.parameter), 0.0) if self.grow_init == "gradient" else 1.0
+            weight = local(unit.parameter)
+            weight[grown] = (values * rate).to(weight.dtype)
+        self._grown = {}
 
 
 class RigL(SET):
@@ -144,9 +199,8 @@ class RigL(SET):
 
     The gradient of all weights, pruned ones too, is looked at in the ``window`` optimizer steps before an update only.
     These steps are taken as any other, and the masks change right after the last of them (in the paper the update takes
-    the place of a step, which costs a step without saving anything here). Every target keeps its number of zeros at
-    every moment. New weights start at zero, with fresh optimizer state, and a weight that has just been dropped does
-    not come back in the same update.
+    the place of a step, which costs a step without saving anything here). What is said of masks and of new weights in
+    ``SET`` holds here, too. The authors' code lets weights that have just been dropped grow again: ``regrow=True``.
 
     Args:
         sparsity: Fraction of zeros among the targets, in [0, 1), drawn at random when training starts, or
@@ -165,6 +219,8 @@ class RigL(SET):
     >>> RigL(0.9, frequency=100).growth(100)
     Gradient(window=1)
     """
+
+    _GROW_INITS: ClassVar[tuple[str, ...]] = ("zeros", "random", "gradient")
 
     def __init__(
         self,
@@ -208,36 +264,3 @@ class Gradient(GradientMean):
 def _gradient(weight: Tensor) -> Tensor:
     assert weight.grad is not None
     return weight.grad
-
-
-@torch.no_grad()
-def exchange(units: Sequence[Units], masks: Mapping[str, Tensor], fraction: float, growth: Criterion) -> Masks:
-    """Return masks in which the smallest weights of every target made way for as many that were pruned.
-
-    Args:
-        units: The targets.
-        masks: The masks until now.
-        fraction: Of the weights of a target, the part that is exchanged, as far as there are pruned ones to grow.
-        growth: Scores the pruned weights; the highest grow.
-
-    >>> from lightning_prune.targets import find
-    >>> from lightning_prune.units import make_units
-    >>> layer = nn.Linear(4, 1)
-    >>> layer.weight.data = torch.tensor([[0.1, 0.2, 0.0, 0.0]])
-    >>> layer.weight.grad = torch.tensor([[9.0, 9.0, 1.0, -2.0]])
-    >>> units = make_units(find(layer), layer, Weight())
-    >>> units[0].statistic = Gradient().observe(units[0])
-    >>> exchange(units, {"weight": layer.weight != 0}, 0.5, Gradient())
-    {'weight': tensor([[False,  True, False,  True]])}
-    """
-    kept = {unit.name: masks[unit.name] for unit in units}
-    magnitudes = score(units, Magnitude(), kept)
-    gains = score(units, growth, {name: ~mask for name, mask in kept.items()})
-    pruned, exchanged = magnitudes.pruned(), Masks()
-    for unit in units:
-        zeros = pruned[unit.name]
-        number = min(zeros, round(fraction * (unit.size - zeros)))
-        left = ~magnitudes.lowest(unit.name, zeros + number)
-        grown = ~gains.lowest(unit.name, unit.size - number)
-        exchanged[unit.name] = left | grown
-    return exchanged

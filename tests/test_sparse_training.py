@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from models import MLP, MaskRecorder, On, agrees, fit, weights
-from modes import BATCHES, SGD, Regression, mlp
+from modes import BATCHES, SGD, Probe, Regression, mlp
 from torch import Tensor, nn
 
-from lightning_prune import SET, ConstantSparsity, RigL, prune, scopes
+from lightning_prune import SET, ConstantSparsity, RigL, Weight, prune, scopes, sparsity
+from lightning_prune.exchanging import exchange
 from lightning_prune.selection import Scores
 from lightning_prune.sparse_training import Gradient
+from lightning_prune.targets import find
+from lightning_prune.units import make_units
 
 METHODS: tuple[type[SET], ...] = (SET, RigL)
 SIZES = {"net.0.weight": 48, "net.4.weight": 80, "net.6.weight": 30}
@@ -263,6 +266,110 @@ def test_zeros_that_are_there_are_where_it_starts() -> None:
     assert agrees(model, callback.masks)
 
 
+class Unfreeze(Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Regression) -> None:
+        pl_module.net[2].requires_grad_(trainer.current_epoch > 0)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(("sparsity", "zeros"), [(0.5, (24, 16, 32)), (None, (0, 0, 7))])
+@pytest.mark.parametrize("method", METHODS)
+def test_lazy_layers_and_those_that_are_unfrozen_join(
+    method: type[SET], sparsity: float | None, zeros: tuple[int, int, int]
+) -> None:
+    model = Regression(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.LazyLinear(4)))
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.1)
+    model.net[2].requires_grad_(False)
+    model.net[2].weight.data[1, :7] = 0.0
+    callback, seen = method(sparsity, scope="local", frequency=2, end=1.0), []
+    look = On(on_train_batch_end=lambda *args: seen.append({n: int((~m).sum()) for n, m in callback.masks.items()}))
+    with Probe(model, callback) as probe:
+        fit(model, Unfreeze(), callback, look)
+    assert not probe.dense
+    lazy = {"net.0.weight": zeros[0], "net.4.weight": zeros[1]}
+    assert seen == [lazy] * 6 + [{**lazy, "net.2.weight": zeros[2]}] * 6
+    assert agrees(model, callback.masks)
+    assert callback.sparsity_now == pytest.approx(sum(zeros) / 144)
+
+
+class DeadInputs(MLP):
+    """Half of the inputs are zero, so that a weight behind them never gets a gradient."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0] * torch.tensor([1.0, 0, 1, 0, 1, 0]), batch[1]], batch_idx)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_weights_without_a_gradient_stay_zero_unless_they_start_at_random(method: type[SET]) -> None:
+    for grow_init in ("zeros", "random"):
+        model, callback = DeadInputs(), method(0.8, scope="local", frequency=1, end=4, grow_init=grow_init)
+        fit(model, callback, limit_val_batches=0)
+        still = sum(int((weights(model)[name] == 0)[mask].sum()) for name, mask in callback.masks.items())
+        assert callback.sparsity_now == pytest.approx(126 / 158)
+        assert sparsity(model) == pytest.approx((126 + still) / 158)
+        assert (still > 0) == (grow_init == "zeros")
+
+
+def grown(callback: SET) -> list[tuple[dict[str, Tensor], ...]]:
+    """Return, for each update, what grew, its weights and the gradients before."""
+    found, masks, gradients = [], {}, {}
+    model = MLP()
+    named = {name: model.get_parameter(name) for name in SIZES}
+
+    def before(*args: Any) -> None:
+        masks.update(callback.masks)
+        gradients.update({name: p.grad.clone() for name, p in named.items()})
+
+    def after(*args: Any) -> None:
+        new = {name: callback.masks[name] & ~masks[name] for name in SIZES}
+        if any(mask.any() for mask in new.values()):
+            found.append((new, {name: p.detach().clone() for name, p in named.items()}, dict(gradients)))
+
+    front, behind = On(on_before_optimizer_step=before), On(on_train_batch_end=after)
+    fit(model, front, callback, behind, limit_val_batches=0)
+    assert agrees(model, callback.masks)
+    assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_weights_start_at_random_within_the_mean_size_of_the_others(method: type[SET]) -> None:
+    for new, values, _ in grown(method(0.6, frequency=2, grow_init="random", scope="local")):
+        for name in SIZES:
+            first, others = values[name][new[name]], values[name][values[name] != 0]
+            assert first.unique().numel() == first.numel() > 0
+            assert 0 < first.abs().max() < 1.5 * others.abs().mean()
+
+
+def test_new_weights_of_rigl_start_with_a_step_against_their_gradient() -> None:
+    for new, values, gradients in grown(RigL(0.6, frequency=2, grow_init="gradient")):
+        for name in SIZES:
+            torch.testing.assert_close(values[name][new[name]], -0.1 * gradients[name][new[name]])
+
+
+def test_a_weight_that_was_dropped_may_grow_again_as_it_was() -> None:
+    layer = nn.Linear(4, 1)
+    layer.weight.data = torch.tensor([[0.1, 0.2, 0.0, 0.0]])
+    layer.weight.grad = torch.tensor([[9.0, 9.0, 1.0, -2.0]])
+    units = make_units(find(layer), layer, Weight())
+    units[0].statistic = Gradient().observe(units[0])
+    [mask] = exchange(units, {"weight": layer.weight != 0}, 0.5, Gradient(), regrow=True).values()
+    assert mask.tolist() == [[True, True, False, False]]
+    layer.weight.grad[0, 0], units[0].statistic = 0.5, None
+    units[0].statistic = Gradient().observe(units[0])
+    [mask] = exchange(units, {"weight": layer.weight != 0}, 0.5, Gradient(), regrow=True).values()
+    assert mask.tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_regrowth_layers_keep_their_zeros_and_may_exchange_all_weights(method: type[SET]) -> None:
+    callback = method(0.25, scope="local", frequency=2, drop_fraction=1.0, decay="constant", regrow=True)
+    recorder = record(callback)
+    for old, new in pairwise(recorder.masks):
+        assert all(int(new[name].sum()) == int(old[name].sum()) for name in SIZES)
+    assert changes(recorder) == [2, 4]
+
+
 def test_each_seed_and_each_update_grows_other_weights() -> None:
     one, again, other = (SET(0.6, frequency=2, seed=seed) for seed in (0, 0, 1))
     for callback in (one, again, other):
@@ -308,12 +415,18 @@ def test_the_whole_run_is_at_the_target() -> None:
         ({"scope": "layer"}, "scope must be one of"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"frequency": 0}, "frequency must be at least 1 step, got 0"),
+        ({"grow_init": "ones"}, 'grow_init must be "zeros", "random" or "gradient", got \'ones\''),
         ({"start": 0.8}, "start must not lie after end, got start=0.8 and end=0.75"),
     ],
 )
 def test_the_impossible_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         RigL(**arguments)
+
+
+def test_set_has_no_gradients_to_start_with() -> None:
+    with pytest.raises(ValueError, match='grow_init must be "zeros" or "random", got \'gradient\''):
+        SET(0.5, grow_init="gradient")
 
 
 def test_a_decay_that_leaves_0_to_1_is_refused_before_the_first_step() -> None:
