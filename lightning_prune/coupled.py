@@ -48,7 +48,7 @@ class CoupledUnits(Units):
         parameters: Mapping[str, nn.Parameter],
         granularity: Channel | Head,
         counted: Sequence[str],
-        norms: Callable[[], Mapping[nn.Module, nn.Module]],
+        norms: Callable[..., Mapping[nn.Module, nn.Module]],
         owners: Mapping[nn.Parameter, nn.Module],
     ) -> None:
         super().__init__(target, Channel(coupled=False), norms=norms)

@@ -18,9 +18,10 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 _BEHIND_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _BEHIND_OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 # what may lie between a layer and its norm: zeros stay zeros, channels stay in their place
-_TRANSPARENT = (nn.Identity, nn.modules.dropout._DropoutNd, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
-_NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu", "dropout")
-_TRANSPARENT_CALLS = tuple(getattr(nn.functional, name) for name in _NAMES)
+_SAME = (nn.Identity, nn.modules.dropout._DropoutNd, nn.functional.dropout)
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
+_NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu")
+_TRANSPARENT = (*_SAME, *_ACTIVATIONS, *(getattr(nn.functional, name) for name in _NAMES))
 
 
 class _Quiet(Tracer):
@@ -39,11 +40,15 @@ class _Quiet(Tracer):
         return super().call_module(inner, inner.forward, args, kwargs)
 
 
-def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def norms_behind(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
     """Return, for each layer whose output goes straight into a norm over its channels, that norm.
 
     Parts that cannot be traced are searched child by child. Zero-preserving activations and dropout may lie between.
     A layer or norm that is used twice is left out: it has other neighbours elsewhere.
+
+    Args:
+        model: Any module.
+        across: Whether activations may lie between.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     >>> {id(layer) for layer in norms_behind(model)} == {id(model[0])}
@@ -52,11 +57,21 @@ def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
     links: list[tuple[nn.Module, nn.Module]] = []
     calls: Counter[nn.Module] = Counter()
     if any(isinstance(module, _NORMS) for module in model.modules()):
-        _trace(model, links, calls)
+        _trace(model, _TRANSPARENT if across else _SAME, links, calls)
     return {layer: norm for layer, norm in links if calls[layer] == calls[norm] == 1}
 
 
-def _trace(model: nn.Module, links: list[tuple[nn.Module, nn.Module]], calls: Counter[nn.Module]) -> None:
+def no_norms(across: bool = True) -> dict[nn.Module, nn.Module]:
+    """Return no norms, for units of which no model is known."""
+    return {}
+
+
+def _trace(
+    model: nn.Module,
+    between: tuple[Any, ...],
+    links: list[tuple[nn.Module, nn.Module]],
+    calls: Counter[nn.Module],
+) -> None:
     """Add the links that a symbolic trace shows, and how often it calls each module."""
     model = getattr(model, "_orig_mod", model)
     try:
@@ -64,24 +79,25 @@ def _trace(model: nn.Module, links: list[tuple[nn.Module, nn.Module]], calls: Co
             graph = _Quiet().trace(model)
     except Exception:  # a trace runs the user's forward on stand-ins and may fail in any way
         for child in model.children():
-            _trace(child, links, calls)
+            _trace(child, between, links, calls)
         return
     modules = dict(model.named_modules(remove_duplicate=False))
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     calls.update([modules[str(node.target)] for node in nodes] or [model])
     for node in nodes:
         norm = modules[str(node.target)]
-        layer = _layer_before(node, modules) if isinstance(norm, _NORMS) else None
+        layer = _layer_before(node, modules, between) if isinstance(norm, _NORMS) else None
         if layer is not None and isinstance(norm, _BEHIND_LINEAR if isinstance(layer, nn.Linear) else _BEHIND_OTHERS):
             links.append((layer, norm))
 
 
-def _layer_before(node: Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+def _layer_before(node: Node, modules: dict[str, nn.Module], between: tuple[Any, ...]) -> nn.Module | None:
+    types = tuple(kind for kind in between if isinstance(kind, type))
     source = node.args[0] if node.args else None
     while isinstance(source, Node):
-        if source.op == "call_function" and source.target in _TRANSPARENT_CALLS:
+        if source.op == "call_function" and source.target in between:
             source = source.args[0] if source.args else None
-        elif source.op == "call_module" and isinstance(modules[str(source.target)], _TRANSPARENT):
+        elif source.op == "call_module" and isinstance(modules[str(source.target)], types):
             source = source.args[0]
         elif source.op == "call_module":
             return modules[str(source.target)]

@@ -75,7 +75,7 @@ class Observation:
         if self.criterion.needs != "forwards" or self._handles:
             return
         for unit in self.units:
-            for module in dict.fromkeys(unit.modules):
+            for module in dict.fromkeys(self.criterion.watched(unit)):
                 self._handles.append(module.register_forward_hook(_Watch(self, unit)))
         self._eager.enter_context(eager())  # compiled code does not see hooks that came after it
 

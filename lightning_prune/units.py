@@ -9,7 +9,7 @@ from functools import cache, cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.dataflow import norms_behind
+from lightning_prune.dataflow import no_norms, norms_behind
 from lightning_prune.gates import affine_of, among, weight_of, weight_times_gradient
 from lightning_prune.granularities import Channel, Granularity, Weight
 from lightning_prune.ranking import part_within, rank_within
@@ -29,7 +29,7 @@ class Units:
         target: The parameter to prune.
         granularity: How its entries form units.
         followers: Parameters with one entry per output channel that die with it (bias, norm), by name.
-        norms: Finds the norm behind every layer of the model that has one.
+        norms: Finds the norm behind every layer of the model that has one, by ``norms_behind``.
 
     Attributes:
         name: Qualified name of the parameter.
@@ -51,7 +51,7 @@ class Units:
         target: Target,
         granularity: Granularity,
         followers: Mapping[str, nn.Parameter] | None = None,
-        norms: Callable[[], Mapping[nn.Module, nn.Module]] = dict,
+        norms: Callable[..., Mapping[nn.Module, nn.Module]] = no_norms,
     ) -> None:
         self.name = target.name
         self.parameter = target.parameter
@@ -95,6 +95,14 @@ class Units:
         """Return the norms over the output channels that follow the weight's layers."""
         found = self._norms()
         return list(dict.fromkeys(found[module] for module in self.modules if module in found))
+
+    def outputs(self) -> list[nn.Module]:
+        """Return the modules that put out what goes into the activation after each of the weight's layers.
+
+        That is the norm, where one follows a layer in front of any activation, and the layer itself elsewhere.
+        """
+        found = self._norms(across=False)
+        return [found.get(module, module) for module in self.modules]
 
     def factors(self) -> Tensor | None:
         """Return the absolute value of the factor that a norm has for each unit; None where no norm has factors."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune import (
     SNIP,
+    APoZ,
     BatchNormScale,
     Channel,
     Criterion,
@@ -264,3 +265,61 @@ def test_slimming_of_coupled_channels_names_a_layer_without_factors() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"behind the layer of '0\.weight', got none: ignore the parameter"):
         prune(model, 0.5, criterion=BatchNormScale(), granularity=COUPLED, example_inputs=torch.ones(1, 4))
+
+
+# ------------------------------------------------------------------------------------------------ APoZ
+
+
+class Functional(nn.Module):
+    """A norm and a ReLU, a ReLU in front of its norm, a ReLU alone, a norm alone, dropout in front of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(size, 6, 3, padding=1) for size in (2, 6, 6, 6, 6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
+        self.drop, self.head = nn.Dropout(), nn.Linear(6, 3)
+        randomly(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.active = [torch.relu(self.norms[0](self.convs[0](x)))]
+        self.active.append(nn.functional.relu(self.convs[1](self.active[0])))
+        self.active.append(self.convs[2](self.norms[1](self.active[1])).relu())
+        self.active.append(self.norms[2](self.convs[3](self.active[2])))
+        self.active.append(self.norms[3](self.drop(self.convs[4](self.active[3]))).relu())
+        y: Tensor = self.head(self.active[-1].mean((2, 3)))
+        return y
+
+
+# Hu et al., equation 1: APoZ of a channel is the sum of f(O = 0) over places and samples, divided by their number
+@pytest.mark.parametrize("granularity", [Channel(coupled=False), COUPLED], ids=["alone", "coupled"])
+def test_apoz_counts_the_zeros_behind_norm_and_relu(granularity: Channel) -> None:
+    model = Functional().eval()
+    units, _ = find_units(find(model, (), ("head.*",)), model, granularity, (IMAGES[0],))
+    observation = Observation(APoZ(), units)
+    observation.open()
+    zeros = []
+    for x in IMAGES:
+        model(x)
+        observation.step()
+        zeros.append([(active <= 0).float().mean((0, 2, 3)) for active in model.active])
+    observation.finish()
+    observation.close()
+    expected = [torch.stack(shares).mean(0) for shares in zip(*zeros, strict=True)]
+    assert len(units) == len(expected)
+    for unit, apoz in zip(units, expected, strict=True):
+        torch.testing.assert_close(1 - APoZ().scores(unit), apoz)
+
+
+def test_apoz_of_a_layer_that_runs_twice_is_of_its_own_output() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norms = nn.Linear(4, 4), nn.ModuleList(nn.BatchNorm1d(4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norms[1](self.layer(self.norms[0](self.layer(x)).relu()))
+            return y
+
+    model = Twice().eval()
+    (units,), _ = find_units(find(model), model, Channel(), None)
+    assert APoZ().watched(units) == [model.layer]

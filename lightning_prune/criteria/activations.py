@@ -1,11 +1,12 @@
 """Criteria that watch activations: what a weight's module takes in, or puts out, channel by channel."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.arguments import flag, integer
@@ -122,11 +123,12 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True)
 class APoZ(Criterion):
-    """How often a channel is active: the share of positive values among what the weight's module puts out.
+    """How often a channel is active: the share of its values above zero where they go into the activation.
 
-    One minus the average percentage of zeros, of a layer that a ReLU follows: with it, neurons that are zero most go
-    first. The output is looked at before the ReLU. Every weight of an output channel scores alike. Needs forward
-    passes.
+    One minus the average percentage of zeros behind a ReLU: neurons that are zero most go first. The values are those
+    that the norm puts out which follows the layer, in front of any activation; without such a norm, those of the layer
+    itself, also where no norm is found since the model cannot be traced. Every weight of an output channel scores
+    alike. Of coupled units, those of the first layer. Needs forward passes.
 
     Args:
         window: Number of optimizer steps, or batches, observed.
@@ -144,6 +146,10 @@ class APoZ(Criterion):
     def __post_init__(self) -> None:
         """Check the arguments."""
         settle(self, window=integer("window", self.window, 1))
+
+    @override
+    def watched(self, units: Units) -> Sequence[nn.Module]:
+        return units.outputs()
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:

@@ -1,6 +1,6 @@
 """The base of all criteria: how much each unit matters. The units with the lowest scores are pruned first."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,8 @@ class Criterion:
 
     Attributes:
         needs: What it observes during ``window`` optimizer steps before an update: nothing beyond the weights, the
-            gradients (``observe`` is called once a step), or forward passes (once a forward of the weight's module).
+            gradients (``observe`` is called once a step), or forward passes (once a forward of what it has ``watched``,
+            the weight's module).
         window: How many optimizer steps it observes, or batches in ``prune``; None is 16 steps, and all batches.
         entrywise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
             that ``scores`` may be asked for a piece of them at a time.
@@ -58,6 +59,10 @@ class Criterion:
     def scores(self, units: Units) -> Tensor:
         """Return a finite score for each unit: ``units.sum`` and ``units.mean`` pool values of single weights."""
         raise NotImplementedError
+
+    def watched(self, units: Units) -> Sequence[nn.Module]:
+        """Return the modules whose forward passes it observes: those that the weight belongs to."""
+        return units.modules
 
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
         """Return the new ``units.statistic``; inputs and output are those of the module, for forward passes."""
