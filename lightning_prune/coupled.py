@@ -92,6 +92,10 @@ class CoupledUnits(Units):
         return self._by_unit(values).sum(1)
 
     @override
+    def maximum(self, values: Values) -> Tensor:
+        return super().maximum(values) if self._plain else self._by_unit(values).amax(1)
+
+    @override
     def per_weight(self, total: Tensor) -> Tensor:
         return super().per_weight(total) if self._plain else total / self._width
 

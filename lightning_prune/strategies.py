@@ -18,7 +18,7 @@ class MagnitudePruning(Pruning):
     Reference: Han et al., 2015, arXiv:1506.02626; gradual: Zhu and Gupta, 2017, arXiv:1710.01878.
 
     >>> MagnitudePruning(0.9).criterion
-    Magnitude()
+    Magnitude(p=1)
     """
 
     def __init__(self, sparsity: float | dict[str, float] | None = None, **kwargs: Any) -> None:

@@ -128,6 +128,19 @@ class Units:
         """Return sums over units as means over their weights."""
         return total if self.size == self.parameter.numel() else total / self._weights_per_unit
 
+    def maximum(self, values: Values) -> Tensor:
+        """Return the largest, over each unit, of what ``values`` gives for the weight, at least 0."""
+        found = values(self.weight())
+        if not self.granularity.spans:
+            return found
+        most = found.new_zeros(self.size).scatter_reduce_(0, self._numbers().reshape(-1), found.reshape(-1), "amax")
+        return over_ranks(most, "max") if is_sharded(self.parameter) else most
+
+    def _numbers(self) -> Tensor:
+        """Return for each entry of this rank's piece of the weight which unit it belongs to."""
+        number = torch.arange(self.size, device=self.parameter.device)
+        return piece(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
+
     def contribution(self) -> Tensor:
         """Return ``sum p * dL/dp`` over the gate of each unit: minus the first-order change of the loss without it.
 
@@ -312,9 +325,7 @@ class Units:
             return self.granularity.pool(values, self.dim)
         total = values.new_zeros(self.size)
         if counts_here(self.parameter):
-            number = torch.arange(self.size, device=values.device)
-            unit = piece(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
-            total.scatter_add_(0, unit.reshape(-1), values.reshape(-1))
+            total.scatter_add_(0, self._numbers().reshape(-1), values.reshape(-1))
         return over_ranks(total)
 
 

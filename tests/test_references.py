@@ -1,17 +1,22 @@
 """Scores agree with the formulas of the papers' own code, of which each test says a few lines."""
 
+import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from lightning_prune import (
     SNIP,
     APoZ,
     BatchNormScale,
+    Block,
     Channel,
     Criterion,
+    Magnitude,
     Movement,
     Sensitivity,
     Weight,
@@ -323,3 +328,46 @@ def test_apoz_of_a_layer_that_runs_twice_is_of_its_own_output() -> None:
     model = Twice().eval()
     (units,), _ = find_units(find(model), model, Channel(), None)
     assert APoZ().watched(units) == [model.layer]
+
+
+# ------------------------------------------------------------------------------------------------ magnitude
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("layer", [nn.Linear(5, 8), nn.Conv2d(3, 8, 2)], ids=["linear", "conv"])
+def test_magnitude_of_channels_has_the_order_of_ln_structured(layer: nn.Module, p: float) -> None:
+    theirs = deepcopy(layer)
+    torch.nn.utils.prune.ln_structured(theirs, "weight", amount=0.5, n=p, dim=0)
+    masks = prune(layer, 0.5, criterion=Magnitude(p), granularity=Channel(), scope="local")
+    assert torch.equal(masks["weight"], theirs.weight_mask.bool())
+
+
+def test_the_magnitude_of_blocks_is_the_root_mean_square_or_the_maximum_of_the_weights_they_have() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight.data = torch.tensor([[1.0, -7.0, 0.0, 0.0], [3.0, -4.0, 3.0, -4.0], [2.0, 2.0, 0.0, -6.0]])
+    (units,) = find_units(find(layer), layer, Block(2, 2))[0]
+    assert Magnitude(math.inf).scores(units).tolist() == [7.0, 4.0, 2.0, 6.0]
+    halves = [(1 + 49 + 9 + 16) / 4, (9 + 16) / 4, (4 + 4) / 2, 36 / 2]
+    torch.testing.assert_close(Magnitude(2).scores(units), torch.tensor(halves).sqrt())
+    assert Magnitude(1).scores(units).tolist() == [15 / 4, 7 / 4, 2.0, 3.0]
+
+
+def test_the_maximum_of_coupled_channels_is_over_all_layers_that_make_them() -> None:
+    model = Residual(False, nn.Identity())
+    (units,) = find_units(find(model, (), ("head.*",)), model, COUPLED, (IMAGES[0],))[0]
+    both = torch.cat([model.one.weight.flatten(1), model.other.weight.flatten(1)], 1).detach()
+    assert torch.equal(Magnitude(math.inf).scores(units), both.abs().amax(1))
+    torch.testing.assert_close(Magnitude(2).scores(units), both.square().mean(1).sqrt())
+
+
+def test_single_weights_have_one_magnitude_for_every_p() -> None:
+    layer = nn.Linear(3, 4)
+    masks = [prune(deepcopy(layer), 0.5, criterion=Magnitude(p))["weight"] for p in (1, 2, math.inf)]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("p", [0, 3, -1.0, math.nan, True, "2", None])
+def test_another_power_is_refused(p: Any) -> None:
+    with pytest.raises(ValueError, match="p must be 1, 2 or inf, got"):
+        Magnitude(p)

@@ -1,5 +1,6 @@
 """Criteria that look at nothing but the weights."""
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,20 +17,47 @@ from lightning_prune.instances import settle
 from lightning_prune.ranking import tail_share
 from lightning_prune.shards import whole
 from lightning_prune.units import Units
+from lightning_prune.values import scalar, shown
 
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
-    """The absolute value of a weight, ``|w|``; of larger units, the mean. Needs nothing.
+    """The absolute value of a weight, ``|w|``; of larger units, the mean, or another power mean. Needs nothing.
 
-    Reference: Han et al., 2015, "Learning both Weights and Connections", arXiv:1506.02626.
+    Args:
+        p: Of larger units: 1 for the mean of ``|w|``, 2 for its root mean square, inf for the maximum. Within a layer
+            they have the order of the p-norms, by which ``torch.nn.utils.prune.ln_structured`` goes; between layers,
+            the size of a unit does not count.
+
+    Raises:
+        ValueError: If ``p`` is none of these.
+
+    Reference: Han et al., 2015, "Learning both Weights and Connections", arXiv:1506.02626; Li et al., 2017, "Pruning
+        Filters for Efficient ConvNets", arXiv:1608.08710.
+
+    >>> from lightning_prune import Block, prune
+    >>> layer = torch.nn.Linear(4, 1)
+    >>> layer.weight.data = torch.tensor([[3.0, 3.0, 0.0, 5.0]])
+    >>> prune(layer, 0.5, criterion=Magnitude(math.inf), granularity=Block(1, 2))["weight"].tolist()
+    [[False, False, True, True]]
     """
 
     entrywise: ClassVar[bool] = True
 
+    p: float = 1
+
+    def __post_init__(self) -> None:
+        """Check the argument."""
+        p = scalar(self.p)
+        if isinstance(p, bool) or not isinstance(p, int | float) or p not in (1, 2, math.inf):
+            raise ValueError(f"p must be 1, 2 or inf, got {shown(p)}")
+        settle(self, p=p)
+
     @override
     def scores(self, units: Units) -> Tensor:
-        return units.mean(torch.abs)
+        if self.p == 1 or not units.granularity.spans:
+            return units.mean(torch.abs)
+        return units.mean(torch.square).sqrt() if self.p == 2 else units.maximum(torch.abs)
 
 
 @dataclass(frozen=True)
