@@ -185,13 +185,11 @@ def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity
     common: dict[str, Any] = {"granularity": granularity, "targets": [f"{task.blocks}.*"]}
     calibrated = {**common, "data": task.data}
     by_block = {**calibrated, "sequential": task.blocks}
-    wanda, capped = Wanda(window=len(task.data)), Capped(window=len(task.data))
-    depth = task.blocks.count(".") + 2  # targets of one block have one density
     return {
         "magnitude": lambda: prune(model, zeros, scope="local", **common),
-        "Wanda": lambda: prune(model, zeros, criterion=wanda, scope="local", **by_block),
-        "Wanda, capped": lambda: prune(model, zeros, criterion=capped, scope="local", **by_block),
-        "Wanda, OWL": lambda: prune(model, zeros, criterion=wanda, scope=OWL(depth=depth), **calibrated),
+        "Wanda": lambda: prune(model, zeros, criterion=Wanda(), scope="local", **by_block),
+        "Wanda, capped": lambda: prune(model, zeros, criterion=Capped(), scope="local", **by_block),
+        "Wanda, OWL": lambda: prune(model, zeros, criterion=Wanda(), scope=OWL(), **by_block),
         "SparseGPT": lambda: sparsegpt(model, zeros, **by_block),
     }
 
