@@ -54,6 +54,7 @@ class Pruning(ScheduledTraining):
             forward pass on ``example_input_array`` or, without it, the first training batch.
         shrink_at_end: Whether to take dead channels and heads out of the model when the training ends, as ``shrink``
             does in place; channels are then coupled. Checkpoints of before hold the whole model with its zeros.
+        initial: Sparsity that is due at ``start`` already, in [0, sparsity); the schedule goes on from there.
 
     Attributes:
         masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
@@ -85,12 +86,14 @@ class Pruning(ScheduledTraining):
         min_density: float = 0.0,
         of: Measure = "units",
         shrink_at_end: bool = False,
+        initial: float = 0.0,
     ) -> None:
         goal.check(sparsity, threshold, granularity, min_density, of)
         self.shrink_at_end = flag("shrink_at_end", shrink_at_end)
         granularity = shrinkable(granularity) if shrink_at_end else granularity
-        self._schedule = schedules.resolve(schedule)
+        self._schedule = schedules.begin_at(initial, sparsity, schedules.resolve(schedule))
         self.schedule = schedule
+        self.initial = initial
         last = start if schedule == "one_shot" else end
         horizon = schedules.Horizon(start, last, interval, frequency)
         axes = (sparsity, criterion, granularity, scope)

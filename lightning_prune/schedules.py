@@ -1,10 +1,12 @@
 """Schedules: progress through the pruning window, 0 to 1, to the fraction of the target that is due."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from lightning_prune.arguments import choice, integer, position
+from lightning_prune.arguments import choice, integer, number, position
 from lightning_prune.instances import named, settle
 from lightning_prune.values import shown
 
@@ -69,6 +71,25 @@ def after(done: float, sparsity: float) -> float:
     [0.0, 0.9, 0.99]
     """
     return sparsity if done == 1.0 else 1.0 - (1.0 - sparsity) ** done
+
+
+def begin_at(initial: float, sparsity: Any, schedule: Schedule) -> Schedule:
+    """Return a schedule that goes on from an initial sparsity, as Zhu and Gupta's does.
+
+    Raises:
+        ValueError: If it is not in [0, sparsity), or there is no one sparsity.
+
+    >>> [round(0.8 * begin_at(0.5, 0.8, linear)(progress), 3) for progress in (0.0, 0.5, 1.0)]
+    [0.5, 0.65, 0.8]
+    """
+    initial = number("initial", initial, "[0, 1)")
+    if initial and (isinstance(sparsity, Mapping) or sparsity is None or initial >= sparsity):
+        raise ValueError(f"initial must be less than one sparsity of all targets, got {initial} for {sparsity}")
+    return partial(_raised, schedule, initial / sparsity) if initial else schedule
+
+
+def _raised(schedule: Schedule, least: float, progress: float) -> float:
+    return least + (1.0 - least) * schedule(progress)
 
 
 SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (one_shot, linear, cubic, cosine, exponential)}

@@ -16,6 +16,7 @@ from variants import CRITERIA, at_least, label, square_root
 
 import lightning_prune
 from lightning_prune import (
+    ERK,
     OWL,
     BatchNormScale,
     Channel,
@@ -213,6 +214,14 @@ def test_every_criterion_at_initialisation(criterion: Criterion, tmp_path: Path)
     arguments = {"sparsity": 0.6, "criterion": given, "rounds": 2, "loss": "test_cli.squares"}
     cli = run("--config", yaml_file(tmp_path, entry("PruningAtInit", **arguments)))
     assert (callback_of(cli).criterion, callback_of(cli).loss) == (criterion, squares)
+    assert zeros(cli.model) == round(0.6 * size(cli.model))
+
+
+@pytest.mark.parametrize("scope", [ERK(), ERK(power=0.5, kernel=False, dense=("net.0.*",))], ids=str)
+def test_erk_with_its_arguments(scope: ERK, tmp_path: Path) -> None:
+    given = entry("lightning_prune.ERK", **{**vars(scope), "dense": list(scope.dense)})
+    cli = run("--config", yaml_file(tmp_path, entry("MagnitudePruning", sparsity=0.6, initial=0.3, scope=given)))
+    assert (callback_of(cli).scope, callback_of(cli).initial) == (scope, 0.3)
     assert zeros(cli.model) == round(0.6 * size(cli.model))
 
 

@@ -232,7 +232,6 @@ def train_methods(layout: Layout, tensors: bool, names: list[str]) -> list[dict[
 def test_every_method_has_the_masks_of_one_process(layout: Layout) -> None:
     tensors, whole = layout == "tp", ("LotteryTicket", "PruningAtInit")  # these refuse shards
     names = [name for name in METHODS if layout == "ddp" or not name.startswith(whole)]
-    names = [name for name in names if "GraSP" not in name]  # in which gradients of a batch are multiplied: see below
     found = run(train_methods, 2, layout, tensors, names)
     for number, expected in enumerate(train_methods("one", tensors, names)):
         assert_masked_alike([outcomes[number] for outcomes in found], expected)
@@ -245,11 +244,15 @@ def preserve_flow() -> dict[str, Any]:
 
 
 @distributed
-def test_what_is_not_linear_in_the_batches_is_the_mean_of_what_those_of_the_ranks_give() -> None:
-    model = build("one")
-    inputs, targets = next(iter(model.train_dataloader()))
+def test_what_multiplies_gradients_of_batches_multiplies_those_of_all_ranks() -> None:
+    inputs, targets = next(iter(build("one").train_dataloader()))
     halves = [(inputs[rank::2], targets[rank::2]) for rank in range(2)]
-    masks = prune(model, 0.5, criterion=GraSP(window=2), data=halves, loss=lambda model, batch: model.loss(batch))
+    axes = {"criterion": GraSP(window=2), "loss": lambda model, batch: model.loss(batch)}
+    masks = prune(build("one"), 0.5, data=halves, **axes)
+    assert all(
+        torch.equal(mask, masks[name])
+        for name, mask in prune(build("one"), 0.5, data=[(inputs, targets)], **axes).items()
+    )
     for found in run(preserve_flow, 2):
         assert found["masks"].keys() == masks.keys()
         assert all(torch.equal(found["masks"][name], mask) for name, mask in masks.items())
