@@ -15,13 +15,12 @@ from lightning_prune.arguments import choice, integer, number, text
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, pack_all, unpack_all
-from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.schedules import Horizon
 from lightning_prune.search import Search
 from lightning_prune.targets import named_parameters
 
 
-class GuardedPruning(ScheduledTraining):
+class GuardedPruning(rewinding.Rewinding):
     """Raise the sparsity step by step while a monitored metric stays within a bound of the dense model's.
 
     The first validation measures the dense model. Each further sparsity is pruned at once and fine-tuned for up to
@@ -133,7 +132,6 @@ class GuardedPruning(ScheduledTraining):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().begin(trainer, pl_module)
-        rewinding.check(trainer, pl_module)
         if self._search.done:  # resumed from the last checkpoint
             trainer.should_stop = True
 

@@ -7,26 +7,30 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
 from lightning_prune.arguments import choice, integer, position
-from lightning_prune.clock import in_steps, length
+from lightning_prune.clock import in_steps, length, steps_per_epoch
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
-from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.schedules import Horizon, after
 
 
-class LotteryTicket(ScheduledTraining):
+class LotteryTicket(rewinding.Rewinding):
     """Find a lottery ticket by iterative pruning: train, prune, rewind; after the last round the ticket is trained.
 
-    The run is ``rounds + 1`` trainings of equal length. Between two of them the same fraction of what is left is
-    pruned, such that the last round ends exactly at ``sparsity``, and training begins anew from step ``rewind_to``:
-    optimizers and learning-rate schedulers are as they were there, and so are all weights and buffers, unless
-    ``rewind`` says otherwise. Nothing is rewound once the ticket is trained. A learning-rate schedule should span one
-    training, since it is lived through ``rounds + 1`` times.
+    The run is ``rounds + 1`` trainings, all of which end at the same step T of a training. Between two of them the same
+    fraction of what is left is pruned, such that the last round ends exactly at ``sparsity``, and training goes on from
+    step ``rewind_to``: optimizers and learning-rate schedulers are as they were there, and so are all weights and
+    buffers, unless ``rewind`` says otherwise. Nothing is rewound once the ticket is trained, and the run stops then. A
+    learning-rate schedule should span one training, T steps, since it is lived through ``rounds + 1`` times.
+
+    With ``rewind_to=k`` every training but the first takes T - k steps. Where trainings are counted in epochs, they
+    end with an epoch: the whole epochs of k are left out, and what is trained in the first batches of an epoch, up to
+    the batch of step k, is undone once more.
 
     What is rewound to is part of every checkpoint: a copy of parameters, buffers and optimizer state, which with Adam
     is three numbers for each parameter (one if ``rewind_to`` is 0, since an optimizer has no state there).
@@ -38,7 +42,7 @@ class LotteryTicket(ScheduledTraining):
             experiment: the rounds are those of "weights", but the ticket's weights are then initialised anew, by the
             ``reset_parameters`` of the modules.
         rewind_to: The moment to go back to: an int counts optimizer steps, a float in [0, 1] is a fraction of the run.
-        frequency: Length of a training, in intervals; None divides the run into equal parts.
+        frequency: T, the length of the first training, in intervals; None is the run divided by ``rounds + 1``.
         interval: What ``frequency`` counts: optimizer "step"s or "epoch"s.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
@@ -90,11 +94,15 @@ class LotteryTicket(ScheduledTraining):
         super().forget()
         self._memory: dict[str, Any] | None = None
         self._moment: int | None = None  # the optimizer step to go back to, resolved once
+        self._back: int | None = None  # and by how many intervals trainings are shorter than the first
+        self._again: tuple[int, dict[str, Any]] | None = None  # at which step to go back once more, and to what
+        self._stop = math.inf  # in intervals
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         apart = (last - first) / max(1, self.rounds - 1)
-        return [(round(first + i * apart), (i + 1) / self.rounds) for i in range(self.rounds)]
+        back = self._back or 0
+        return [(round(first + i * apart) - i * back, (i + 1) / self.rounds) for i in range(self.rounds)]
 
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
@@ -105,23 +113,61 @@ class LotteryTicket(ScheduledTraining):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rewinding.check(trainer, pl_module)
         if self.rewind == "random":
             rewinding.check_resettable(pl_module)
         if self.frequency is None and math.isinf(length(trainer, self.interval, self._epochs)):
             raise ValueError("frequency must be given where the length of the run is unknown, got None")
-        super().begin(trainer, pl_module)
         if self._moment is None:
             self._moment = self._resolve(trainer)
+            self._back = self._shorter(trainer)
+        super().begin(trainer, pl_module)
+        self._check_rounds(trainer)
+        if self._memory is None and self._moment <= self._steps and any(map(is_lazy, pl_module.parameters())):
+            raise ValueError(
+                "the model must have no uninitialised parameters to be rewound to its start: run a batch through it "
+                "before fit, or let rewind_to be at least 1"
+            )
+        self._stop = self._end(trainer)
+        self._stop_if_trained(trainer, self._clock(trainer))
+
+    def _end(self, trainer: Trainer) -> float:
+        """Return when the ticket is trained, in intervals; infinite where the run ends by itself."""
+        later = self.reached and self._clock(trainer) < self._updates[-1][0]  # another fit, which goes on with a ticket
+        if later or not self._back:
+            return math.inf
+        whole = (self.frequency or 0) * (self.rounds + 1)
+        return max(whole, length(trainer, self.interval, self._epochs)) - self.rounds * self._back
+
+    def _check_rounds(self, trainer: Trainer) -> None:
         positions = [0, *(position for position, _ in self._updates)]
+        first = in_steps(trainer, self.interval, positions[1])
+        if self._memory is None and self._moment is not None and self._moment >= first > 0:
+            raise ValueError(f"rewind_to must lie before the first round ends, got step {self._moment} of {first:g}")
         if any(later <= earlier for earlier, later in pairwise(positions)):
             raise ValueError(
                 f"rounds must fit into the run, with at least one {self.interval} for each of the {self.rounds + 1} "
                 f"trainings, got rounds={self.rounds} that end at the {self.interval}s {positions[1:]}"
             )
-        first = in_steps(trainer, self.interval, positions[1])
-        if self._moment >= first > 0:
-            raise ValueError(f"rewind_to must lie before the first round ends, got step {self._moment} of {first:g}")
+
+    def _clock(self, trainer: Trainer) -> int:
+        return trainer.current_epoch if self.interval == "epoch" else self._steps
+
+    def _stop_if_trained(self, trainer: Trainer, clock: int) -> None:
+        if clock >= self._stop:
+            trainer.should_stop = True
+
+    def _shorter(self, trainer: Trainer) -> int:
+        """Return by how many intervals trainings are shorter than the first."""
+        assert self._moment is not None
+        per_epoch = steps_per_epoch(trainer)
+        if self.interval == "step" or not self._moment:
+            return self._moment
+        if not per_epoch:
+            raise ValueError(
+                f"rewind_to must be 0 where the length of an epoch is unknown, got {self.rewind_to}: count in steps, "
+                f'with interval="step" and frequency'
+            )
+        return int(self._moment // per_epoch)
 
     def _resolve(self, trainer: Trainer) -> int:
         if isinstance(self.rewind_to, int):
@@ -142,7 +188,18 @@ class LotteryTicket(ScheduledTraining):
                 )
                 self._moment = self._steps
             self._memory = rewinding.remember(trainer, pl_module, weights=self.rewind != "learning_rate")
+        if self._again is not None and self._steps >= self._again[0]:
+            rewinding.go_back(trainer, pl_module, self._again[1])
+            self._observation.reset()
+            self._again = None
+        if self.interval == "step":
+            self._stop_if_trained(trainer, self._steps)
         super().advance(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.interval == "epoch":
+            self._stop_if_trained(trainer, trainer.current_epoch + 1)
 
     @override
     def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
@@ -161,14 +218,25 @@ class LotteryTicket(ScheduledTraining):
         self._observation.reset()  # of a training that is undone
         if anew:
             rewinding.reset(pl_module, self.seed)
-        self._holding.apply()
+            rewinding.mask_all(trainer)
+        self._wait(trainer, pl_module)
+
+    def _wait(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back once more in the batch of an epoch that was remembered: only then epochs end where they ended."""
+        assert self._moment is not None
+        per_epoch = int(steps_per_epoch(trainer)) if self.interval == "epoch" else 0
+        ahead = (self._moment - self._steps) % per_epoch if per_epoch else 0
+        self._again = (self._steps + ahead, rewinding.remember(trainer, pl_module)) if ahead else None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "memory": self._memory, "moment": self._moment}
+        found = {"memory": self._memory, "moment": self._moment, "back": self._back, "again": self._again}
+        return {**super().state_dict(), **found}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._expect(state_dict, "memory", "moment")
         super().load_state_dict(state_dict)
         self._memory, self._moment = state_dict["memory"], state_dict["moment"]
+        # a run of an earlier version goes on as it began: with trainings of one length
+        self._back, self._again = state_dict.get("back", 0), state_dict.get("again")

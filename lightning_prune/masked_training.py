@@ -120,6 +120,18 @@ class MaskedTraining(Callback):
 
     # ------------------------------------------------------------------------------------------------ masks
 
+    def hidden(self) -> dict[str, Tensor]:
+        """Return the weights, by parameter name, that are trained behind the masks: what the model has, without zeros.
+
+        >>> MaskedTraining().hidden()
+        {}
+        """
+        return {}
+
+    def put_back(self) -> None:
+        """Mask weights that another callback has put into the model, between two optimizer steps."""
+        self._holding.apply()
+
     def put_in_force(self, trainer: Trainer, pl_module: nn.Module, masks: Masks) -> None:
         """Hold these masks from now on, on the model and on averaged copies of it."""
         if not self._sparsity_now and not all(mask.all() for mask in masks.values()):

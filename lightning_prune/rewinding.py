@@ -5,18 +5,41 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
+from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.shards import is_sharded
 from lightning_prune.targets import named_parameters, plain_name
 
 
+class Rewinding(ScheduledTraining):
+    """The abstract base of the callbacks that put a whole run back to an earlier moment: a run has at most one."""
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check(trainer, pl_module)
+        others = [type(other).__name__ for other in _masked(trainer) if isinstance(other, Rewinding)]
+        if len(others) > 1:
+            raise ValueError(
+                f"callbacks must have at most one among them that rewinds the run, which each does for the whole "
+                f"model, got {others}: give one of them all targets"
+            )
+        super().begin(trainer, pl_module)
+
+
 def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[str, Any]:
-    """Return copies, on the CPU, of parameters and buffers (if asked for), and of optimizers and schedulers."""
+    """Return copies, on the CPU, of parameters and buffers (if asked for), and of optimizers and schedulers.
+
+    Of weights that a callback trains behind its masks, the copies are those without zeros.
+    """
+    hidden = {name: weight for callback in _masked(trainer) for name, weight in callback.hidden().items()}
     return {
-        "tensors": _copy(dict(_tensors(model))) if weights else {},
+        "tensors": _copy({**dict(_tensors(model)), **hidden}) if weights else {},
         "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [_copy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
     }
@@ -24,15 +47,33 @@ def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[s
 
 @torch.no_grad()
 def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
-    """Put everything back that was remembered; the memory stays as it is."""
+    """Put everything back that was remembered, under the masks of today; the memory stays as it is."""
     for name, tensor in _tensors(model):
         if name in memory["tensors"]:
             tensor.copy_(memory["tensors"][name])
     # optimizers and schedulers go on with the very objects that they are given
     for optimizer, saved in zip(trainer.optimizers, memory["optimizers"], strict=True):
-        optimizer.load_state_dict(_copy(saved))
+        _restore(optimizer, _copy(saved))
     for config, saved in zip(trainer.lr_scheduler_configs, memory["schedulers"], strict=True):
         config.scheduler.load_state_dict(_copy(saved))
+    if memory["tensors"]:
+        mask_all(trainer)
+
+
+def mask_all(trainer: Trainer) -> None:
+    """Let every callback that trains under masks take over weights that somebody else has put into the model."""
+    for callback in _masked(trainer):
+        callback.put_back()
+
+
+def _masked(trainer: Trainer) -> list[MaskedTraining]:
+    return [found for found in trainer.callbacks if isinstance(found, MaskedTraining)]  # type: ignore[attr-defined]
+
+
+def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    # groups that were added since, of layers that were frozen then, stay as they are, with fresh state
+    saved["param_groups"] += optimizer.state_dict()["param_groups"][len(saved["param_groups"]) :]
+    optimizer.load_state_dict(saved)
 
 
 def check(trainer: Trainer, model: nn.Module) -> None:
@@ -77,6 +118,7 @@ def reset(model: nn.Module, seed: int) -> None:
     >>> torch.equal(one.weight, other.weight)
     True
     """
+    check_resettable(model)
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         # not the seed itself: a user's seed_everything of the same number has drawn the weights that are there

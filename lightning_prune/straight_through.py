@@ -142,11 +142,15 @@ class SRSTE(MaskedTraining):
     @override
     def stepped(self, optimizer: Optimizer) -> None:
         units = [unit for unit in self._of(optimizer) if unit.name in self._open]
-        for unit in units:  # once, though the hook of an optimizer may be called twice
-            self._dense[unit.name].copy_(local(unit.parameter))
-            self._open.remove(unit.name)
+        self._open.difference_update(unit.name for unit in units)  # the hook of an optimizer may be called twice
+        self._take(units)
         if not self._open:
             self._shut()
+
+    def _take(self, units: list[Units]) -> None:
+        """Choose the masks of weights that are without zeros in the model, and keep a copy of them."""
+        for unit in units:
+            self._dense[unit.name].copy_(local(unit.parameter))
         chosen = self._choose(units)
         self._holding.change({unit.parameter: chosen[unit.name] for unit in units})
         self.masks = Masks({**self.masks, **chosen})
@@ -176,6 +180,15 @@ class SRSTE(MaskedTraining):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # what an epoch begins with may have been unfrozen
             self._take_in(trainer, pl_module)
+
+    @override
+    def hidden(self) -> dict[str, Tensor]:
+        return self._dense
+
+    @override
+    def put_back(self) -> None:
+        self._take(self._units)
+        super().put_back()
 
     @override
     def on_train_batch_end(

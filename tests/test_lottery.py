@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from models import BATCHES, MLP, ConvNet, MaskRecorder, On, TwoOptimizers, agrees, fit, size, weights, zeros
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_prune import Channel, LotteryTicket, Movement, Random, Units
 
@@ -78,19 +78,23 @@ def write(callback: LotteryTicket, model: nn.Module | None = None, **trainer_kwa
 def test_everything_is_as_it_was_at_the_step(rewind_to: int, interval: str) -> None:
     model = Scheduled()
     diary = write(LotteryTicket(0.75, rounds=2, rewind_to=rewind_to, interval=interval), model)
-    then = diary.pages[rewind_to]
-    for begin in (BATCHES, 2 * BATCHES):  # after each of the two rounds
+    then, apart = diary.pages[rewind_to], BATCHES if interval == "epoch" else BATCHES - rewind_to
+    for begin in (BATCHES, BATCHES + apart):  # after each of the two rounds
         now, masks = diary.pages[begin], diary.masks[begin]
         assert equal(now["model"], masked(then["model"], masks))
         assert equal(now["optimizers"], then["optimizers"])
         # a schedule that follows a metric is stepped once more by the epoch that ends with a round counted in steps
         assert equal(now["schedulers"][:2], then["schedulers"][:2])
         assert interval == "step" or equal(now["schedulers"][2], then["schedulers"][2])
-        assert not equal(diary.pages[begin + 1]["model"], now["model"])
+        # where epochs count, the same batch of an epoch follows the step as it did then
+        again = begin + rewind_to if interval == "epoch" else begin
+        assert equal(diary.pages[again]["model"], now["model"])
+        assert equal(diary.pages[again]["optimizers"], now["optimizers"])
+        assert len(diary.pages) == again + 1 or not equal(diary.pages[again + 1]["model"], now["model"])
     assert [int(sum((~mask).sum() for mask in masks.values())) for masks in diary.masks] == [
         *[0] * BATCHES,
-        *[79] * BATCHES,  # half of 158
-        *[118] * (BATCHES + 1),  # and half of what was left
+        *[79] * apart,  # half of 158
+        *[118] * (apart + 1),  # and half of what was left
     ]
     assert not equal(dict(model.state_dict()), masked(then["model"], diary.masks[-1])), "rewound at the end"
     assert zeros(model) == round(0.75 * size(model))
@@ -159,6 +163,56 @@ def test_the_control_does_not_draw_the_weights_that_the_same_seed_has_drawn() ->
     begin, anew = diary.pages[0]["model"], diary.pages[BATCHES]["model"]
     for name, mask in diary.masks[BATCHES].items():
         assert not (begin[name] == anew[name])[mask].any()
+
+
+class Annealed(MLP):
+    """With a schedule that spans one training, and raises after it; and the learning rates that it trained with."""
+
+    def __init__(self, steps: int, schedule: str) -> None:
+        super().__init__()
+        self.steps, self.schedule = steps, schedule
+        self.rates: list[float] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        made = {
+            "onecycle": lambda: OneCycleLR(optimizer, 0.1, total_steps=self.steps),
+            "cosine": lambda: CosineAnnealingLR(optimizer, self.steps),
+            "epochs": lambda: CosineAnnealingLR(optimizer, self.steps // BATCHES),
+        }[self.schedule]()
+        return [optimizer], [{"scheduler": made, "interval": "epoch" if self.schedule == "epochs" else "step"}]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "epochs"])
+@pytest.mark.parametrize(("interval", "rewind_to"), [("step", 3), ("epoch", 3), ("epoch", 4), ("epoch", 5)])
+def test_a_training_goes_from_the_step_to_its_end(interval: str, rewind_to: int, schedule: str) -> None:
+    steps = 3 * BATCHES
+    model = Annealed(steps, schedule)
+    fit(model, LotteryTicket(0.75, rounds=2, rewind_to=rewind_to, interval=interval), max_epochs=9, limit_val_batches=0)
+    first, rest = model.rates[:steps], rewind_to % BATCHES if interval == "epoch" else 0
+    later = steps - rewind_to + rest  # what is trained twice, until the batch of an epoch is that of the step
+    assert len(model.rates) == steps + 2 * later
+    for begin in (steps, steps + later):
+        found = model.rates[begin + rest : begin + later]
+        if interval == "epoch" or schedule != "epochs":  # otherwise epochs end elsewhere
+            assert found == pytest.approx(first[rewind_to:])
+    assert schedule == "epochs" or model.rates[-1] == pytest.approx(min(first), abs=1e-6)
+
+
+def test_a_run_that_is_longer_than_its_rounds_trains_the_ticket_on(tmp_path: Any) -> None:
+    callback = LotteryTicket(0.75, rounds=2, rewind_to=1, frequency=2, interval="step")
+    trainer = fit(MLP(), callback, max_epochs=3, limit_val_batches=0)
+    assert callback.plan(2, 4) == [(2, 0.5), (3, 1.0)]
+    assert trainer.global_step == 3 * BATCHES - 2
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = LotteryTicket(0.75, rounds=2, rewind_to=1, frequency=2, interval="step")
+    ended = fit(MLP(), again, max_epochs=3, limit_val_batches=0, ckpt_path=str(tmp_path / "end.ckpt"))
+    assert ended.global_step == trainer.global_step
+    assert fit(trainer.model, callback, max_epochs=3).global_step == 3 * BATCHES, "a fit of its own"
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
