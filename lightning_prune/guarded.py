@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
-from lightning_prune.agreement import restore
+from lightning_prune.agreement import fitting, restore
 from lightning_prune.arguments import choice, integer, number, text
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
@@ -26,7 +26,8 @@ class GuardedPruning(rewinding.Rewinding):
     The first validation measures the dense model. Each further sparsity is pruned at once and fine-tuned for up to
     ``patience`` validations. Once it is within the bound, the model is remembered (weights, buffers, masks, optimizers
     and learning-rate schedulers, on the CPU and in checkpoints) and the next one is tried. If it does not come within
-    the bound, training goes back to what was remembered, and half the step is tried. When the step falls below
+    the bound, training goes back to what was remembered, and half the step is tried. Validations count once all other
+    pruning callbacks have reached their target, and their masks are remembered, too. When the step falls below
     ``precision``, the best is trained for one more validation, and the run stops. However a run ends, it leaves the
     sparsest model that was within the bound when it was validated. To resume exactly, resume from checkpoints that are
     saved after validation: Lightning never repeats one that was due when a checkpoint was saved.
@@ -147,7 +148,8 @@ class GuardedPruning(rewinding.Rewinding):
             return
         value = self._value(trainer)
         pending = self._back_at is not None or (bool(self._planned) and self._applied < self._planned[-1][0])
-        if trainer.sanity_checking or self._search.done or pending:
+        others = all(callback.reached for callback in rewinding.masked(trainer) if callback is not self)
+        if trainer.sanity_checking or self._search.done or pending or not others:
             return
         self._validations += 1
         if self._validations > self.warmup:
@@ -168,7 +170,8 @@ class GuardedPruning(rewinding.Rewinding):
         if verdict == "keep":
             with torch.inference_mode(False):
                 memory = rewinding.remember(trainer, pl_module)
-            self._best = {**memory, "masks": pack_all(self.masks), "steps": self._steps}
+            masks = {callback.state_key: pack_all(callback.masks) for callback in rewinding.masked(trainer)}
+            self._best = {**memory, "masks": masks.pop(self.state_key), "others": masks, "steps": self._steps}
         if verdict == "back":
             self._back_at = self._steps + 1
         if self._search.done:
@@ -181,8 +184,12 @@ class GuardedPruning(rewinding.Rewinding):
         self._back_at = None
         self._observation.reset()
         parameters = named_parameters(pl_module)
-        masks = unpack_all(self._best["masks"])
-        self.put_in_force(trainer, pl_module, Masks({n: mask.to(parameters[n].device) for n, mask in masks.items()}))
+        packed = {self.state_key: self._best["masks"], **self._best.get("others", {})}
+        for callback in rewinding.masked(trainer):
+            if callback.state_key in packed:
+                masks = fitting(unpack_all(packed[callback.state_key]), parameters).items()
+                placed = Masks({name: mask.to(parameters[name].device) for name, mask in masks})
+                callback.put_in_force(trainer, pl_module, placed)
         # afterwards, since optimizers forget entries that come back
         rewinding.go_back(trainer, pl_module, self._best)
 

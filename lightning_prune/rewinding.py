@@ -23,7 +23,7 @@ class Rewinding(ScheduledTraining):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check(trainer, pl_module)
-        others = [type(other).__name__ for other in _masked(trainer) if isinstance(other, Rewinding)]
+        others = [type(other).__name__ for other in masked(trainer) if isinstance(other, Rewinding)]
         if len(others) > 1:
             raise ValueError(
                 f"callbacks must have at most one among them that rewinds the run, which each does for the whole "
@@ -37,7 +37,7 @@ def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[s
 
     Of weights that a callback trains behind its masks, the copies are those without zeros.
     """
-    hidden = {name: weight for callback in _masked(trainer) for name, weight in callback.hidden().items()}
+    hidden = {name: weight for callback in masked(trainer) for name, weight in callback.hidden().items()}
     return {
         "tensors": _copy({**dict(_tensors(model)), **hidden}) if weights else {},
         "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
@@ -62,11 +62,12 @@ def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
 
 def mask_all(trainer: Trainer) -> None:
     """Let every callback that trains under masks take over weights that somebody else has put into the model."""
-    for callback in _masked(trainer):
+    for callback in masked(trainer):
         callback.put_back()
 
 
-def _masked(trainer: Trainer) -> list[MaskedTraining]:
+def masked(trainer: Trainer) -> list[MaskedTraining]:
+    """Return the callbacks that train under masks."""
     return [found for found in trainer.callbacks if isinstance(found, MaskedTraining)]  # type: ignore[attr-defined]
 
 

@@ -281,6 +281,24 @@ def test_a_callback_that_came_later_says_where_it_rewinds_to(tmp_path: Any) -> N
     assert callback.sparsity_now == pytest.approx(0.75, abs=1 / 158)
 
 
+class Lazy(MLP):
+    """Its first layer gets its shape from the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = nn.LazyLinear(8)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:The total number of parameters")
+def test_layers_without_a_shape_are_rewound_to_a_step_that_they_have_one_at() -> None:
+    with pytest.raises(ValueError, match="the model must have no uninitialised parameters to be rewound to its start"):
+        fit(model := Lazy(), LotteryTicket(0.75, rounds=2), max_epochs=3)
+    assert model.trainer.global_step == 0
+    model = Lazy()
+    fit(model, LotteryTicket(0.75, rounds=2, rewind_to=1), max_epochs=3)
+    assert zeros(model) == round(0.75 * size(model))
+
+
 class Unresettable(MLP):
     """Has a parameter of its own."""
 
