@@ -10,6 +10,8 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from lightning_prune import (
+    FPGM,
+    LAMP,
     SNIP,
     APoZ,
     BatchNormScale,
@@ -32,6 +34,11 @@ _SEEDED = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(4, 8, 2, 8, 8, generator=_SEEDED)
 CLASSES = torch.randint(3, (4, 8), generator=_SEEDED)
 COUPLED = Channel(coupled=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
 
 
 class Gate(nn.Identity):
@@ -125,6 +132,19 @@ def test_channels_are_scored_by_the_gate_that_follows_their_norm_or_else_their_b
     assert scores["0.weight"].min() > 1e-6
     torch.testing.assert_close(scores["0.weight"], formula(gates["2"]), rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(scores["8.weight"], formula(gates["9"]), rtol=1e-4, atol=1e-8)
+
+
+# mil-ad/snip, snip.py: abs(mask * grad) over their sum, for one batch; the highest stay. A mask of one has w * dL/dw
+def test_snip_keeps_the_weights_that_it_keeps_elsewhere() -> None:
+    model = convolutions()
+    nn.functional.cross_entropy(model.train()(IMAGES[0]), CLASSES[0]).backward()
+    names = [f"{at}.weight" for at in (0, 4, 8, 11)]
+    saliences = [(model.get_parameter(name).grad * model.get_parameter(name)).detach().abs() for name in names]
+    every = torch.cat([salience.flatten() for salience in saliences])
+    threshold = (every / every.sum()).sort(descending=True)[0][round(0.3 * every.numel()) - 1]
+    masks = prune(model, 0.7, criterion=SNIP(), data=[(IMAGES[0], CLASSES[0])])
+    for name, salience in zip(names, saliences, strict=True):
+        assert torch.equal(masks[name], salience / every.sum() >= threshold), name
 
 
 def test_movement_of_channels_is_that_of_their_gates_for_each_weight() -> None:
@@ -371,3 +391,33 @@ def test_single_weights_have_one_magnitude_for_every_p() -> None:
 def test_another_power_is_refused(p: Any) -> None:
     with pytest.raises(ValueError, match="p must be 1, 2 or inf, got"):
         Magnitude(p)
+
+
+# ------------------------------------------------------------------------------------------------ LAMP, FPGM
+
+
+# jaeho-lee/layer-adaptive-sparsity, tools/pruners.py: each square over the sum of all that are no less
+def test_lamp_keeps_what_the_authors_keep() -> None:
+    model = convolutions()
+    weights = {f"{name}.weight": model[int(name)].weight.detach() for name in ("0", "4", "8", "11")}
+    scores = {}
+    for name, weight in weights.items():
+        squares, order = weight.flatten().square().sort()
+        scores[name] = torch.empty_like(squares).index_put_((order,), squares / squares.flip(0).cumsum(0).flip(0))
+    total = sum(score.numel() for score in scores.values())
+    threshold = torch.cat(list(scores.values())).sort()[0][round(0.7 * total)]
+    masks = prune(model, 0.7, criterion=LAMP())
+    for name, score in scores.items():
+        assert torch.equal(masks[name].flatten(), score >= threshold), name
+
+
+# he-y/filter-pruning-geometric-median, pruning_cifar10.py: of the distances between all filters, the sum for each
+def test_fpgm_prunes_the_filters_that_the_authors_prune() -> None:
+    model = convolutions()
+    before = deepcopy(model)
+    masks = prune(model, 0.4, criterion=FPGM(), granularity=Channel(), scope="local", targets=["0.*", "4.*"])
+    for name in ("0", "4"):
+        filters = before[int(name)].weight.detach().flatten(1)
+        distances = torch.stack([(filters - one).square().sum(1).sqrt() for one in filters]).sum(0)
+        kept = masks[f"{name}.weight"].flatten(1).any(1)
+        assert torch.equal(kept, distances >= distances.sort()[0][2])
