@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs examples evidence bench clean
+.PHONY: help demo test clients lint format docs examples evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that .venv is made with
@@ -17,6 +17,9 @@ demo: $(BIN)/.demo ## prune a real network with every strategy, about a minute (
 
 test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for a part of it)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS) # one thread each: the tests' models are tiny
+
+clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
+	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/clients.py $(ARGS)
 
 lint: $(BIN)/.dev ## check style and types
 	$(BIN)/ruff check .
@@ -62,6 +65,13 @@ $(BIN)/.dev: $(INPUTS) | $(BIN)/python
 	@echo 'Installing lightning_prune and its tools into .venv (the first time takes a while: torch is large) ...'
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[dev]'
 	@touch $(BIN)/.demo $@
+
+# An environment of its own: these packages need a torchvision, and so the torch that goes with it.
+.venv/clients/.installed: pyproject.toml .ci/clients.txt | $(BIN)/python
+	@echo 'Installing pytorch-forecasting, PyG, chemprop, transformers and lightly into .venv/clients ...'
+	@$(BIN)/python -m venv .venv/clients
+	@.venv/clients/bin/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/clients.txt -e '.[clients]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
