@@ -18,7 +18,7 @@ SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"
 LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
 DENSE_FIRST = ("gradual", "one-shot", "ACDC", "gradual, ERK", "one-shot, random")
-NEURON_LEVELS = (0.5, 0.75, 0.9, 0.95)
+NEURON_LEVELS = {"mnist": (0.5, 0.75, 0.9, 0.95), "cnn": (0.3, 0.5, 0.7)}
 NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
 FINE_TUNED = ("at the start", "at the start, uniform", "at the start, random", "gradual", "gradual, ERK")
 
@@ -34,7 +34,12 @@ def full() -> list[Setting]:
     """Return the curves, and the larger data."""
     compared = (*DENSE_FIRST, *(method for methods in GROUPS.values() for method in methods))
     curves = [Setting("mnist", method, level) for level in LEVELS for method in compared]
-    neurons = [Setting("mnist", f"neurons, {name}", level) for level in NEURON_LEVELS for name in NEURONS]
+    neurons = [
+        Setting(task, f"neurons, {name}", level)
+        for task, levels in NEURON_LEVELS.items()
+        for level in levels
+        for name in NEURONS
+    ]
     fine_tuned = [
         Setting(task, method, level)
         for task in ("fashion", "cnn")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from running import Results, Setting, spread
 from scipy import stats
 
-NEURONS = 0.9
+NEURONS = {"mnist": 0.9, "cnn": 0.5}  # the convolutions have few channels to spare
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,16 @@ def _transfer(method: str) -> Setting:
     return Setting("transfer", method, 0.97)
 
 
-def _neurons(method: str) -> Setting:
-    return Setting("mnist", f"neurons, {method}", NEURONS)
+def _neurons(method: str, task: str = "mnist") -> Setting:
+    return Setting(task, f"neurons, {method}", NEURONS[task])
+
+
+def _of_neurons(text: str, source: str, one: str, other: str) -> list[Claim]:
+    """Return a claim about neurons for a network without norms, and for one with batch norms."""
+    return [
+        Claim(f"{kind}: {text}", source, _neurons(one, task), _neurons(other, task))
+        for task, kind in (("mnist", "neurons"), ("cnn", "channels behind batch norms"))
+    ]
 
 
 def _rest(method: str) -> Setting:
@@ -101,12 +109,12 @@ CLAIMS = [
     ),
     Claim("2:4 within a point of dense, `SRSTE`", "Zhou et al., 2021", Setting("mnist", "2:4, SRSTE", 0.5), DENSE, 1.0),
     Claim("2:4 within a point of dense, gradual", "", Setting("mnist", "2:4, gradual", 0.5), DENSE, 1.0),
-    Claim("neurons: Taylor > random", "Molchanov et al., 2019", _neurons("Taylor"), _neurons("random")),
-    Claim("neurons: Taylor > L2", "Molchanov et al., 2019", _neurons("Taylor"), _neurons("L2")),
-    Claim("neurons: entropy, low first > random", "", _neurons("entropy, low first"), _neurons("random")),
-    Claim("neurons: entropy, low first > L2", "", _neurons("entropy, low first"), _neurons("L2")),
-    Claim("neurons: entropy, high first > random", "", _neurons("entropy, high first"), _neurons("random")),
-    Claim("neurons: entropy, high first > L2", "", _neurons("entropy, high first"), _neurons("L2")),
+    *_of_neurons("Taylor > random", "Molchanov et al., 2019", "Taylor", "random"),
+    *_of_neurons("Taylor > L2", "Molchanov et al., 2019", "Taylor", "L2"),
+    *_of_neurons("entropy, low first > random", "", "entropy, low first", "random"),
+    *_of_neurons("entropy, low first > L2", "", "entropy, low first", "L2"),
+    *_of_neurons("entropy, high first > random", "", "entropy, high first", "random"),
+    *_of_neurons("entropy, high first > L2", "", "entropy, high first", "L2"),
 ]
 
 
@@ -119,7 +127,10 @@ def peers(task: str) -> list[tuple[Setting, Setting]]:
         "fasterai, gradual": "gradual",
     }
     pairs = [(Setting(task, ours, 0.98), Setting(task, theirs, 0.98)) for theirs, ours in weights.items()]
-    return [*pairs, (Setting(task, "neurons, L2", NEURONS), Setting(task, "Torch-Pruning, neurons", NEURONS))]
+    return [
+        *pairs,
+        (Setting(task, "neurons, L2", NEURONS["mnist"]), Setting(task, "Torch-Pruning, neurons", NEURONS["mnist"])),
+    ]
 
 
 PEERS = {"mnist": peers("mnist"), "fashion-10": peers("fashion-10")}
