@@ -25,7 +25,7 @@ from lightning_prune.distillation import Distillation
 from lightning_prune.erdos_renyi import ERK
 from lightning_prune.export import export_onnx
 from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
-from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, Weight
+from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, Weight
 from lightning_prune.guarded import GuardedPruning
 from lightning_prune.history import History
 from lightning_prune.loading import load_shrunk, save_shrunk
@@ -85,6 +85,7 @@ __all__ = [
     "GuardedPruning",
     "Head",
     "History",
+    "InputChannel",
     "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",

@@ -23,10 +23,12 @@ class Granularity:
         follows: Whether bias and norm entries of the same channel share the fate of a unit.
         coupled: Whether units follow the dependency graph of the model; None: where an example input is given.
         round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
+        crosses: Whether a unit has weights of every output channel, so that scores of these cannot tell units apart.
     """
 
     spans: ClassVar[bool] = True
     follows: ClassVar[bool] = False
+    crosses: ClassVar[bool] = False
     coupled: bool | None = False
     round_to: int = 1
 
@@ -215,6 +217,36 @@ class Channel(Granularity):
     @override
     def count(self, shape: torch.Size, dim: int) -> int:
         return shape[dim]
+
+
+@dataclass(frozen=True)
+class InputChannel(Granularity):
+    """A unit is an input channel of one layer: its column of weights. Nothing follows it, and ``shrink`` refuses it.
+
+    Of a grouped convolution a unit is one input channel of every group.
+
+    Reference: He et al., 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv:1707.06168.
+
+    >>> InputChannel().pool(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0)
+    tensor([4., 6.])
+    >>> InputChannel().expand(torch.tensor([True, False]), torch.Size([2, 2]), 0)
+    tensor([[ True, False],
+            [ True, False]])
+    """
+
+    crosses: ClassVar[bool] = True
+
+    @override
+    def pool(self, values: Tensor, dim: int) -> Tensor:
+        return Channel().pool(values, int(dim == 0))
+
+    @override
+    def expand(self, keep: Tensor, shape: torch.Size, dim: int) -> Tensor:
+        return Channel().expand(keep, shape, int(dim == 0))
+
+    @override
+    def count(self, shape: torch.Size, dim: int) -> int:
+        return shape[int(dim == 0)]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Observation:
         active: Whether a forward pass counts at this moment (training does, validation does not).
         several: Whether other ranks see other batches, so that what forward passes show has to be merged.
 
+    Raises:
+        ValueError: If the criterion scores output channels, and the units are no parts of these.
+
     Attributes:
         steps: Number of optimizer steps seen.
     """
@@ -51,6 +54,12 @@ class Observation:
         active: Callable[[], bool] = always,
         several: bool = False,
     ) -> None:
+        for unit in units:
+            if criterion.by_channel and unit.granularity.crosses:
+                raise ValueError(
+                    f"granularity must have units of output channels, which {type(criterion).__name__} scores, got "
+                    f"{unit.granularity} for {unit.name!r}"
+                )
         self.criterion = criterion
         self.units = list(units)
         self.active = active

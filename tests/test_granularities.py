@@ -1,12 +1,32 @@
 """Granularities: how weights form units, and what is pruned together with a unit."""
 
+import copy
 from typing import Literal
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from models import MLP, fit
 from torch import Tensor, nn
 
-from lightning_prune import NM, Block, Channel, Criterion, Granularity, Magnitude, Pruning, Random, Weight, prune
+from lightning_prune import (
+    FPGM,
+    NM,
+    APoZ,
+    BatchNormScale,
+    Block,
+    Channel,
+    Criterion,
+    Entropy,
+    Granularity,
+    InputChannel,
+    Magnitude,
+    Pruning,
+    Random,
+    Sensitivity,
+    Weight,
+    prune,
+)
 from lightning_prune.masks import make_masks
 from lightning_prune.scopes import local
 from lightning_prune.targets import find
@@ -50,7 +70,7 @@ def test_a_decision_on_channels_reaches_all_their_weights(dim: int, keep: list[b
     assert kernel.float().mean((2, 3)).bool().tolist() == expected
 
 
-@pytest.mark.parametrize("granularity", [Weight(), Channel(), Block(2, 3), Block(1, 100), NM(2, 4)])
+@pytest.mark.parametrize("granularity", [Weight(), Channel(), InputChannel(), Block(2, 3), Block(1, 100), NM(2, 4)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_pooling_an_expanded_decision_gives_it_back(granularity: Granularity, shape: tuple[int, ...], dim: int) -> None:
@@ -340,3 +360,49 @@ def test_kernel_places_of_a_convolution_are_inputs_of_a_block() -> None:
 def test_an_empty_block_is_refused(arguments: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} at least 1, got 0"):
         Block(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------ input channels
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 4), nn.Conv2d(6, 4, 3), nn.Conv1d(12, 4, 3, groups=2), nn.ConvTranspose2d(6, 4, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_input_channels_die_alone_and_by_their_columns(layer: nn.Module) -> None:
+    axis = int(not isinstance(layer, nn.ConvTranspose2d))
+    columns = layer.weight.detach().movedim(axis, 0).flatten(1).abs().mean(1)
+    theirs = copy.deepcopy(layer)
+    torch.nn.utils.prune.ln_structured(theirs, "weight", amount=3, n=1, dim=axis)
+    masks = prune(layer, 0.5, granularity=InputChannel())
+    assert list(masks) == ["weight"]
+    assert torch.equal(masks["weight"], theirs.weight_mask.bool())
+    assert torch.equal(layer.weight.movedim(axis, 0).flatten(1).any(1), columns > columns.sort()[0][2])
+
+
+def test_the_contribution_of_an_input_channel_is_that_of_the_input() -> None:
+    layer = nn.Linear(6, 4)
+    x, t = torch.randn(8, 6, requires_grad=True), torch.randn(8, 4)
+    nn.functional.mse_loss(layer(x), t).backward()
+    (units,) = make_units(find(layer), layer, InputChannel())
+    torch.testing.assert_close(Sensitivity().observe(units), (x * x.grad).sum(0).square().detach())
+
+
+@pytest.mark.parametrize("criterion", [FPGM(), Entropy(window=1), APoZ(window=1), BatchNormScale()], ids=repr)
+def test_scores_of_outputs_are_refused_for_input_channels_before_training(criterion: Criterion) -> None:
+    name = type(criterion).__name__
+    with pytest.raises(ValueError, match=rf"units of output channels, which {name} scores, got InputChannel\(\) for"):
+        fit(model := MLP(), Pruning(0.5, criterion=criterion, granularity=InputChannel()))
+    assert model.trainer.global_step == 0
+    with pytest.raises(ValueError, match="granularity must have units of output channels"):
+        prune(MLP(), 0.5, criterion=criterion, granularity=InputChannel(), data=[torch.ones(1)])
+
+
+def test_a_run_prunes_input_channels_and_does_not_shrink() -> None:
+    model, callback = MLP(), Pruning(0.5, granularity=InputChannel(), scope="local", schedule="one_shot", start=1)
+    fit(model, callback)
+    assert callback.sparsity_now == pytest.approx(0.5, abs=0.05)
+    assert not model.net[4].weight.any(0).all()
+    with pytest.raises(ValueError, match=r"granularity must be Channel\(\) or Head\(\) to shrink the model, got In"):
+        Pruning(0.5, granularity=InputChannel(), shrink_at_end=True)

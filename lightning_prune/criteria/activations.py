@@ -140,6 +140,7 @@ class APoZ(Criterion):
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
+    by_channel: ClassVar[bool] = True
 
     window: int = 16
 

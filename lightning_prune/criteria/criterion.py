@@ -31,6 +31,7 @@ class Criterion:
             does not begin anew after each; for gradients.
         batch_statistics: Whether batch norms normalise by the batch where ``prune`` observes: for networks at their
             initialisation, of which running statistics say nothing.
+        by_channel: Whether it scores output channels, whatever the unit.
         by_row: Whether weights are compared with those of their output channel only; larger units never are.
 
     >>> class Squared(Criterion):
@@ -43,6 +44,7 @@ class Criterion:
     window: int | None = 0
     accumulates: ClassVar[bool] = False
     batch_statistics: ClassVar[bool] = False
+    by_channel: ClassVar[bool] = False
     by_row: bool = False
 
     def __init_subclass__(cls) -> None:

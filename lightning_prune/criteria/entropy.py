@@ -39,6 +39,7 @@ class Entropy(Criterion):
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "forwards"
+    by_channel: ClassVar[bool] = True
 
     prune: Literal["high", "low"] = "high"
     bins: int = 32

@@ -118,6 +118,8 @@ class FPGM(Criterion):
     Reference: He et al., 2019, "Filter Pruning via Geometric Median", arXiv:1811.00250.
     """
 
+    by_channel: ClassVar[bool] = True
+
     @override
     def scores(self, units: Units) -> Tensor:
         filters = whole(weight_of(units.parameter), units.parameter).movedim(units.dim, 0).flatten(1)
@@ -138,6 +140,8 @@ class BatchNormScale(Criterion):
 
     Reference: Liu et al., 2017, "Learning Efficient Convolutional Networks through Network Slimming", arXiv:1708.06519.
     """
+
+    by_channel: ClassVar[bool] = True
 
     @override
     def scores(self, units: Units) -> Tensor:
