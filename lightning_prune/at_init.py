@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_prune import goal, report, scopes
 from lightning_prune.arguments import integer, number
 from lightning_prune.calling import eager, inputs_of
+from lightning_prune.copying import copied
 from lightning_prune.criteria import SNIP, Criterion, Loss
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.instances import function, instance
@@ -166,19 +167,19 @@ class PruningAtInit(MaskedTraining):
 def _silent_copy(pl_module: LightningModule) -> LightningModule:
     """Return a copy that logs nothing."""
     try:
-        copied = copy.deepcopy(pl_module)
+        model = copied(pl_module)
     except Exception as error:  # of any type: whatever a user's attributes raise
         raise ValueError(
             f"the model must be one that copy.deepcopy can copy for PruningAtInit, got {type(pl_module).__name__} "
             f"({error}): call prune(...) before fit, and add ConstantSparsity()"
         ) from error
     with suppress(ValueError):  # it is not compiled; the compiled methods are those of the module that was copied
-        copied = to_uncompiled(copied)
-    copied.trainer = pl_module.trainer
-    for module in copied.modules():
+        model = to_uncompiled(model)
+    model.trainer = pl_module.trainer
+    for module in model.modules():
         if hasattr(type(module), "log_dict"):  # a LightningModule, of either namespace
             vars(module).update(log=_nothing, log_dict=_nothing)
-    return copied
+    return model
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

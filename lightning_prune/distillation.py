@@ -1,6 +1,5 @@
 """Distillation: a teacher, such as the model before it was pruned, helps to train the pruned one."""
 
-import copy
 import weakref
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.arguments import integer, number, text
+from lightning_prune.copying import copied
 from lightning_prune.joining import Joining, gradient_at, outputs_of
 from lightning_prune.masked_training import MaskedTraining
 from lightning_prune.namespaces import Callback
@@ -126,7 +126,12 @@ class Distillation(Callback):
     def _copy(self, pl_module: LightningModule, state: dict[str, Any] | None = None) -> nn.Module:
         if any(map(is_sharded, pl_module.parameters())):
             raise ValueError(f"teacher must be a module where the model is sharded, got {self.teacher!r}")
-        model = copy.deepcopy(pl_module).requires_grad_(False)
+        try:
+            model = copied(pl_module).requires_grad_(False)
+        except Exception as error:  # of any type: whatever a user's attributes raise
+            raise ValueError(
+                f"teacher must be a module where copy.deepcopy cannot copy the model, got {self.teacher!r} ({error})"
+            ) from error
         if state is not None:
             model.load_state_dict(state)
         return model.get_submodule(self.network)
@@ -143,6 +148,7 @@ class Distillation(Callback):
             self._teaching = self._copy(pl_module, _read(self.teacher))
         elif self._teaching is None:
             _expect_dense(trainer)
+            self._copy(pl_module)  # for nothing: what cannot be copied is better known before the first step
         self._restored = None
         if self._teaching is not None:
             self._teaching.to(pl_module.device).eval()

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.calling import Inputs, call, convert, eager
+from lightning_prune.copying import copied
 from lightning_prune.targets import plain_name
 
 Role = Literal["makes", "follows", "reads"]
@@ -101,11 +101,11 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     """
     require_torch_pruning()
     try:  # recurrent layers leave another trace on other devices and in other types
-        plain = deepcopy(model).cpu().float()
+        plain = copied(model).cpu().float()
         traced, found, groups = _dependencies(plain, convert(inputs, torch.device("cpu"), torch.float32))
     except Exception:  # it runs the user's forward, which may insist on a device or a type
         try:
-            traced, found, groups = _dependencies(deepcopy(model), inputs)
+            traced, found, groups = _dependencies(copied(model), inputs)
         except Exception as error:
             recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
             unknown = {type(module).__name__ for module in recurrent if module.mode != "LSTM" or module.proj_size}

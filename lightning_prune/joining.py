@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -134,7 +135,10 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def tensor_in(output: Any) -> Tensor:
-    """Return the tensor in what a module puts out: itself, the entry "logits" of a mapping, or the first of several.
+    """Return the tensor in what a module outputs: itself, the first of several, or that of a name.
+
+    Of outputs with names (a mapping, a named tuple, a dataclass, any other object) it is "logits", where there is one,
+    and otherwise the first floating-point tensor but a "loss".
 
     Raises:
         ValueError: If there is none.
@@ -142,13 +146,32 @@ def tensor_in(output: Any) -> Tensor:
     >>> tensor_in({"loss": None, "logits": torch.ones(1)})
     tensor([1.])
     """
-    found = output
-    if isinstance(found, Mapping):
-        found = found.get("logits")
-    elif isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
+    found = _tensor_in(output)
+    if found is None:
         raise ValueError(
-            f'the output must be a tensor, a tuple that begins with one, or a mapping with "logits", got {output!r:.80}'
+            f'the output must be a tensor, a tuple that begins with one, or a mapping or an object with "logits" or '
+            f"another tensor, got {output!r:.80}"
         )
     return found
+
+
+def _tensor_in(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    named = _named(output)
+    if named is None:
+        return _tensor_in(output[0]) if isinstance(output, tuple | list) and output else None
+    parts = [named["logits"]] if "logits" in named else [part for name, part in named.items() if name != "loss"]
+    found = (_tensor_in(part) for part in parts)
+    return next((tensor for tensor in found if tensor is not None and tensor.is_floating_point()), None)
+
+
+def _named(output: Any) -> Mapping[str, Any] | None:
+    """Return the parts of an output by name; None if they have none."""
+    if isinstance(output, Mapping):
+        return output
+    if hasattr(output, "_asdict"):  # a named tuple
+        return dict(output._asdict())
+    if is_dataclass(output):
+        return {field.name: getattr(output, field.name, None) for field in fields(output)}
+    return getattr(output, "__dict__", None)

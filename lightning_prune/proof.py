@@ -1,13 +1,13 @@
 """Proof: a trial on a copy of a model shows whether its outputs stay the same without some of its units."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.calling import Inputs, convert, difference, run
+from lightning_prune.copying import copied
 from lightning_prune.graph import Group
 from lightning_prune.surgery import Decision, cut, kept_by, silence
 
@@ -44,7 +44,7 @@ def _randomize(model: nn.Module) -> None:
 
 def scratch(model: Model) -> Model:
     """Return a copy of a model to try things on: without forward hooks, and none of them is called."""
-    copy = deepcopy(model)
+    copy = copied(model)
     for module in copy.modules():
         module._forward_hooks.clear()
     return copy
@@ -59,7 +59,7 @@ def agreeing(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) ->
     expected = run(precise, inputs)
 
     def agree(part: Sequence[Decision]) -> bool:
-        trial = deepcopy(precise)
+        trial = copied(precise)
         try:
             cut(trial, kept_by(trial, part))
             return difference(expected, run(trial, inputs)) <= TOLERANCE

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.arguments import flag, integer
 from lightning_prune.calling import Inputs, fitting, needed_example_of
+from lightning_prune.copying import copied
 from lightning_prune.graph import Graph, trace
 from lightning_prune.instances import instance, several, tensors
 from lightning_prune.kept import Kept, remember
@@ -74,7 +74,7 @@ def shrink(
         raise ValueError("inplace must be True where optimizers or averages are given: they hold the model itself")
     inputs = needed_example_of(model, example_inputs)
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
-    shrunk = model if inplace else deepcopy(model)
+    shrunk = model if inplace else copied(model)
     masks.apply(shrunk)
     cut_all(shrunk, kept, optimizers, averages)
     return shrunk
