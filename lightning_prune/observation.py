@@ -1,7 +1,7 @@
 """Observation: gathers the statistics of a criterion from the training that is under way, and disturbs nothing."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,12 +23,29 @@ def _alone(values: Tensor, operation: Operation) -> Tensor:
     return values
 
 
-def _finite_gradients(units: Sequence[Units]) -> bool:
-    """Return whether all gradients are finite, on all ranks that hold pieces of them."""
-    parameters = dict.fromkeys(parameter for unit in units for parameter in unit.parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    bad = torch.tensor(sum(int(not local(gradient).isfinite().all()) for gradient in gradients))
-    return not (over_ranks(bad) if any(map(is_sharded, gradients)) else bad)
+def _finite(units: Sequence[Units], values: Iterable[Tensor]) -> bool:
+    """Return whether all values of these units are finite, on all ranks that hold pieces of them."""
+    bad = torch.tensor(sum(not all(end.isfinite() for end in v.aminmax()) for v in values if v.numel()))
+    return not (over_ranks(bad) if any(is_sharded(unit.parameter) for unit in units) else bad)
+
+
+def _gradients(units: Sequence[Units]) -> Iterator[Tensor]:
+    return (local(unit.parameter.grad) for unit in units if unit.parameter.grad is not None)
+
+
+@contextmanager
+def _dense(units: Sequence[Units]) -> Iterator[None]:
+    """Give parameters dense gradients in place of sparse ones, as embeddings have, for a while."""
+    sparse = {
+        u.parameter: u.parameter.grad for u in units if u.parameter.grad is not None and u.parameter.grad.is_sparse
+    }
+    try:
+        for parameter, gradient in sparse.items():
+            parameter.grad = gradient.to_dense()
+        yield
+    finally:
+        for parameter, gradient in sparse.items():
+            parameter.grad = gradient
 
 
 class Observation:
@@ -102,18 +119,20 @@ class Observation:
         Args:
             parameters: Ids of the parameters that are about to be stepped.
             grad_scale: What their gradients are multiplied by.
-            check: Whether to leave out gradients that are not finite, as a gradient scaler does.
+            check: Whether to leave out gradients that are not finite where the weights still are: a gradient scaler
+                skips the step, and a module may zero them.
         """
         if self.criterion.needs != "gradients":
             return
         mine = [u for u in self.units if id(u.parameter) in parameters and u.name not in self._seen]
         mine = [u for u in mine if u.parameter.grad is not None]
-        if check and not _finite_gradients(mine):
-            return
-        for unit in mine:
-            self._seen.add(unit.name)
-            unit.grad_scale = grad_scale
-            unit.statistic = self.criterion.observe(unit)
+        with _dense(mine):
+            if check and not _finite(mine, _gradients(mine)) and _finite(mine, (local(u.parameter) for u in mine)):
+                return
+            for unit in mine:
+                self._seen.add(unit.name)
+                unit.grad_scale = grad_scale
+                unit.statistic = self.criterion.observe(unit)
 
     @torch.no_grad()
     def forward(self, unit: Units, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

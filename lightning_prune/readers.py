@@ -21,6 +21,11 @@ def reads_before_step(trainer: Trainer, pl_module: LightningModule) -> bool:
     return clips or _anybody(trainer, pl_module, "on_before_optimizer_step")
 
 
+def may_repair(pl_module: LightningModule) -> bool:
+    """Return whether the module may change gradients, such as zero those that are not finite, before a step."""
+    return overrides(pl_module, "on_before_optimizer_step") or overrides(pl_module, "configure_gradient_clipping")
+
+
 def overrides(owner: object, hook: str) -> bool:
     """Return whether an object has a hook of its own in place of the one that its root class defines.
 

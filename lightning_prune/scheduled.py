@@ -23,6 +23,7 @@ from lightning_prune.instances import instance
 from lightning_prune.masked_training import MaskedTraining, gradient_scale, tell
 from lightning_prune.masks import Masks, make_masks
 from lightning_prune.observation import Observation
+from lightning_prune.readers import may_repair
 from lightning_prune.schedules import Horizon
 from lightning_prune.shards import reshard
 from lightning_prune.targets import named_parameters
@@ -173,8 +174,10 @@ class ScheduledTraining(MaskedTraining):
     @override
     def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._observing(trainer):
-            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            self._observation.gradients(parameter_ids(optimizer), gradient_scale(trainer, optimizer), check=scaled)
+            check = getattr(trainer.precision_plugin, "scaler", None) is not None or may_repair(
+                trainer.lightning_module
+            )
+            self._observation.gradients(parameter_ids(optimizer), gradient_scale(trainer, optimizer), check)
 
     @override
     def after_step(self) -> None:

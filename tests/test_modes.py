@@ -29,6 +29,7 @@ from modes import (
     SGD,
     Probe,
     Regression,
+    assert_masked,
     assert_nothing_left,
     assert_pruned,
     leftovers,
@@ -38,14 +39,17 @@ from modes import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
+from variants import CRITERIA, label
 
 from lightning_prune import (
+    SNIP,
     Channel,
     ConstantSparsity,
     Criterion,
     Entropy,
     MagnitudePruning,
     Pruning,
+    RigL,
     Sensitivity,
     prune,
 )
@@ -595,6 +599,35 @@ def test_the_target_is_reached_where_the_last_step_is_skipped(fused: bool) -> No
     assert_pruned(model, callback)
 
 
+class Repairing(Regression):
+    """The gradients of some batches are NaN, and the module zeroes them before the step."""
+
+    bad = (1, 4)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(batch) * (torch.nan if batch_idx in self.bad else 1.0)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self.parameters():
+            parameter.grad.nan_to_num_(0.0)
+
+
+@pytest.mark.parametrize("method", [lambda: Pruning(**GRADUAL, **KINDS["gradients"]), lambda: RigL(0.5, frequency=2)])
+def test_gradients_that_the_module_repairs_are_not_observed(method: Callable[[], Any]) -> None:
+    model, callback = Repairing(mlp()), method()
+    train(model, callback, max_epochs=3)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert callback.reached
+    assert_masked(model, callback) if isinstance(callback, RigL) else assert_pruned(model, callback)
+
+
+def test_nan_in_the_weights_is_not_passed_over() -> None:
+    model, callback = Repairing(mlp(), optimizer=SGD), Pruning(**GRADUAL, **KINDS["gradients"])
+    model.on_before_optimizer_step = lambda optimizer: None
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or infinity"):
+        train(model, callback)
+
+
 def test_an_optimizer_that_is_none_is_refused_with_help() -> None:
     model = Regression(mlp(), optimizer=Borrowed)
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer\.__init__, got Borrowed"):
@@ -711,6 +744,44 @@ def test_lazy_layers_are_pruned_as_soon_as_they_exist(kind: str) -> None:
         train(model, callback)
     probe.assert_sparse(updates=1)
     assert_pruned(model, callback)
+
+
+class Table(Regression):
+    """An embedding with sparse gradients, and what optimizers for both kinds take."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Flatten(), nn.Linear(24, 4)))
+        self.make_optimizer = partial(torch.optim.SGD, lr=0.1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net((inputs * 2).long().clamp(-4, 3) + 4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(Pruning, criterion=Sensitivity(window=2), granularity=Channel(), **GRADUAL),
+        partial(Pruning, criterion=SNIP(), **GRADUAL),
+        partial(RigL, 0.5, frequency=2),
+    ],
+)
+def test_embeddings_with_sparse_gradients(method: Callable[..., Any]) -> None:
+    model, callback = Table(), method(targets=("net.0.weight",))
+    train(model, callback)
+    assert_masked(model, callback)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=label)
+def test_criteria_work_with_float64_as_the_default_type(criterion: Criterion) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = Regression(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)))
+        callback = Pruning(0.5, criterion=criterion, granularity=Channel(), start=4, end=5)
+        train(model, callback, precision="64-true", max_epochs=1)
+        assert model.net[0].weight.dtype == torch.float64
+        assert_pruned(model, callback)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("model", [Tied, Embedded])

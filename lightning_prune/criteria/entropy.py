@@ -87,7 +87,7 @@ class Entropy(Criterion):
 
     @override
     def nothing(self, units: Units) -> Tensor:
-        return torch.empty(0, units.channels, device=units.parameter.device)
+        return torch.empty(0, units.channels, dtype=torch.float32, device=units.parameter.device)
 
     @override
     def scores(self, units: Units) -> Tensor:

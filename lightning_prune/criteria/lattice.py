@@ -20,7 +20,7 @@ def empty(rows: int, cells: int, device: torch.device) -> Tensor:
     >>> empty(1, 4, torch.device("cpu"))
     tensor([[inf, -inf, 0., 0., 0., 0.]])
     """
-    histogram = torch.zeros(rows, 2 + cells, device=device)
+    histogram = torch.zeros(rows, 2 + cells, dtype=torch.float32, device=device)
     histogram[:, 0], histogram[:, 1] = math.inf, -math.inf
     return histogram
 
