@@ -14,6 +14,7 @@ from lightning_prune.values import scalar, shown
 
 Option = TypeVar("Option", bound=str)
 
+_TOO_LONG = 2**63
 _IN_WORDS = {
     "[0, inf]": "at least 0",
     "(-inf, inf)": "a finite number",
@@ -37,6 +38,8 @@ def integer(argument: str, value: Any, least: int | None = None, most: int | Non
     if isinstance(found, bool) or not isinstance(found, int):
         whole = isinstance(found, float) and found.is_integer()
         raise TypeError(f"{argument} must be an int, got {shown(value)}{_suggest(int(found)) if whole else ''}")
+    if abs(found) >= _TOO_LONG:
+        raise ValueError(f"{argument} must fit into 64 bits, got {shown(found)}")
     if least is not None and found < least:
         raise ValueError(f"{argument} must be at least {f'{least} {unit}'.strip()}, got {found}")
     if most is not None and found > most:
@@ -95,7 +98,11 @@ def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]
     Traceback (most recent call last):
     ValueError: levels must be numbers in (0, 1), got 90: did you mean 0.9?
     """
-    if not isinstance(value, Iterable) or isinstance(value, str | Mapping | type) or not getattr(value, "ndim", 1):
+    if (
+        not isinstance(value, Iterable)
+        or isinstance(value, str | bytes | Mapping | type)
+        or getattr(value, "ndim", 1) != 1
+    ):
         raise TypeError(f"{argument} must be a sequence of numbers in {interval}, got {shown(value)}")
     given = list(value)
     if not given:
@@ -203,13 +210,9 @@ def patterns(argument: str, value: Any) -> tuple[str, ...]:
     """
     if isinstance(value, str):
         raise ValueError(f"{argument} must be a sequence of patterns, got the string {value!r}: write [{value!r}]")
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | type):
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping | type) or hasattr(value, "ndim"):
         raise TypeError(f"{argument} must be a sequence of patterns, got {shown(value)}")
-    return tuple(_pattern(argument, entry) for entry in _entries(value))
-
-
-def _entries(value: Iterable[Any]) -> Iterable[Any]:
-    return value if getattr(value, "ndim", 1) else (value,)  # a 0-d array cannot be iterated over
+    return tuple(_pattern(argument, entry) for entry in value)
 
 
 def _pattern(argument: str, entry: Any) -> str:
@@ -231,7 +234,7 @@ def _plain_number(value: Any) -> int | float | None:
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
     if abs(found) > sys.float_info.max:  # an int that no float can hold is as good as infinite
-        return math.copysign(math.inf, found)
+        return math.inf if found > 0 else -math.inf
     return int(found) if isinstance(found, int) else float(found)
 
 

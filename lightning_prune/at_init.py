@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
-from lightning_prune.arguments import integer, number
+from lightning_prune.arguments import integer
 from lightning_prune.calling import eager, inputs_of
 from lightning_prune.copying import copied
 from lightning_prune.criteria import SNIP, Criterion, Loss
@@ -85,7 +85,7 @@ class PruningAtInit(MaskedTraining):
         self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
         self.loss = None if loss is None else function("loss", loss, "model", "batch")
         self.threshold = goal.level(threshold)
-        self.min_density = number("min_density", min_density, "[0, 1]")
+        self.min_density = goal.density(min_density)
         super().__init__(targets, ignore, log_layers)
 
     @override

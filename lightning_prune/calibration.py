@@ -11,9 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.calling import convert, evaluating, inputs_of, keeping_entries, keeping_gradients
+from lightning_prune.calling import convert, device_of, evaluating, inputs_of, keeping_entries, keeping_gradients
+from lightning_prune.values import shown
 
 Run = Callable[[Any], Any]
+
+_NO_INPUTS = (
+    type(None),
+    int,
+    float,
+    str,
+    bytes,
+    set,
+    type,
+    nn.Module,
+)  # all else may be what the model's forward takes
 
 
 @contextmanager
@@ -46,14 +58,17 @@ def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Ite
     >>> list(take([1, 2, 3], 2, nn.Linear(1, 1)))
     [1, 2]
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     return (convert(batch, device) for batch in islice(data, count)) if data is not None and count != 0 else ()
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
     """Run a model on the inputs of a batch: its first part, where it is a list or tuple; a dict as it is."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, _NO_INPUTS) or type(inputs).__module__ == "numpy":
+        raise TypeError(f"the batches of data, samples or a loader must hold tensors, got {shown(inputs)}")
     with torch.no_grad():
-        return model(inputs_of(batch))
+        return model(inputs)
 
 
 @dataclass(frozen=True)

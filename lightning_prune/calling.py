@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.values import shown
+
 Inputs = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
 
 
@@ -62,12 +64,23 @@ def needed_example_of(model: nn.Module, given: Inputs) -> Inputs:
     """Return likewise example inputs that have to be there.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they are not, or hold no data.
     """
     inputs = example_of(model, given)
     if inputs is None:
         raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
+    if any(tensor.is_meta for tensor in tensors(inputs)):
+        raise ValueError(f"example_inputs must hold data, got {shown(inputs)} on the meta device")
     return inputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model, the CPU for one without parameters.
+
+    >>> device_of(nn.ReLU())
+    device(type='cpu')
+    """
+    return next(model.parameters(), torch.empty(0, device="cpu")).device
 
 
 def fitting(inputs: Inputs, model: nn.Module) -> Inputs:

@@ -55,7 +55,7 @@ def save_compressed(model_or_state: nn.Module | Mapping[str, Tensor], path: str 
     index: dict[str, dict[str, Any]] = {}  # by name: nothing, if it is stored as it is; how it is compressed; its alias
     stored: dict[str, Tensor] = {}
     first: dict[Any, str] = {}
-    for name, tensor in {plain_name(name): tensor for name, tensor in state.items()}.items():
+    for name, tensor in {plain_name(str(name)): tensor for name, tensor in state.items()}.items():
         _check(name, tensor)
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
         if first.setdefault(place, name) != name:
@@ -118,7 +118,7 @@ def _check(name: str, tensor: Any) -> None:
         if type(tensor.data) is Tensor and tensor.layout == torch.strided and known and not tensor.is_meta:
             return
         kind += f" of {tensor.dtype}, {tensor.layout} on {tensor.device}"
-    raise ValueError(f"the state must hold plain dense tensors, got {kind} for {name!r}")
+    raise ValueError(f"model_or_state must hold plain dense tensors by name, got {kind} for {name!r}")
 
 
 def _compress(name: str, tensor: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,7 @@ from lightning_prune.arguments import integer
 from lightning_prune.calling import Inputs, difference, eager, evaluating, fitting, needed_example_of, run, tensors
 from lightning_prune.instances import instance
 from lightning_prune.instances import path as as_path
-from lightning_prune.values import optional
+from lightning_prune.values import optional, shown
 
 _INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX wants them in a file beside
 
@@ -72,9 +72,13 @@ def _check_installed() -> None:
 
 def _batch(inputs: Inputs, axis: int) -> Sizes:
     """Return the tensors that have the size of the first one along an axis, each with that axis."""
+    if not any(True for _ in tensors(inputs)):
+        raise TypeError(f"example_inputs must hold a tensor, got {shown(inputs)}")
     found = [tensor for tensor in tensors(inputs) if tensor.ndim > axis]
     if axis < 0 or not found:
-        raise ValueError(f"batch_axis must be an axis of an example input, or None, got {axis}")
+        raise ValueError(
+            f"batch_axis must be an axis of an example input, or None, got {axis} for {shown(inputs)} in example_inputs"
+        )
     size = torch.export.Dim("batch")
     return {tensor: {axis: size} for tensor in found if tensor.shape[axis] == found[0].shape[axis]}
 

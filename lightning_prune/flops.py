@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-from lightning_prune.calling import call, evaluating
+from lightning_prune.calling import call, device_of, evaluating
 from lightning_prune.shards import local
 from lightning_prune.targets import named_parameters
 
@@ -36,7 +36,7 @@ def dense_flops(model: nn.Module, inputs: Any) -> dict[str, int]:
     {'weight': 48}
     """
     mode = _ByParameter(lambda: named_parameters(model))
-    device = next(model.parameters()).device
+    device = device_of(model)
     drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with evaluating(model), _unfused(), drawn, torch.no_grad(), mode:
         call(model, tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs))

@@ -52,7 +52,7 @@ def check(
         _check_least("sparsity", sparsity, granularity)
     if threshold is not None and granularity.group is not None:
         raise ValueError(f"threshold must be None for {granularity}, which compares within groups, got {threshold}")
-    min_density = number("min_density", min_density, "[0, 1]")
+    min_density = density(min_density)
     _check_density(sparsity, min_density)
     _check_measure(sparsity, granularity, min_density, of)
 
@@ -77,6 +77,15 @@ def level(threshold: float | None) -> float | None:
         ValueError: If it is not finite.
     """
     return None if threshold is None else number("threshold", threshold)
+
+
+def density(min_density: float) -> float:
+    """Return the fraction that every target is to keep as a plain number.
+
+    Raises:
+        ValueError: If it is outside [0, 1].
+    """
+    return number("min_density", min_density, "[0, 1]")
 
 
 def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
@@ -121,7 +130,11 @@ def find_targets(
     """
     if not isinstance(sparsity, Mapping):
         return find(model, targets, ignore)
-    found = find(model, targets or tuple(sparsity), ignore)
+    try:
+        found = find(model, targets or tuple(sparsity), ignore)
+    except ValueError as error:
+        given = "targets" if targets else "sparsity"
+        raise ValueError(f"{given} must hold patterns of what is to be pruned: {error}") from error
     decided = decided_by(sparsity, found)
     return [target for target in found if target.name in decided]
 

@@ -292,5 +292,7 @@ def shrinkable(granularity: Granularity) -> Channel | Head:
     """
     instance("granularity", granularity, Granularity)
     if not isinstance(granularity, Channel | Head) or granularity.coupled is False:
-        raise ValueError(f"granularity must be Channel() or Head() to shrink the model, got {granularity}")
+        raise ValueError(
+            f"granularity must be Channel() or Head() to shrink the model, got {granularity} with shrink_at_end=True"
+        )
     return granularity if isinstance(granularity, Head) else replace(granularity, coupled=True)

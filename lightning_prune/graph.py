@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.calling import Inputs, call, convert, eager
 from lightning_prune.copying import copied
 from lightning_prune.targets import plain_name
+from lightning_prune.values import shown
 
 Role = Literal["makes", "follows", "reads"]
 
@@ -111,7 +112,7 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
             unknown = {type(module).__name__ for module in recurrent if module.mode != "LSTM" or module.proj_size}
             why = f"{error!r}, perhaps since it does not know {sorted(unknown)}" if unknown else repr(error)
             raise ValueError(
-                f"the model must run on the example inputs and be traceable by torch-pruning, got {why}"
+                f"the model must run on example_inputs and be traceable by torch-pruning, got {why} for {shown(inputs)}"
             ) from error
     reader = _Reader(traced, heads)
     result = packed_heads(traced)

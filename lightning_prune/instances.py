@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.values import article, shown
 
@@ -68,7 +68,9 @@ def function(argument: str, value: Any, *parameters: str) -> Callable[..., Any]:
     """
     if _is_function(value, len(parameters)):
         return cast(Callable[..., Any], value)
-    raise TypeError(f"{argument} must be a function of {' and '.join(parameters)}, got {shown(value)}")
+    raise TypeError(
+        f"{argument} must be a function of {' and '.join(parameters) or 'no arguments'}, got {shown(value)}"
+    )
 
 
 def named(argument: str, value: Any, options: Mapping[str, Function], *parameters: str) -> Function:
@@ -136,27 +138,30 @@ def batches(argument: str, value: Any) -> Iterable[Any]:
     Traceback (most recent call last):
     TypeError: data must be an iterable of batches, such as a DataLoader, got 5
     """
-    sole = isinstance(value, str | bytes | Mapping | nn.Module | type) or getattr(value, "ndim", 1) == 0
+    if hasattr(value, "ndim") and value.ndim:  # of which an iteration would give rows, or single samples
+        raise TypeError(f"{argument} must be an iterable of batches, got {shown(value)}: pass [batch] for one batch")
+    sole = isinstance(value, str | bytes | Mapping | nn.Module | type) or hasattr(value, "ndim")
     if sole or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
         raise TypeError(f"{argument} must be an iterable of batches, such as a DataLoader, got {shown(value)}")
     return cast(Iterable[Any], value)
 
 
-def tensors(argument: str, value: Any) -> dict[str, Tensor]:
-    """Return tensors by name.
+def by_name(argument: str, value: Any, cls: type[T]) -> dict[str, T]:
+    """Return the objects of a class in a mapping from names.
 
     Raises:
-        TypeError: If the value is no mapping of strings to tensors.
+        TypeError: If the value is none.
 
-    >>> tensors("masks", [])
+    >>> by_name("masks", [], nn.Module)
     Traceback (most recent call last):
-    TypeError: masks must be a mapping from names to tensors, got []
+    TypeError: masks must be a mapping from names to Modules, got []
     """
     if not isinstance(value, Mapping):
-        raise TypeError(f"{argument} must be a mapping from names to tensors, got {shown(value)}")
-    for name, tensor in value.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(f"{argument} must be a mapping from names to tensors, got {shown(tensor)} for {name!r}")
+        raise TypeError(f"{argument} must be a mapping from names to {cls.__name__}s, got {shown(value)}")
+    for name, entry in value.items():
+        if not isinstance(name, str) or not isinstance(entry, cls):
+            given = f"{shown(entry)} for {shown(name)}"
+            raise TypeError(f"{argument} must be a mapping from names to {cls.__name__}s, got {given}")
     return dict(value)
 
 
@@ -169,6 +174,6 @@ def several(argument: str, value: Any, cls: type[T]) -> tuple[T, ...]:
     >>> several("averages", [nn.ReLU()], nn.Module)
     (ReLU(),)
     """
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{argument} must be a sequence of {cls.__name__}s, got {shown(value)}")
     return tuple(instance(f"{argument}[{i}]", entry, cls) for i, entry in enumerate(value))

@@ -76,6 +76,8 @@ def load_shrunk(
     if isinstance(model, nn.Module) and kwargs:
         raise ValueError(f"arguments must be given to a class only, got {sorted(kwargs)} for a model")
     loaded = model if isinstance(model, nn.Module) else model(**kwargs)
+    if not isinstance(loaded, nn.Module):
+        raise TypeError(f"model must make a Module, got {shown(model)}, which made {shown(loaded)}")
     _take_up(loaded, state)
     loaded.load_state_dict(state["state_dict"])
     return cast(Model, loaded)
@@ -87,18 +89,26 @@ def _is_ours(path: Path) -> bool:
     Raises:
         ValueError: If neither did.
     """
-    if not zipfile.is_zipfile(path):
-        return False
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError:  # hyperparameters of any type, which only a Trainer saves
-        return False
-    return set(_checked(saved)) == {"state_dict", KEY}
+        return set(_read(path, mmap=zipfile.is_zipfile(path))) == {"state_dict", KEY}
+    except ValueError as error:
+        # hyperparameters of any type, which only a Trainer saves
+        if zipfile.is_zipfile(path) and isinstance(error.__cause__, UnpicklingError):
+            return False
+        raise
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, mmap: bool = False) -> Mapping[str, Any]:
+    """Return what a file holds.
+
+    Raises:
+        ValueError: If it is no checkpoint.
+        FileNotFoundError: If there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint must be a file of a shrunk model, got {str(path)!r}, where there is none")
     try:
-        return _checked(torch.load(path, map_location="cpu", weights_only=True))
+        return _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except (UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"checkpoint must be a file of a shrunk model, got {str(path)!r}: {error}") from error
 

@@ -85,7 +85,7 @@ class LotteryTicket(rewinding.Rewinding):
         self.rewind = choice("rewind", rewind, ("weights", "learning_rate", "random"))
         self.rewind_to = position("rewind_to", rewind_to)
         self.seed = integer("seed", seed)
-        first = 1 / (self.rounds + 1) if frequency is None else integer("frequency", frequency)
+        first = 1 / (self.rounds + 1) if frequency is None else integer("frequency", frequency, 1, unit=interval)
         horizon = Horizon(first, first * self.rounds, interval, frequency)
         super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
 

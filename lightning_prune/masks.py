@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria import Criterion
 from lightning_prune.flags import count, slices
+from lightning_prune.instances import instance
 from lightning_prune.radix import Reduce, identity
 from lightning_prune.selection import Scores, Source
 from lightning_prune.shards import is_sharded, local, over_ranks
@@ -41,7 +42,7 @@ class Masks(dict[str, Tensor]):
         Raises:
             ValueError: If the model lacks a parameter, or it has another shape.
         """
-        parameters = named_parameters(model)
+        parameters = named_parameters(instance("model", model, nn.Module))
         self.check(parameters)
         zero_pruned((local(parameters[name]), mask) for name, mask in self.items())
 

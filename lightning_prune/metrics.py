@@ -17,7 +17,7 @@ from lightning_prune import report
 from lightning_prune.arguments import flag, patterns
 from lightning_prune.calling import example_of
 from lightning_prune.flops import dense_flops, sparse_flops
-from lightning_prune.instances import instance, tensors
+from lightning_prune.instances import by_name, instance
 from lightning_prune.shards import counts_here, is_sharded, local, over_ranks
 from lightning_prune.targets import named_parameters
 
@@ -130,7 +130,7 @@ class MaskOverlap(_Ratio):
             masks: Its masks, such as those of a callback; of a weight without a mask, what is not zero counts as kept.
         """
         instance("model", model, nn.Module)
-        masks = tensors("masks", masks or {})
+        masks = {} if masks is None else by_name("masks", masks, Tensor)
         found = {target.name: target.parameter for target in report.counted(model, self.targets, self.ignore)}
         kept = {name: masks[name].clone() if name in masks else local(p) != 0 for name, p in found.items()}
         self.count({name: _both_and_either(mask, self._last.get(name), found[name]) for name, mask in kept.items()})

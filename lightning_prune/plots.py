@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune import report
 from lightning_prune.arguments import integer, text
 from lightning_prune.history import History
-from lightning_prune.instances import instance, tensors
+from lightning_prune.instances import by_name, instance
 from lightning_prune.sensitivity import SensitivityAnalysis
 from lightning_prune.values import optional
 
@@ -172,10 +172,10 @@ def plot_masks(
     >>> axes[0].get_title()
     'weight\n75.0% pruned'
     """
-    pictures = {name: _picture(mask) for name, mask in tensors("masks", masks).items() if mask.ndim >= 2}
+    pictures = {name: _picture(mask) for name, mask in by_name("masks", masks, Tensor).items() if mask.ndim >= 2}
     if not pictures:
         raise ValueError(f"masks must hold one of two or more dimensions, got {list(masks)}")
-    given = [] if ax is None else [*ax] if isinstance(ax, Sequence) else [ax]
+    given = [] if ax is None else [*ax] if isinstance(ax, Sequence) and not isinstance(ax, str | bytes) else [ax]
     axes = _grid(len(pictures)) if ax is None else [_axes(each, 0, 0)[1] for each in given]
     if len(axes) != len(pictures):
         raise ValueError(f"ax must be one for each of {len(pictures)} masks, got {len(axes)}")

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal, recalibration, schedules, scopes
-from lightning_prune.arguments import integer
+from lightning_prune.arguments import flag, integer, text
 from lightning_prune.budget import Measure
 from lightning_prune.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.calling import Inputs, example_of
 from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.instances import batches as iterable
+from lightning_prune.instances import function, instance
 from lightning_prune.masks import Allocate, Masks, joined, make_masks, score
 from lightning_prune.observation import Observation
 from lightning_prune.scopes import Scope
 from lightning_prune.shards import average_gradients
 from lightning_prune.targets import Target
 from lightning_prune.units import Units
+from lightning_prune.values import optional
 
 
 def prune(
@@ -84,7 +87,9 @@ def prune(
     >>> int((model.weight == 0).sum())
     75
     """
+    _check_arguments(model, criterion, data, loss, sequential, distributed)
     goal.check(sparsity, threshold, granularity, min_density, of)
+    sparsity, threshold, min_density = goal.amount(sparsity), goal.level(threshold), goal.density(min_density)
     rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
     recalibrate = integer("recalibrate", recalibrate, 0)
     _check_data(criterion, data, sequential, recalibrate)
@@ -169,6 +174,18 @@ def observed_units(
     return units
 
 
+def _check_arguments(
+    model: Any, criterion: Any, data: Any, loss: Any, sequential: Any = None, distributed: Any = False
+) -> None:
+    instance("model", model, nn.Module)
+    instance("criterion", criterion, Criterion)
+    optional(iterable, "data", data)
+    optional(function, "loss", loss, "model", "batch")
+    optional(text, "sequential", sequential, "the name of a container of blocks")
+    if flag("distributed", distributed) and not torch.distributed.is_initialized():
+        raise ValueError(f"distributed must be False where there is no process group, got {distributed}")
+
+
 def _check_data(
     criterion: Criterion, data: Iterable[Any] | None, sequential: str | None = None, recalibrate: int = 0
 ) -> None:
@@ -227,6 +244,8 @@ def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distrib
         for _ in stage.passes():
             observation.gradients(ids)
             observation.step()
+        if not observation.steps:
+            raise ValueError("data, or samples, must have a batch, got none")
         observation.finish()
     finally:
         observation.close()

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calling import Inputs, convert, difference, run
+from lightning_prune.calling import Inputs, convert, device_of, difference, run
 from lightning_prune.copying import copied
 from lightning_prune.graph import Group
 from lightning_prune.surgery import Decision, cut, kept_by, silence
@@ -84,7 +84,7 @@ def _search(part: list[Decision], agree: Callable[[Sequence[Decision]], bool]) -
 
 def _precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Return a copy of the model and inputs in double precision, if it runs in that."""
-    copy, device = scratch(model), next(model.parameters()).device
+    copy, device = scratch(model), device_of(model)
     try:
         wide = convert(inputs, device, torch.float64)
         run(copy.double(), wide)

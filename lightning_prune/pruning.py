@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_prune import goal, report, schedules, scopes
-from lightning_prune.arguments import flag, position
+from lightning_prune.arguments import flag, number, position
 from lightning_prune.budget import Measure
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight, shrinkable
@@ -93,7 +93,7 @@ class Pruning(ScheduledTraining):
         granularity = shrinkable(granularity) if shrink_at_end else granularity
         self._schedule = schedules.begin_at(initial, sparsity, schedules.resolve(schedule))
         self.schedule = schedule
-        self.initial = initial
+        self.initial = number("initial", initial, "[0, 1)")
         last = start if schedule == "one_shot" else end
         horizon = schedules.Horizon(start, last, interval, frequency)
         axes = (sparsity, criterion, granularity, scope)

@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
 from lightning_prune.agreement import fitting
-from lightning_prune.arguments import number
 from lightning_prune.budget import Budget, Measure
 from lightning_prune.calling import Inputs, inputs_of
 from lightning_prune.clock import in_steps, length, steps_per_epoch
@@ -78,7 +77,7 @@ class ScheduledTraining(MaskedTraining):
         self.interval = horizon.interval
         self.frequency = horizon.frequency
         self.threshold = goal.level(threshold)
-        self.min_density = number("min_density", min_density, "[0, 1]")
+        self.min_density = goal.density(min_density)
         self.of = of
         super().__init__(targets, ignore, log_layers)
 

@@ -12,7 +12,7 @@ from lightning_prune.arguments import flag, integer
 from lightning_prune.calling import Inputs, fitting, needed_example_of
 from lightning_prune.copying import copied
 from lightning_prune.graph import Graph, trace
-from lightning_prune.instances import instance, several, tensors
+from lightning_prune.instances import by_name, instance, several
 from lightning_prune.kept import Kept, remember
 from lightning_prune.loading import travel_along
 from lightning_prune.masks import Masks
@@ -69,9 +69,11 @@ def shrink(
     inplace = flag("inplace", inplace)
     optimizers = several("optimizers", optimizers, Optimizer)
     averages = several("averages", averages, nn.Module)
-    masks = Masks(tensors("masks", masks or {}))
+    masks = Masks({} if masks is None else by_name("masks", masks, Tensor))
     if not inplace and (optimizers or averages):
-        raise ValueError("inplace must be True where optimizers or averages are given: they hold the model itself")
+        raise ValueError(
+            f"inplace must be True where optimizers or averages are given: they hold the model itself, got {inplace}"
+        )
     inputs = needed_example_of(model, example_inputs)
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
     shrunk = model if inplace else copied(model)

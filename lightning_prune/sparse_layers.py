@@ -91,10 +91,11 @@ def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_w
         return fits and count >= min_weights and zeros[name] >= int(min_sparsity * count)
 
     if not any(qualifies(name, layer) for name, layer in layers.items()):
+        least, asked = f"{min_weights:,}", f"min_sparsity={min_sparsity} and min_weights={min_weights}"
         seen = [f"{name} {zeros[name]:,} of {layer.weight.numel():,}" for name, layer in layers.items()]
         raise ValueError(
-            f"a linear layer on the CPU must have at least {min_sparsity:.0%} zeros among at least {min_weights:,} "
-            f"float32 or float64 weights to be faster as CSR, got {seen[:8]}"
+            f"model must have a linear layer on the CPU with at least {min_sparsity:.0%} zeros among at least {least} "
+            f"float32 or float64 weights to be faster as CSR, got {seen[:8]} for {asked}"
         )
     return _replace(model, qualifies, CSRLinear)
 
@@ -125,7 +126,7 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
     if not any(qualifies(name, layer) for name, layer in layers.items()):
         shapes = [f"{name} {tuple(layer.weight.shape)}" for name, layer in layers.items()]
         raise ValueError(
-            f"a linear layer of a shape in multiples of 32 x 64 must be pruned by NM(2, 4), got none of {shapes[:8]}"
+            f"a layer of the model, in multiples of 32 x 64, must be pruned by NM(2, 4), got none of {shapes[:8]}"
         )
     return _replace(model, qualifies, _semi_structured)
 

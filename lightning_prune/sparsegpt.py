@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import goal, scopes
-from lightning_prune.arguments import check_at_least
+from lightning_prune.arguments import fractions as fractions_in
+from lightning_prune.arguments import integer, number, text
 from lightning_prune.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.criteria import Wanda
 from lightning_prune.features import input_of, is_readable, windows
 from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.instances import batches, instance
 from lightning_prune.masks import Masks, score
 from lightning_prune.posttraining import observed_units
 from lightning_prune.reconstruction import Choice, reconstruct, second_moments
 from lightning_prune.shards import is_sharded
 from lightning_prune.targets import Target, fractions
+from lightning_prune.values import optional
 
 
 def sparsegpt(
@@ -66,15 +69,18 @@ def sparsegpt(
     >>> int((layer.weight == 0).sum())
     16
     """
+    instance("model", model, nn.Module)
+    batches("data", data)
+    optional(text, "sequential", sequential, "the name of a container of blocks")
+    sparsity = fractions_in("sparsity", sparsity)
     goal.check(sparsity, None, granularity)
     if not isinstance(granularity, Weight):
         raise ValueError(f"granularity must be Weight() or NM(n, m), got {granularity}")
     allocate = scopes.resolve(scope)
     if granularity.group is not None and allocate is not scopes.local:
         raise ValueError(f'scope must be "local" for {granularity}, which leaves nothing to share out, got {scope!r}')
-    check_at_least("blocksize", blocksize, 1)
-    if not 0.0 <= damping < float("inf"):
-        raise ValueError(f"damping must be at least 0 and finite, got {damping}")
+    blocksize = integer("blocksize", blocksize, 1)
+    damping = number("damping", damping, "[0, inf)")
     found = goal.find_targets(model, sparsity, targets, ignore)
     _check_layers(found)
     data = data if allocate is scopes.local else list(data)

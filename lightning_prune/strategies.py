@@ -45,8 +45,9 @@ class RandomPruning(Pruning):
         granularity: Granularity = Channel(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(sparsity, criterion=Random(seed), granularity=granularity, **kwargs)
-        self.seed = seed
+        criterion = Random(seed)
+        super().__init__(sparsity, criterion=criterion, granularity=granularity, **kwargs)
+        self.seed = criterion.seed
 
 
 class EntropyPruning(Pruning):
@@ -76,10 +77,11 @@ class EntropyPruning(Pruning):
         granularity: Granularity = Channel(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(sparsity, criterion=Entropy(prune, bins, window), granularity=granularity, **kwargs)
-        self.prune = prune
-        self.bins = bins
-        self.window = window
+        criterion = Entropy(prune, bins, window)
+        super().__init__(sparsity, criterion=criterion, granularity=granularity, **kwargs)
+        self.prune = criterion.prune
+        self.bins = criterion.bins
+        self.window = criterion.window
 
 
 class SensitivityPruning(Pruning):
@@ -104,8 +106,9 @@ class SensitivityPruning(Pruning):
         granularity: Granularity = Channel(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(sparsity, criterion=Sensitivity(window), granularity=granularity, **kwargs)
-        self.window = window
+        criterion = Sensitivity(window)
+        super().__init__(sparsity, criterion=criterion, granularity=granularity, **kwargs)
+        self.window = criterion.window
 
 
 class MovementPruning(Pruning):
@@ -123,8 +126,9 @@ class MovementPruning(Pruning):
     """
 
     def __init__(self, sparsity: float | dict[str, float] | None = None, window: int = 32, **kwargs: Any) -> None:
-        super().__init__(sparsity, criterion=Movement(window), **kwargs)
-        self.window = window
+        criterion = Movement(window)
+        super().__init__(sparsity, criterion=criterion, **kwargs)
+        self.window = criterion.window
 
 
 class WandaPruning(Pruning):
@@ -132,18 +136,21 @@ class WandaPruning(Pruning):
 
     Args:
         sparsity: Fraction of zeros at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
-        window: Number of optimizer steps observed before an update.
+        window: Number of optimizer steps observed before an update; None is 16.
         **kwargs: All other arguments of ``Pruning``.
 
     Reference: Sun et al., 2023, arXiv:2306.11695.
 
-    >>> WandaPruning(0.5).criterion
-    Wanda(window=16)
+    >>> WandaPruning(0.5).criterion.window
+    16
     """
 
-    def __init__(self, sparsity: float | dict[str, float] | None = None, window: int = 16, **kwargs: Any) -> None:
-        super().__init__(sparsity, criterion=Wanda(window), **kwargs)
-        self.window = window
+    def __init__(
+        self, sparsity: float | dict[str, float] | None = None, window: int | None = 16, **kwargs: Any
+    ) -> None:
+        criterion = Wanda(window)
+        super().__init__(sparsity, criterion=criterion, **kwargs)
+        self.window = criterion.window
 
 
 class SNIPPruning(Pruning):
@@ -173,5 +180,6 @@ class SNIPPruning(Pruning):
         start: int | float = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(sparsity, criterion=SNIP(window), schedule=schedule, start=start, **kwargs)
-        self.window = window
+        criterion = SNIP(window)
+        super().__init__(sparsity, criterion=criterion, schedule=schedule, start=start, **kwargs)
+        self.window = criterion.window

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.dataflow import no_norms, norms_behind
 from lightning_prune.gates import affine_of, among, weight_of, weight_times_gradient
 from lightning_prune.granularities import Channel, Granularity, Weight
+from lightning_prune.instances import by_name, function, instance
 from lightning_prune.ranking import part_within, rank_within
 from lightning_prune.selection import Source
 from lightning_prune.shards import counts_here, flat_index, is_sharded, is_split, local, over_ranks, piece, whole
@@ -38,8 +39,7 @@ class Units:
         module: The one of its modules whose forward pass is observed at this moment.
         grad_scale: What the gradients are multiplied by at this moment (a gradient scaler's factor).
 
-    >>> from lightning_prune.gates import affine_of, among, weight_of, weight_times_gradient
-    from lightning_prune.granularities import Channel
+    >>> from lightning_prune.granularities import Channel
     >>> weight = nn.Parameter(torch.tensor([[1.0, -2.0], [0.0, 5.0]]))
     >>> units = Units(Target("weight", weight, (nn.Linear(2, 2),)), Channel())
     >>> units.mean(torch.abs)
@@ -53,12 +53,15 @@ class Units:
         followers: Mapping[str, nn.Parameter] | None = None,
         norms: Callable[..., Mapping[nn.Module, nn.Module]] = no_norms,
     ) -> None:
+        instance("target", target, Target)
         self.name = target.name
         self.parameter = target.parameter
         self.modules = target.modules
-        self.granularity = granularity
-        self.followers = dict(followers or {})
+        self.granularity = instance("granularity", granularity, Granularity)
+        self.followers = by_name("followers", {} if followers is None else followers, nn.Parameter)
         self._norms = norms
+        if norms is not dict:
+            function("norms", norms)
         self._rows_here = slice(None)  # which of the channels these are
         self.dim = channel_dim(target)
         self.size = granularity.count(self.parameter.shape, self.dim)

@@ -277,7 +277,7 @@ def test_missing_data_is_refused(criterion: Criterion) -> None:
 
 @pytest.mark.parametrize("criterion", NEED_DATA, ids=str)
 def test_empty_data_is_refused(criterion: Criterion) -> None:
-    with pytest.raises(ValueError, match=rf"{type(criterion).__name__} needs a .* of '0\.weight', got none in 0 steps"):
+    with pytest.raises(ValueError, match="data, or samples, must have a batch, got none"):
         prune(net(), 0.5, criterion=criterion, data=[])
 
 
