@@ -41,6 +41,7 @@ from lightning_prune import (
     Random,
     Sensitivity,
     SensitivityPruning,
+    Wanda,
     Weight,
     prune,
     sparsity,
@@ -70,6 +71,7 @@ GOALS: dict[str, dict[str, Any]] = {
 # those that came later are all trained in one test for each layout
 LATER: dict[str, dict[str, Any]] = {
     **{label(variant): {"sparsity": 0.6, "criterion": variant} for variant in VARIANTS},
+    "Wanda-by-sum": {"sparsity": 0.6, "criterion": Wanda(window=2, by_row=False), "scope": "local"},
     "norm": {"sparsity": 0.6, "criterion": BatchNormScale(), "targets": ("net.3.weight",)},
     "lamp": {"sparsity": 0.6, "scope": "lamp"},
     "OWL": {"sparsity": 0.6, "scope": OWL(outliers=1.5, spread=0.2)},
