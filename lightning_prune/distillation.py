@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune import states
 from lightning_prune.arguments import integer, number, text
 from lightning_prune.copying import copied
 from lightning_prune.joining import Joining, gradient_at, outputs_of
@@ -268,8 +269,7 @@ class Distillation(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "teacher" not in state_dict:
-            raise ValueError(f"the state of Distillation must have a teacher, got {list(state_dict)}")
+        states.check("Distillation", state_dict, "teacher")
         self._let_go()
         self._model = self._running  # whose teacher it is; that of any model where the user loads it
         self._teaching, self._restored = None, state_dict["teacher"]

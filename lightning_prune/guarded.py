@@ -1,6 +1,5 @@
 """Guarded pruning: as sparse as possible, as long as a metric stays within a bound."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -221,9 +220,7 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"search", "planned", "best", "back_at", "validations", "trials"}.difference(state_dict)
-        if missing or not isinstance(state_dict["search"], Mapping) or set(_FOUND).difference(state_dict["search"]):
-            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing) or list(_FOUND)}")
+        self._expect(state_dict, "search", "planned", "best", "back_at", "validations", "trials")
         super().load_state_dict(state_dict)
         for name in _FOUND:
             setattr(self._search, name, state_dict["search"][name])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_prune import states
 from lightning_prune.agreement import fitting, restore
 from lightning_prune.arguments import flag, patterns
 from lightning_prune.flags import count
@@ -334,20 +335,18 @@ class MaskedTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._expect(state_dict, "steps", "levels", "masks")
         masks = unpack_all(state_dict["masks"])
-        for name in state_dict["levels"]:
-            if name not in masks:
-                raise ValueError(f"the state of {type(self).__name__} must have a mask of {name!r}, got {list(masks)}")
         self.forget()
         self._model = self._running  # whose state it is; that of any model where the user loads it
         self.masks, self._restored, self._steps = masks, True, state_dict["steps"]
-        self._levels = dict(state_dict["levels"])
-        total = sum(masks[name].numel() for name in self._levels)
-        self._sparsity_now = sum(self._levels[n] * masks[n].numel() for n in self._levels) / max(1, total)
+        # counted again, so that they are those of the masks whatever the state says
+        kept = {name: count(masks[name]) for name in state_dict["levels"]}
+        self._levels = {name: 1.0 - kept[name] / max(1, masks[name].numel()) for name in kept}
+        total = sum(masks[name].numel() for name in kept)
+        self._sparsity_now = (total - sum(kept.values())) / max(1, total)
 
     def _expect(self, state_dict: dict[str, Any], *keys: str) -> None:
-        missing = set(keys).difference(state_dict)
-        if missing:
-            raise ValueError(f"the state of {type(self).__name__} must have {sorted(missing)}, got {list(state_dict)}")
+        """Refuse a damaged state; to be called before any of it is taken up."""
+        states.check(type(self).__name__, state_dict, *keys)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps what was decided, and nothing that is tied to this process or to the model

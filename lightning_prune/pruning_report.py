@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune import plots, report
+from lightning_prune import plots, report, states
 from lightning_prune.arguments import flag
 from lightning_prune.calling import example_of
 from lightning_prune.configuration import as_yaml, plain
@@ -173,6 +173,7 @@ class PruningReport(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        states.check("PruningReport", state_dict, "sparsity", "metrics", "before", "validated")
         pairs = {name: [(at, value) for at, value in values] for name, values in state_dict["metrics"].items()}
         self.history = History([(at, level) for at, level in state_dict["sparsity"]], pairs)
         self._before = dict(state_dict["before"])
