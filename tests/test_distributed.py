@@ -1,6 +1,7 @@
 """Several ranks: every one of them has the masks that a single process chooses, and sends no more than counters."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
@@ -34,6 +35,7 @@ from lightning_prune import (
     Entropy,
     EntropyPruning,
     GraSP,
+    InputChannel,
     Magnitude,
     MagnitudePruning,
     Pruning,
@@ -59,7 +61,7 @@ CRITERIA: dict[str, Criterion] = {
     "entropy-low": Entropy("low", bins=8, window=2),
 }
 GRANULARITIES = {"weight": Weight(), "channel": Channel()}
-OTHERS = {"nm": NM(2, 4), "block": Block(2, 3)}
+OTHERS = {"nm": NM(2, 4), "block": Block(2, 3), "input": InputChannel()}
 # what is pruned: by every criterion all layers together, and by the magnitude in every other way to share out
 GOALS: dict[str, dict[str, Any]] = {
     **{name: {"sparsity": 0.6, "criterion": criterion} for name, criterion in CRITERIA.items()},
@@ -72,6 +74,7 @@ GOALS: dict[str, dict[str, Any]] = {
 LATER: dict[str, dict[str, Any]] = {
     **{label(variant): {"sparsity": 0.6, "criterion": variant} for variant in VARIANTS},
     "Wanda-by-sum": {"sparsity": 0.6, "criterion": Wanda(window=2, by_row=False), "scope": "local"},
+    "maximum": {"sparsity": 0.6, "criterion": Magnitude(math.inf)},
     "norm": {"sparsity": 0.6, "criterion": BatchNormScale(), "targets": ("net.3.weight",)},
     "lamp": {"sparsity": 0.6, "scope": "lamp"},
     "OWL": {"sparsity": 0.6, "scope": OWL(outliers=1.5, spread=0.2)},
@@ -201,7 +204,8 @@ def test_with_shards_every_rank_has_its_pieces_of_the_masks_of_one_process(layou
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
 def test_groups_and_blocks_are_those_of_one_process_wherever_ranks_cut_them(layout: Layout) -> None:
     goals = ("magnitude", "random", "sensitivity", "local")
-    assert_like_alone(layout, 2, [(goal, granularity) for goal in goals for granularity in OTHERS])
+    cases = [(goal, granularity) for goal in goals for granularity in OTHERS]
+    assert_like_alone(layout, 2, [*cases, *(("maximum", granularity) for granularity in ("block", "input", "channel"))])
 
 
 @distributed

@@ -1,6 +1,7 @@
 """Scores agree with the formulas of the papers' own code, of which each test says a few lines."""
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -33,6 +34,7 @@ from lightning_prune.targets import find
 _SEEDED = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(4, 8, 2, 8, 8, generator=_SEEDED)
 CLASSES = torch.randint(3, (4, 8), generator=_SEEDED)
+BATCHES = list(zip(IMAGES, CLASSES, strict=True))
 COUPLED = Channel(coupled=True)
 
 
@@ -80,11 +82,16 @@ class Residual(nn.Module):
         return y
 
 
-def observed(model: nn.Module, criterion: Criterion, granularity: Granularity) -> dict[str, Tensor]:
-    """Return the scores of four training steps, of which no optimizer changes anything."""
+def observed(
+    model: nn.Module,
+    criterion: Criterion,
+    granularity: Granularity,
+    batches: Sequence[tuple[Tensor, Tensor]] = BATCHES,
+) -> dict[str, Tensor]:
+    """Return the scores of training steps, of which no optimizer changes anything."""
     units, _ = find_units(find(model), model, granularity, (IMAGES[0],) if granularity.coupled else None)
     observation = Observation(criterion, units)
-    for x, t in zip(IMAGES, CLASSES, strict=True):
+    for x, t in batches:
         model.zero_grad()
         nn.functional.cross_entropy(model.train()(x), t).backward()
         observation.gradients({id(parameter) for parameter in model.parameters()})
@@ -93,8 +100,8 @@ def observed(model: nn.Module, criterion: Criterion, granularity: Granularity) -
     return {unit.name: criterion.scores(unit) for unit in units}
 
 
-def by_gates(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of each gate in the same four steps, (steps, channels)."""
+def by_gates(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]] = BATCHES) -> dict[str, Tensor]:
+    """Return the gradients of each gate in the same steps, (steps, channels)."""
     found: dict[str, list[Tensor]] = {}
     gates: dict[str, Tensor] = {}
 
@@ -105,7 +112,7 @@ def by_gates(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, Gate):
             module.register_forward_hook(lambda *call, name=name: multiply(name, call[-1]))
-    for x, t in zip(IMAGES, CLASSES, strict=True):
+    for x, t in batches:
         nn.functional.cross_entropy(model.train()(x), t).backward()
         for name, gate in gates.items():
             found.setdefault(name, []).append(gate.grad)
@@ -147,6 +154,15 @@ def test_snip_keeps_the_weights_that_it_keeps_elsewhere() -> None:
         assert torch.equal(masks[name], salience / every.sum() >= threshold), name
 
 
+# Theis et al., 2018, equation 9: half of the mean over samples of the square of a feature map's gate
+def test_sensitivity_of_single_samples_is_twice_the_fisher_information_of_a_feature_map() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), Gate(), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+    samples = [(x[None], t[None]) for x, t in zip(IMAGES[0], CLASSES[0], strict=True)]
+    scores = observed(model, Sensitivity(window=8), Channel(coupled=False), samples)
+    fisher = by_gates(model, samples)["1"].square().mean(0) / 2
+    torch.testing.assert_close(scores["0.weight"], 2 * fisher, rtol=1e-4, atol=1e-8)
+
+
 def test_movement_of_channels_is_that_of_their_gates_for_each_weight() -> None:
     model = convolutions()
     scores, gates = observed(model, Movement(), Channel(coupled=False)), by_gates(model)
@@ -185,7 +201,7 @@ def change_without(model: nn.Module, norm: nn.BatchNorm2d, channel: int) -> floa
         return output.index_fill(1, torch.tensor([channel]), 0.0)
 
     def loss() -> Tensor:
-        pairs = zip(IMAGES, CLASSES, strict=True)
+        pairs = BATCHES
         return torch.stack([nn.functional.cross_entropy(model(x), t) for x, t in pairs])
 
     with torch.no_grad():
@@ -210,7 +226,7 @@ def test_a_batch_norm_without_trainable_factors_is_refused_in_training_alone(kin
 def test_a_batch_norm_without_factors_is_a_fixed_scale_in_eval_mode(coupled: bool) -> None:
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 3, 6))
     model.append(nn.Flatten())
-    data, inputs = list(zip(IMAGES, CLASSES, strict=True)), IMAGES[0] if coupled else None
+    data, inputs = BATCHES, IMAGES[0] if coupled else None
     prune(model, 0.3, criterion=Sensitivity(), granularity=Channel(coupled=coupled), data=data, example_inputs=inputs)
     assert not model[0].weight.flatten(1).all(1).all()
 
@@ -221,7 +237,7 @@ def test_frozen_factors_in_eval_mode_leave_the_gate_to_the_layer() -> None:
     scores = observed(randomly(model), SNIP(), Channel(coupled=False))["0.weight"]
     layer = model[0]
     steps = []
-    for x, t in zip(IMAGES, CLASSES, strict=True):
+    for x, t in BATCHES:
         model.zero_grad()
         nn.functional.cross_entropy(model(x), t).backward()
         steps.append((layer.weight * layer.weight.grad).sum((1, 2, 3)) + layer.bias * layer.bias.grad)
@@ -241,7 +257,7 @@ def test_a_layer_with_a_norm_in_one_of_two_places_has_both_gates() -> None:
     model = randomly(nn.Sequential(nn.Flatten(), first, norm, nn.ReLU(), second, nn.ReLU(), nn.Linear(128, 3)))
     scores = observed(model, SNIP(), Channel(coupled=False))["1.weight"]
     steps = []
-    for x, t in zip(IMAGES, CLASSES, strict=True):
+    for x, t in BATCHES:
         model.zero_grad()
         nn.functional.cross_entropy(model.train()(x), t).backward()
         own = (first.weight * first.weight.grad).sum(1)

@@ -143,7 +143,8 @@ class Fisher(GradientMean):
 
     h stands for the Hessian's diagonal and is the mean over the window of ``(dL/dw)**2``, where a gradient is that of
     an optimizer step, a mean over its batch: small batches come closer to the Fisher information of single samples.
-    Needs gradients.
+    Of a channel it is the sum over its weights, also where a norm follows; what Theis et al. take of feature maps is
+    half of what ``Sensitivity`` is for batches of one sample. Needs gradients.
 
     Args:
         window: Number of optimizer steps observed before an update.
