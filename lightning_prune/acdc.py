@@ -8,6 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_prune import goal, scopes
+from lightning_prune.arguments import fractions
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.holding import forget_momentum
@@ -62,7 +63,7 @@ class ACDC(ScheduledTraining):
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(sparsity, None, granularity)
+        goal.check(fractions("sparsity", sparsity), None, granularity)
         horizon = Horizon(start, end, interval, frequency)
         super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
 

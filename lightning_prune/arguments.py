@@ -47,11 +47,6 @@ def integer(argument: str, value: Any, least: int | None = None, most: int | Non
     return int(found)
 
 
-def check_at_least(argument: str, value: Any, least: int) -> None:
-    """Refuse an argument that is too small."""
-    integer(argument, value, least)
-
-
 def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | float:
     """Return a number in an interval, such as "[0, 1)"; NaN is in none.
 

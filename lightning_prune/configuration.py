@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from torch import nn
 
+from lightning_prune.values import scalar
+
 
 def as_yaml(trainer: Mapping[str, Any], callbacks: Iterable[Any], seed: int | None = None) -> str:
     """Return a configuration for LightningCLI, without the arguments that have their defaults.
@@ -44,8 +46,11 @@ def plain(value: Any) -> Any:
     >>> plain((1, 2)), plain(len), plain(Entropy(bins=8))
     ([1, 2], 'builtins.len', {'class_path': 'lightning_prune.Entropy', 'init_args': {'bins': 8}})
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    value = scalar(value)
+    if value is None or isinstance(value, bool | int | float):
         return value
+    if isinstance(value, str):
+        return str(value)  # a subclass, such as NumPy's, is nothing that YAML knows
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):

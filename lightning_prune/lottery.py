@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_prune import goal, rewinding, scopes
-from lightning_prune.arguments import choice, integer, position
+from lightning_prune.arguments import choice, fractions, integer, position
 from lightning_prune.clock import in_steps, length, steps_per_epoch
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
@@ -80,7 +80,7 @@ class LotteryTicket(rewinding.Rewinding):
         ignore: tuple[str, ...] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(sparsity, None, granularity)
+        goal.check(fractions("sparsity", sparsity), None, granularity)
         self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
         self.rewind = choice("rewind", rewind, ("weights", "learning_rate", "random"))
         self.rewind_to = position("rewind_to", rewind_to)

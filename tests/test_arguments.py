@@ -257,6 +257,21 @@ def test_scalars_of_numpy_and_torch_are_the_numbers_that_they_are(name: str, wra
     yaml.safe_dump(plain(other))
 
 
+class Custom(lp.Criterion):
+    """A user's criterion, which checks nothing."""
+
+    def __init__(self, power: Any = 1.0, kind: Any = "a") -> None:
+        self.power, self.kind = power, kind
+
+
+def test_a_configuration_is_plain_whatever_the_arguments_of_a_users_class_are() -> None:
+    found = plain(lp.Pruning(0.5, Custom(np.float64(2.0), np.str_("b")), scope=np.str_("erk")))
+    text = yaml.safe_dump(found)
+    assert "power: 2.0" in text
+    assert "kind: b" in text
+    assert "scope: erk" in text
+
+
 def write(content: Any, path: Path) -> str:
     torch.save(content, path)
     return str(path)
