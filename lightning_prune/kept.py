@@ -1,5 +1,6 @@
 """Kept: what a smaller model has kept of the model that it was, and how that is written down."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.masks import pack_all, unpack_all
+from lightning_prune.states import MASKS, every, one, record, row, table, whole
 
 _ATTRIBUTE = "_kept_channels"
+_PLACE = one("names of a dimension and a tensor", lambda value: all(map(re.compile(r"\d+:").match, value)))
+_HEADS = one("at least one head, and no more than there were", lambda value: 1 <= value[1] <= value[0])
+_ROW = one("a mask of one dimension", lambda value: len(value) == 1)
+_WRITTEN = record(
+    places=every(MASKS, record(shapes=every(_PLACE, table(_ROW)))),
+    heads=table(every(row(whole(), whole()), _HEADS)),
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Kept:
         """Return what ``state_dict`` wrote down.
 
         Raises:
-            ValueError: If something is missing, or bits are.
+            ValueError: If something is missing or damaged; the message names it.
 
         >>> kept = Kept({("weight", 0): torch.tensor([True, False])}, {"attention": (4, 2)})
         >>> Kept.from_state_dict(kept.state_dict()).heads
@@ -78,6 +87,10 @@ class Kept:
         missing = {"version", "places", "heads"}.difference(state)
         if missing or state["version"] != 1:
             raise ValueError(f"the kept channels must be of version 1, with places and heads, got {dict(state)!r:.80}")
+        try:
+            _WRITTEN("lightning_prune", state)
+        except ValueError as error:
+            raise ValueError(f"the kept channels must have {error}") from error
         places = {}
         for name, kept in unpack_all(state["places"]).items():
             dim, _, plain = name.partition(":")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from lightning_prune.copying import copied
 from lightning_prune.instances import instance
 from lightning_prune.instances import path as as_path
 from lightning_prune.kept import Kept, kept_of, remember
@@ -78,9 +79,23 @@ def load_shrunk(
     loaded = model if isinstance(model, nn.Module) else model(**kwargs)
     if not isinstance(loaded, nn.Module):
         raise TypeError(f"model must make a Module, got {shown(model)}, which made {shown(loaded)}")
-    _take_up(loaded, state)
-    loaded.load_state_dict(state["state_dict"])
+    if loaded is model:
+        _load_whole(copied(loaded), state)  # what fails halfway has to leave the model as it was
+    _load_whole(loaded, state)
     return cast(Model, loaded)
+
+
+def _load_whole(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a model to what a checkpoint has kept, and load the weights.
+
+    Raises:
+        ValueError: If they do not fit; the model may have been cut by then.
+    """
+    _take_up(model, checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # whatever torch, or a hook of the user's, says of weights that do not fit
+        raise ValueError(f"checkpoint must fit a {type(model).__name__}, got one that does not: {error}") from error
 
 
 def _is_ours(path: Path) -> bool:

@@ -4,6 +4,7 @@ import copy
 import importlib
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES, Case, build
+from damage import damaged, places, refusal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
@@ -247,6 +249,39 @@ def test_a_model_that_is_another_one_stays_as_it_was(tmp_path: Path) -> None:
     assert same(other, before)
     with pytest.raises(ValueError, match=r"arguments must be given to a class only, got \['width'\]"):
         load_shrunk(other, tmp_path / "small.pt", width=3)
+
+
+def test_a_damaged_checkpoint_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    small = shrunk(copy.deepcopy(model), torch.ones(3, 4))
+    kept = kept_of(small)
+    assert kept is not None
+    whole = {"state_dict": dict(small.state_dict()), "lightning_prune": kept.state_dict()}
+    before, chance, refused = copy.deepcopy(model), random.Random(0), 0
+    for _ in range(150):
+        path = chance.choice(list(places(whole)))
+        error = refusal(load_shrunk, model, damaged(whole, path, chance))
+        if error is None:  # what was changed is not needed
+            model = copy.deepcopy(before)
+            continue
+        refused += 1
+        assert same(model, before), (path, error)
+        assert str(model) == str(before), (path, error)
+        assert kept_of(model) is None
+    assert refused > 100
+
+
+def test_weights_that_do_not_fit_leave_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    small = shrunk(copy.deepcopy(model), torch.ones(3, 4))
+    kept = kept_of(small)
+    assert kept is not None
+    state = {"state_dict": dict(small.state_dict(), **{"2.bias": torch.ones(5)}), "lightning_prune": kept.state_dict()}
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"(?s)checkpoint must fit a Sequential, got one that does not: .*2\.bias"):
+        load_shrunk(model, state)
+    assert same(model, before)
+    assert str(model) == str(before)
 
 
 def test_only_shrunk_models_are_saved_and_loaded(tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
 """Damaged states of callbacks: what is taken up from one means what was saved, and all else is refused by its key."""
 
 import copy
-import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import damaged, places, refusal
 from lightning.pytorch import Callback, Trainer
 from models import MLP, fit
 from modes import leftovers
@@ -85,32 +85,6 @@ def state_of(checkpoint: dict[str, Any], callback: Any) -> dict[str, Any]:
     return checkpoint["callbacks"][callback.state_key]
 
 
-WRONG: tuple[Any, ...] = (None, "x", -1, 10**9, 10**30, 0.5, math.nan, math.inf, True, [], [None], {}, {"x": "y"}, b"")
-
-
-def places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of everything in a state."""
-    if path:
-        yield path
-    for key, value in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
-        yield from places(value, (*path, key))
-
-
-def damaged(state: dict[str, Any], path: tuple[Any, ...], chance: random.Random) -> dict[str, Any]:
-    """Return a copy of a state in which one thing is deleted, cut off, or something else."""
-    whole = part = copy.deepcopy(state)
-    for key in path[:-1]:
-        part = part[key]
-    found, how = part[path[-1]], chance.randrange(4)
-    if how == 0:
-        del part[path[-1]]
-    elif how == 1 and isinstance(found, Tensor) and "statistics" not in path:
-        part[path[-1]] = chance.choice([found[:-1] if found.ndim else found[None], found.int(), torch.tensor(math.nan)])
-    else:
-        part[path[-1]] = chance.choice(WRONG)
-    return whole
-
-
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
@@ -119,15 +93,6 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
-
-
-def refusal(act: Callable[..., object], *args: Any, **kwargs: Any) -> str | None:
-    """Return the message of the ValueError that this raises; None where it raises none."""
-    try:
-        act(*args, **kwargs)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 @pytest.mark.parametrize("method", STATEFUL)
