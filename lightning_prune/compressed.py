@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_prune.zeroing import INTEGERS
 
 VALUES, MASK = ".compressed", ".bitmask"  # what stands behind a tensor's name in the file
 _INDEX = "lightning_prune"  # the entry of the file's metadata
+_CHECKSUM = "lightning_prune.crc32"  # another one, of the index and all that it names; older files have none
 _HALVES = {torch.complex128: torch.float64, torch.complex32: torch.float16}  # of what safetensors has no word for
 _INTEGRAL = {
     *(torch.bool, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -65,9 +67,11 @@ def save_compressed(model_or_state: nn.Module | Mapping[str, Tensor], path: str 
         if clash := stored.keys() & parts.keys():
             raise ValueError(f"names must stay apart with {VALUES} or {MASK} behind them, got {clash.pop()!r} twice")
         stored |= parts
+    told = json.dumps(index)
+    checksum = _checksum(told, ((name, stored[name]) for parts in _parts(index).values() for name in parts))
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         whole = Path(folder) / path.name
-        save_file(stored, whole, {"format": "pt", _INDEX: json.dumps(index)})
+        save_file(stored, whole, {"format": "pt", _INDEX: told, _CHECKSUM: checksum})
         whole.replace(path)
 
 
@@ -88,19 +92,44 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     safe_open = _safetensors().safe_open
     if not as_path("path", path).is_file():
         raise FileNotFoundError(f"path must be a file that save_compressed wrote, got {str(path)!r}")
-    state: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name, entry in json.loads(file.metadata()[_INDEX]).items():
-                if "alias" in entry:
-                    state[name] = state[entry["alias"]]
-                elif entry:
-                    state[name] = _expand(file.get_tensor(name + VALUES), file.get_tensor(name + MASK), **entry)
-                else:
-                    state[name] = file.get_tensor(name)
+            return _read(file)
     except Exception as error:  # of the container, its metadata, a mask
         raise ValueError(f"path must be a file that save_compressed wrote, got {str(path)!r}: {error!r}") from error
-    return state
+
+
+def _read(file: Any) -> dict[str, Tensor]:
+    """Return the state in an open file, each tensor of which is read once."""
+    told = file.metadata()[_INDEX]
+    index = json.loads(told)
+    state: dict[str, Tensor] = {}
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        for name, names in _parts(index).items():
+            found = [file.get_tensor(part) for part in names]
+            yield from zip(names, found, strict=True)
+            state[name] = _expand(*found, **index[name]) if index[name] else found[0]
+
+    checksum = _checksum(told, parts())
+    if file.metadata().get(_CHECKSUM, checksum) != checksum:
+        raise ValueError("its content is not that of its checksum")
+    return {name: state[entry.get("alias", name)] for name, entry in index.items()}
+
+
+def _parts(index: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Return, by the name of each tensor that is no alias, the names of what is stored of it."""
+    own = {name: entry for name, entry in index.items() if "alias" not in entry}
+    return {name: (name + VALUES, name + MASK) if entry else (name,) for name, entry in own.items()}
+
+
+def _checksum(told: str, parts: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the checksum of an index and of the parts that it names, with their names, types and shapes."""
+    found = zlib.crc32(told.encode())
+    for name, tensor in parts:
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def _safetensors() -> Any:
@@ -139,6 +168,8 @@ def _expand(values: Tensor, bits: Tensor, dtype: str, shape: list[int]) -> Tenso
     values = _words(values.view(getattr(torch, dtype)))
     if len(values) != kept.sum():  # a single value would be spread over all places
         raise ValueError(f"a mask must keep as many places as there are values, got {int(kept.sum())}, {len(values)}")
+    if values.eq(0).all(1).any():  # by which some damage shows in files without a checksum
+        raise ValueError("the values must be those that are not zero, got a zero")
     words = values.new_zeros(len(kept), values.shape[1])
     words[kept] = values
     return words.view(-1).view(getattr(torch, dtype)).view(shape)

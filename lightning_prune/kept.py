@@ -84,9 +84,12 @@ class Kept:
         >>> Kept.from_state_dict(kept.state_dict()).heads
         {'attention': (4, 2)}
         """
-        missing = {"version", "places", "heads"}.difference(state)
-        if missing or state["version"] != 1:
-            raise ValueError(f"the kept channels must be of version 1, with places and heads, got {dict(state)!r:.80}")
+        whole = isinstance(state, Mapping) and {"version", "places", "heads"} <= state.keys()
+        if not whole or state["version"] != 1:
+            raise ValueError(
+                f"'lightning_prune' of a checkpoint, the kept channels, must be of version 1, with places and heads, "
+                f"got {state!r:.80}"
+            )
         try:
             _WRITTEN("lightning_prune", state)
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Compressed files: what is loaded has the bits of what was saved, in an eighth of the room."""
 
 import json
+import random
 import struct
 import sys
 from pathlib import Path
@@ -215,6 +216,49 @@ def test_a_damaged_file_is_refused(kind: str, tmp_path: Path) -> None:
     save_compressed({"weight": weight}, path)
     path.write_bytes(damaged(path.read_bytes(), kind))
     with pytest.raises(ValueError, match=r"path must be a file that save_compressed wrote, got .*model\.safetensors"):
+        load_compressed(path)
+
+
+def test_no_damaged_byte_gives_other_weights_in_silence(tmp_path: Path) -> None:
+    path, chance, refused = tmp_path / "model.safetensors", random.Random(0), 0
+    weight = torch.randn(16, 8) * (torch.rand(16, 8) > 0.7)
+    state = {
+        "a.weight": weight,
+        "a.bias": torch.randn(16),
+        "b.weight": weight,
+        "c": torch.arange(6.0, dtype=torch.bfloat16),
+    }
+    save_compressed(state, path)
+    content = path.read_bytes()
+    for _ in range(400):
+        at = chance.randrange(len(content))
+        path.write_bytes(
+            content[:at]
+            + bytes([chance.choice([content[at] ^ 1 << chance.randrange(8), chance.randrange(256)])])
+            + content[at + 1 :]
+        )
+        try:
+            loaded = load_compressed(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert_same(state, loaded)
+    assert refused > 300
+
+
+def test_a_file_without_a_checksum_is_loaded(tmp_path: Path) -> None:
+    path, weight = tmp_path / "model.safetensors", torch.zeros(8, 8)
+    weight[3, 4] = 1.5
+    save_compressed({"weight": weight}, path)
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    del header["__metadata__"]["lightning_prune.crc32"]
+    changed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + size :])
+    assert_same({"weight": weight}, load_compressed(path))
+    path.write_bytes(path.read_bytes().replace(struct.pack("<f", 1.5), struct.pack("<f", 0.0)))
+    with pytest.raises(ValueError, match="must be those that are not zero"):
         load_compressed(path)
 
 
