@@ -15,7 +15,7 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks, pack_all, unpack_all
 from lightning_prune.schedules import Horizon
-from lightning_prune.search import Search
+from lightning_prune.search import Mode, Search, mode_of, settled
 from lightning_prune.targets import named_parameters
 
 
@@ -34,13 +34,16 @@ class GuardedPruning(rewinding.Rewinding):
     Args:
         monitor: The name of a metric that validation logs.
         max_drop: By how much it may be worse than the reference, in its own units.
-        mode: Whether more ("max") or less ("min") of it is better.
+        mode: Whether more ("max") or less ("min") of it is better; None is "min" for names with "loss", "error" and the
+            like, otherwise "max". A mode that contradicts the name is refused.
         sparsity: The most to try: a fraction of zeros among the targets, in [0, 1).
         reference: The value to hold; None is that of the first validation after the ``warmup``, before any pruning.
         step: By how much the sparsity is raised at first, in (0, 1).
         precision: The least step; the search ends below it.
         patience: How many validations a sparsity gets to come within the bound.
-        warmup: How many validations pass first, while the dense model is trained.
+        warmup: How many validations pass first, while the dense model is trained; "settled" are as many as it takes
+            until the metric has not become better by more than ``max_drop`` for ``patience`` validations. A run that
+            starts from scratch needs one of the two: otherwise the reference is that of a model that has hardly begun.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
@@ -61,13 +64,13 @@ class GuardedPruning(rewinding.Rewinding):
         self,
         monitor: str,
         max_drop: float = 0.01,
-        mode: Literal["max", "min"] = "max",
+        mode: Literal["max", "min"] | None = None,
         sparsity: float = 0.99,
         reference: float | None = None,
         step: float = 0.2,
         precision: float = 0.01,
         patience: int = 3,
-        warmup: int = 0,
+        warmup: int | Literal["settled"] = 0,
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
         scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
@@ -77,12 +80,13 @@ class GuardedPruning(rewinding.Rewinding):
     ) -> None:
         self.monitor = text("monitor", monitor, "the name of a metric")
         self.max_drop = number("max_drop", max_drop, "[0, inf)")
-        self.mode: Literal["max", "min"] = choice("mode", mode, ("max", "min"))
+        self.mode: Mode = _mode(mode, self.monitor)
         self.reference = None if reference is None else number("reference", reference)
         self.step = number("step", step, "(0, 1)")
         self.precision = number("precision", precision, "(0, 1)")
         self.patience = integer("patience", patience, 1, unit="validation")
-        self.warmup = integer("warmup", warmup, 0, unit="validations")
+        until = isinstance(warmup, str) and warmup == "settled"
+        self.warmup: int | Literal["settled"] = "settled" if until else integer("warmup", warmup, 0, unit="validations")
         self._ceiling = number("sparsity", sparsity, "[0, 1)")
         goal.check(self._ceiling, None, granularity)
         super().__init__(sparsity, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers=log_layers)
@@ -96,6 +100,8 @@ class GuardedPruning(rewinding.Rewinding):
         self._best: dict[str, Any] | None = None
         self._back_at: int | None = None  # the optimizer step at which to go back to it
         self._validations = 0
+        self._outgrown = False  # whether the metric has become much better than the reference
+        self._dense: list[float] = []  # the metric in the validations that were waited for it to settle
         self._trials: list[tuple[int, float, float, bool]] = []
 
     @property
@@ -115,6 +121,17 @@ class GuardedPruning(rewinding.Rewinding):
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         return f"at most {self.max_drop} of {self.monitor} lost", "level", self._planned
+
+    @override
+    def explain(self) -> str:
+        targets = super().explain().rpartition("\n")[0]  # without the updates, which are decided on the way
+        first = "the first that settles" if self.warmup == "settled" else f"validation {self.warmup + 1}"
+        dense = f"that of {first}" if self.reference is None else f"{self.reference:g}"
+        patience = f"{self.patience} validation{'s' * (self.patience > 1)}"
+        return (
+            f"{targets}\nsearch up to {self._ceiling:.1%}, in steps of {self.step:.1%} down to {self.precision:.1%}, "
+            f"each fine-tuned for up to {patience}; reference of {self.monitor} ({self.mode}): {dense}"
+        )
 
     @override
     def choose(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
@@ -151,8 +168,15 @@ class GuardedPruning(rewinding.Rewinding):
         if trainer.sanity_checking or self._search.done or pending or not others:
             return
         self._validations += 1
-        if self._validations > self.warmup:
+        if self._is_warm(value):
             self._judge(trainer, pl_module, value)
+
+    def _is_warm(self, value: float) -> bool:
+        if self.warmup != "settled":
+            return self._validations > self.warmup
+        if not self._trials:
+            self._dense.append(value)
+        return bool(self._trials) or settled(self._dense, self.mode, self.patience, self.max_drop)
 
     def _value(self, trainer: Trainer) -> float:
         """Return the metric, the same on all ranks."""
@@ -166,6 +190,13 @@ class GuardedPruning(rewinding.Rewinding):
         level = self._search.level
         verdict = self._search.judge(value)
         self._trials.append((self._steps, level, value, verdict == "keep"))
+        if self.reference is None and not self._outgrown and self._search.outgrows(value):
+            self._outgrown = True
+            rank_zero_warn(
+                f"{type(self).__name__} holds {self.monitor!r} against {self._search.reference:g}, that of a model in "
+                f'training: it has come to {value:g} since. Train longer before the search, with warmup="settled" or a '
+                f"number of validations, start from trained weights, or give a reference"
+            )
         if verdict == "keep":
             with torch.inference_mode(False):
                 memory = rewinding.remember(trainer, pl_module)
@@ -215,6 +246,7 @@ class GuardedPruning(rewinding.Rewinding):
             "best": self._best,
             "back_at": self._back_at,
             "validations": self._validations,
+            "dense": list(self._dense),
             "trials": [list(trial) for trial in self._trials],
         }
 
@@ -226,8 +258,19 @@ class GuardedPruning(rewinding.Rewinding):
             setattr(self._search, name, state_dict["search"][name])
         self._planned = [(position, level) for position, level in state_dict["planned"]]
         self._best, self._back_at = state_dict["best"], state_dict["back_at"]
-        self._validations = state_dict["validations"]
+        self._validations, self._dense = state_dict["validations"], list(state_dict.get("dense", []))
         self._trials = [(step, level, value, held) for step, level, value, held in state_dict["trials"]]
+
+
+def _mode(mode: Literal["max", "min"] | None, monitor: str) -> Mode:
+    """Return whether more or less is better, as is said or as the name says."""
+    named = mode_of(monitor)
+    chosen: Mode = (named or "max") if mode is None else choice("mode", mode, ("max", "min"))
+    if named is not None and named != chosen:
+        raise ValueError(
+            f'mode must be "{named}" for {monitor!r}, by its name, got {mode!r}: log it under another name'
+        )
+    return chosen
 
 
 # what a search has found out; the rest are arguments, which a resumed run may change

@@ -1,8 +1,67 @@
 """Search: for the highest sparsity that a metric bears, one validation at a time."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+Mode = Literal["max", "min"]
+_LESS = {
+    "loss",
+    "losses",
+    "error",
+    "errors",
+    "err",
+    "perplexity",
+    "ppl",
+    "mse",
+    "rmse",
+    "mae",
+    "mape",
+    "nll",
+    "wer",
+    "cer",
+}
+_MORE = {"acc", "accuracy", "precision", "recall", "auc", "auroc", "iou", "miou", "bleu", "dice"}
+_TURNED = {"neg", "negative", "minus", "inverse"}
+
+
+def mode_of(monitor: str) -> Mode | None:
+    """Return whether more ("max") or less ("min") of a metric is better, by the words of its name; None if unknown.
+
+    >>> (
+    ...     mode_of("val_loss"),
+    ...     mode_of("valid/MeanSquaredError"),
+    ...     mode_of("val_acc"),
+    ...     mode_of("neg_loss"),
+    ...     mode_of("score"),
+    ... )
+    ('min', 'min', 'max', None, None)
+    """
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", monitor)}
+    less, more = bool(words & _LESS), bool(words & _MORE)
+    if less == more or words & _TURNED or monitor.startswith("-"):
+        return None
+    return "min" if less else "max"
+
+
+def settled(values: Sequence[float], mode: Mode, patience: int, margin: float) -> bool:
+    """Return whether the last values are no better than the best before them, by more than a margin.
+
+    Args:
+        values: Those of a metric, in order.
+        mode: Whether more ("max") or less ("min") of it is better.
+        patience: How many values are the last ones.
+        margin: What does not count as better.
+
+    >>> settled([0.1, 0.5, 0.9], "max", 1, 0.01), settled([0.1, 0.5, 0.9, 0.905], "max", 1, 0.01)
+    (False, True)
+    """
+    if len(values) <= patience:
+        return False
+    losses = [math.inf if math.isnan(v) else v if mode == "min" else -v for v in values]
+    return min(losses[:-patience]) - min(losses[-patience:]) <= margin
 
 
 def next_level(good: float, bad: float, ceiling: float, step: float, precision: float) -> tuple[float | None, float]:
@@ -64,7 +123,7 @@ class Search:
     True
     """
 
-    mode: Literal["max", "min"]
+    mode: Mode
     max_drop: float
     ceiling: float
     step: float
@@ -100,10 +159,17 @@ class Search:
         return self._give_up(self.good)
 
     def holds(self, value: float) -> bool:
-        """Return whether a value is within the bound; NaN never is."""
+        """Return whether a value is within the bound; what is not finite never is."""
+        return math.isfinite(value) and self._worse(value) <= self.max_drop + 1e-9  # 0.9 - 0.89 is more than 0.01
+
+    def outgrows(self, value: float) -> bool:
+        """Return whether a value is so much better that the reference must be that of a model in training."""
         assert self.reference is not None
-        worse = self.reference - value if self.mode == "max" else value - self.reference
-        return worse <= self.max_drop + 1e-9  # 0.9 - 0.89 is more than 0.01
+        return math.isfinite(value) and -self._worse(value) > max(self.max_drop, 0.1 * abs(self.reference))
+
+    def _worse(self, value: float) -> float:
+        assert self.reference is not None
+        return self.reference - value if self.mode == "max" else value - self.reference
 
     def _keep(self) -> Literal["keep"]:
         self.good, self.waited = self.level, 0

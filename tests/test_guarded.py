@@ -9,7 +9,7 @@ import torch
 from distributed import Net
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import MLP, fit, size, zeros
+from models import BATCHES, MLP, fit, size, zeros
 from modes import Probe, Regression, StatefulLoader, leftovers, mlp
 from test_resume import Saver, bits, checkpoints, differences, savers
 from torch import Tensor, nn
@@ -126,6 +126,78 @@ def test_a_bound_is_met_by_a_metric_at_the_bound() -> None:
     search = Search("max", 0.01, 0.9, 0.2, 0.1, 1, reference=0.9)
     assert search.holds(0.89)
     assert not search.holds(0.8899)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("max", float("inf")), ("min", -float("inf")), ("min", float("nan"))])
+def test_a_metric_without_bounds_is_not_within_them(mode: Any, value: float) -> None:
+    assert not Search(mode, 0.1, 0.9, 0.2, 0.1, 1, reference=0.5).holds(value)
+
+
+def test_the_mode_follows_the_name() -> None:
+    assert GuardedPruning("val_loss").mode == "min"
+    assert GuardedPruning("valid/WordErrorRate").mode == "min"
+    assert GuardedPruning("val_perplexity", mode="min").mode == "min"
+    assert GuardedPruning("neg_loss").mode == GuardedPruning("val_acc").mode == GuardedPruning("score").mode == "max"
+    with pytest.raises(ValueError, match="mode must be \"min\" for 'val_loss', by its name, got 'max'"):
+        GuardedPruning("val_loss", mode="max")
+    with pytest.raises(ValueError, match="mode must be \"max\" for 'val_acc', by its name, got 'min'"):
+        GuardedPruning("val_acc", mode="min")
+
+
+def test_a_loss_is_held_from_above() -> None:
+    class Losing(MLP):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val_loss", 1 - score(self))
+
+    callback = GuardedPruning("val_loss", max_drop=0.01, patience=1, precision=0.05)
+    fit(Losing(), callback, max_epochs=50)
+    assert levels(callback) == PATH
+
+
+@pytest.mark.filterwarnings("ignore:GuardedPruning ended without pruning")
+def test_the_plan_says_what_the_search_does(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.lightning_prune"):
+        fit(Limited(), GuardedPruning("score", patience=1, step=0.4, precision=0.3), max_epochs=1)
+    [text] = [record.getMessage() for record in caplog.records if "GuardedPruning" in record.getMessage()]
+    assert "no updates planned" not in text
+    assert text.splitlines()[-1] == (
+        "search up to 99.0%, in steps of 40.0% down to 30.0%, each fine-tuned for up to 1 validation; "
+        "reference of score (max): that of validation 1"
+    )
+
+
+class Learning(MLP):
+    """Logs a metric that rises for four validations, whatever is pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = [0.2, 0.5, 0.7, 0.75, *[0.752] * 20]
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.score = self.scores.pop(0)
+        self.log("score", self.score - max(0.0, sparsity(self) - LIMIT))
+
+
+@pytest.mark.filterwarnings("ignore:GuardedPruning ended without pruning")
+def test_a_reference_of_a_model_in_training_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"holds 'score' against 0.2, that of a model in training: it has come to 0.5"):
+        fit(Learning(), GuardedPruning("score"), max_epochs=3)
+    fit(Learning(), GuardedPruning("score", warmup=3), max_epochs=6)
+
+
+def test_the_search_waits_until_the_metric_has_settled(tmp_path: Path) -> None:
+    def callback() -> GuardedPruning:
+        return GuardedPruning("score", max_drop=0.01, patience=2, warmup="settled", step=0.4, precision=0.3)
+
+    model, first = Learning(), callback()
+    trainer = fit(model, Saver(tmp_path), first, max_epochs=20)
+    assert first.trials[0] == (6 * BATCHES, 0.0, pytest.approx(0.752), True), "two after the last that was better"
+    assert levels(first) == [(0.0, True), (0.4, True), (0.8, False), (0.8, False), (0.4, True)]
+    other, again = Learning(), callback()
+    other.scores = other.scores[4:]
+    resumed = fit(other, again, max_epochs=20, ckpt_path=str(tmp_path / f"batch={4 * BATCHES + 1}.ckpt"))
+    assert (again.trials, resumed.global_step) == (first.trials, trainer.global_step)
 
 
 # ------------------------------------------------------------------------------------------------ going back
