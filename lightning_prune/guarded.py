@@ -101,7 +101,7 @@ class GuardedPruning(rewinding.Rewinding):
         self._back_at: int | None = None  # the optimizer step at which to go back to it
         self._validations = 0
         self._outgrown = False  # whether the metric has become much better than the reference
-        self._dense: list[float] = []  # the metric in the validations that were waited for it to settle
+        self._settling: list[float] = []  # the metric in the validations that were waited for it to settle
         self._trials: list[tuple[int, float, float, bool]] = []
 
     @property
@@ -175,8 +175,8 @@ class GuardedPruning(rewinding.Rewinding):
         if self.warmup != "settled":
             return self._validations > self.warmup
         if not self._trials:
-            self._dense.append(value)
-        return bool(self._trials) or settled(self._dense, self.mode, self.patience, self.max_drop)
+            self._settling.append(value)
+        return bool(self._trials) or settled(self._settling, self.mode, self.patience, self.max_drop)
 
     def _value(self, trainer: Trainer) -> float:
         """Return the metric, the same on all ranks."""
@@ -246,7 +246,7 @@ class GuardedPruning(rewinding.Rewinding):
             "best": self._best,
             "back_at": self._back_at,
             "validations": self._validations,
-            "dense": list(self._dense),
+            "settling": list(self._settling),
             "trials": [list(trial) for trial in self._trials],
         }
 
@@ -258,7 +258,7 @@ class GuardedPruning(rewinding.Rewinding):
             setattr(self._search, name, state_dict["search"][name])
         self._planned = [(position, level) for position, level in state_dict["planned"]]
         self._best, self._back_at = state_dict["best"], state_dict["back_at"]
-        self._validations, self._dense = state_dict["validations"], list(state_dict.get("dense", []))
+        self._validations, self._settling = state_dict["validations"], list(state_dict.get("settling", []))
         self._trials = [(step, level, value, held) for step, level, value, held in state_dict["trials"]]
 
 

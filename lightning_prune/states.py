@@ -209,12 +209,15 @@ RULES: dict[str, Rule] = {
     # LotteryTicket
     "memory": optional(MEMORY),
     "moment": optional(whole()),
+    "back": optional(whole()),
+    "again": optional(row(whole(), MEMORY)),
     # GuardedPruning
     "search": _SEARCH,
     "planned": items(row(whole(), FRACTION)),
     "best": optional(every(MEMORY, record(masks=MASKS, steps=whole()))),
     "back_at": optional(whole()),
     "validations": whole(),
+    "settling": items(NUMBER),
     "trials": items(row(whole(), FRACTION, NUMBER, FLAG)),
     # SRSTE
     "dense": table(TENSOR),
