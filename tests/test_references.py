@@ -265,6 +265,23 @@ def test_a_layer_with_a_norm_in_one_of_two_places_has_both_gates() -> None:
     torch.testing.assert_close(scores, torch.stack(steps).mean(0).abs().detach(), rtol=1e-4, atol=1e-8)
 
 
+def test_a_norm_that_no_symbolic_trace_finds_is_the_gate_of_coupled_channels() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.gate, self.head = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), Gate(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.gate(self.norm(self.conv(x)))
+            y = y.relu() if y.isfinite().all() else y
+            found: Tensor = self.head(y.mean((2, 3)))
+            return found
+
+    model = randomly(Untraceable())
+    scores, gates = observed(model, Sensitivity(), COUPLED), by_gates(model)
+    torch.testing.assert_close(scores["conv.weight"], gates["gate"].square().mean(0), rtol=1e-3, atol=1e-8)
+
+
 # ------------------------------------------------------------------------------------------------ network slimming
 
 
