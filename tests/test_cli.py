@@ -1,6 +1,7 @@
 """LightningCLI: all of it from YAML and from the command line, back into YAML, and help that can be read."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_prune import (
     EntropyPruning,
     GraSP,
     Head,
+    InputChannel,
     Magnitude,
     MagnitudePruning,
     Pruning,
@@ -200,7 +202,7 @@ def test_a_schedule_and_a_scope_of_the_user_by_import_path(tmp_path: Path) -> No
     assert {name: int(weight.count_nonzero()) for name, weight in weights(cli.model).items()} == kept
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, BatchNormScale()], ids=label)
+@pytest.mark.parametrize("criterion", [*CRITERIA, BatchNormScale(), Magnitude(2), Magnitude(math.inf)], ids=label)
 def test_every_criterion_by_its_name(criterion: Criterion, tmp_path: Path) -> None:
     config = yaml_file(
         tmp_path, entry("Pruning", sparsity=0.6, criterion=entry(type(criterion).__name__, **vars(criterion)))
@@ -338,6 +340,7 @@ def test_print_config_round_trips(name: str, short: bool, tmp_path: Path, capsys
     ("given", "wanted"),
     [
         ("Channel", Channel()),
+        ("InputChannel", InputChannel()),
         ("lightning_prune.Head", Head()),
         ({"class_path": "Head", "init_args": {"heads": 4, "minimum": 2}}, Head(heads=4, minimum=2)),
         ({"class_path": "Channel", "init_args": {"coupled": True, "round_to": 8}}, Channel(coupled=True, round_to=8)),
