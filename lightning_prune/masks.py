@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.arguments import real
 from lightning_prune.criteria import Criterion
 from lightning_prune.flags import count, slices
 from lightning_prune.instances import instance
@@ -213,7 +214,9 @@ def _is_finite(scores: Tensor) -> bool:
 def _due(keep: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
     if not isinstance(keep, Mapping) or keep.keys() != sizes.keys():
         raise ValueError(f"scope must return the number of units to keep for each of {list(sizes)}, got {keep}")
-    if not all(float(keep[name]).is_integer() and 0 <= keep[name] <= sizes[name] for name in sizes):
+    if not all(
+        float(real(f"scope()[{name!r}]", keep[name])).is_integer() and 0 <= keep[name] <= sizes[name] for name in sizes
+    ):
         raise ValueError(f"scope must keep a whole number of units, at most all, of each of {dict(sizes)}, got {keep}")
     return {name: size - int(keep[name]) for name, size in sizes.items()}
 

@@ -25,7 +25,7 @@ from lightning_prune.scopes import Scope
 from lightning_prune.shards import average_gradients
 from lightning_prune.targets import Target
 from lightning_prune.units import Units
-from lightning_prune.values import optional
+from lightning_prune.values import optional, shown
 
 
 def prune(
@@ -222,7 +222,7 @@ def _stages(
     """Yield the parts of a model, with the passes that the criterion observes."""
     if criterion.needs == "gradients":
         average = average_gradients if distributed else _alone
-        yield Stage(model, partial(criterion.passes, model, batches, loss or _default_loss, average))
+        yield Stage(model, partial(criterion.passes, model, batches, partial(_loss_of, loss or _default_loss), average))
     else:
         run = partial(forward, model) if loss is None else torch.no_grad()(partial(loss, model))
         yield from stages(model, batches, run, sequential)
@@ -249,6 +249,13 @@ def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distrib
         observation.finish()
     finally:
         observation.close()
+
+
+def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    found: Any = loss(model, batch)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        raise TypeError(f"loss must return one number, a tensor, got {shown(found)}")
+    return found
 
 
 def _default_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_prune.arguments import choice, integer, number, position
+from lightning_prune.arguments import choice, integer, number, position, real
 from lightning_prune.instances import named, settle
 from lightning_prune.values import shown
 
@@ -106,13 +106,27 @@ def resolve(schedule: str | Schedule) -> Schedule:
     0.5
     """
     found = named("schedule", schedule, SCHEDULES, "progress")
-    try:
-        first, last = float(found(0.0)), float(found(1.0))
-    except (TypeError, RuntimeError) as error:
-        raise TypeError(f"schedule must map numbers to numbers, got {shown(schedule)}: {error}") from error
+    first, last = value_at("schedule", found, 0.0), value_at("schedule", found, 1.0)
     if not 0.0 <= first <= 1.0 or not math.isclose(last, 1.0, abs_tol=1e-9):
         raise ValueError(f"schedule must map [0, 1] into [0, 1] and 1 to 1, got {first} at 0 and {last} at 1")
     return found
+
+
+def value_at(argument: str, curve: Schedule, progress: float) -> float:
+    """Return what a user's function from progress gives.
+
+    Raises:
+        TypeError: If it takes no number, or gives none.
+
+    >>> value_at("schedule", str, 0.5)
+    Traceback (most recent call last):
+    TypeError: schedule(0.5) must be a number, got the string '0.5'
+    """
+    try:
+        found = curve(progress)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{argument} must map numbers to numbers, got {shown(curve)}: {error}") from error
+    return real(f"{argument}({progress:g})", found)
 
 
 @dataclass(frozen=True)
@@ -210,7 +224,7 @@ def updates(schedule: Schedule, start: int, end: int, frequency: int | None) -> 
     plan: list[tuple[int, float]] = []
     due = 0.0
     for at in [*positions(start, end, every), end]:
-        fraction = 1.0 if at == end else schedule((at - start) / (end - start))
+        fraction = 1.0 if at == end else value_at("schedule", schedule, (at - start) / (end - start))
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"schedule must stay in [0, 1], got {fraction} at {at}")
         if fraction != due:

@@ -209,7 +209,8 @@ def _evaluation(model: nn.Module, data: Any, metric: Metric, dataloaders: Any) -
     def evaluate() -> float:
         model.eval()
         with torch.no_grad():
-            return float(score(model, data))
+            found: Any = score(model, data)
+            return real("what metric returns", found.squeeze() if isinstance(found, Tensor) else found)
 
     return evaluate
 

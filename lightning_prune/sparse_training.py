@@ -91,7 +91,7 @@ class SET(ScheduledTraining):
     ) -> None:
         if sparsity is not None:
             goal.check(sparsity, None)
-        named("decay", decay, _DECAYS, "progress")
+        schedules.value_at("decay", named("decay", decay, _DECAYS, "progress"), 0.0)
         self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
         self.decay = decay
         self.seed = integer("seed", seed)
@@ -128,7 +128,7 @@ class SET(ScheduledTraining):
         left = _DECAYS[self.decay] if isinstance(self.decay, str) else self.decay
         plan = []
         for position in schedules.positions(first or every, last, every):
-            remaining = left((position - first) / length)
+            remaining = schedules.value_at("decay", left, (position - first) / length)
             if not 0.0 <= remaining <= 1.0:
                 raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
             plan.append((position, self.drop_fraction * remaining))

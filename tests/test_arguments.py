@@ -272,6 +272,33 @@ def test_a_configuration_is_plain_whatever_the_arguments_of_a_users_class_are() 
     assert "scope: erk" in text
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda junk: lp.Pruning(0.5, schedule=lambda _: junk), r"schedule\(0\) must be a number"),
+        (lambda junk: lp.SET(0.5, decay=lambda _: junk), r"decay\(0\) must be a number"),
+        (
+            lambda junk: lp.prune(network(), 0.5, scope=lambda scores, _: dict.fromkeys(scores, junk)),
+            r"scope\(\)\['0.weight'\] must be a number",
+        ),
+        (
+            lambda junk: lp.sensitivity(network(), batches(), lambda *_: junk, [0.5], progress=False),
+            "what metric returns must be a number",
+        ),
+        (
+            lambda junk: lp.prune(network(), 0.5, criterion=lp.SNIP(), data=batches(), loss=lambda *_: junk),
+            "loss must return one number, a tensor",
+        ),
+    ],
+)
+@pytest.mark.parametrize("junk", ["0.5", None, torch.ones(2), [0.5]], ids=shown)
+def test_what_users_functions_return_is_refused_by_the_argument(
+    call: Callable[[Any], Any], message: str, junk: Any
+) -> None:
+    with pytest.raises(TypeError, match=rf"{message}, got {re.escape(shown(junk))}"):
+        call(junk)
+
+
 def write(content: Any, path: Path) -> str:
     torch.save(content, path)
     return str(path)

@@ -377,7 +377,7 @@ def test_where_no_channel_can_be_coupled_they_are_rows_and_it_is_said() -> None:
     ("granularity", "arguments", "message"),
     [
         (COUPLED, {}, "coupled channels need example inputs"),
-        (COUPLED, {"example_inputs": torch.ones(3)}, "the model must run on the example inputs"),
+        (COUPLED, {"example_inputs": torch.ones(3)}, "the model must run on example_inputs"),
         (Head(), {}, "must find units to prune, got none .no attention with a stated number of heads is known"),
     ],
 )
