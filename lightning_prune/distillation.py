@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -20,6 +21,8 @@ from lightning_prune.masked_training import MaskedTraining
 from lightning_prune.namespaces import Callback
 from lightning_prune.shards import is_sharded
 from lightning_prune.values import shown
+
+_MANY = 10  # losses at the beginning and at the end that say whether a model is still learning
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
@@ -58,9 +61,9 @@ class Distillation(Callback):
     a number of batches to accumulate, does not divide the distance: a smaller ``weight`` makes up for it.
 
     Args:
-        teacher: Who teaches: "dense", the model as it is before the first weight is pruned, which travels in the
-            checkpoint; or a module that takes the same inputs; or the path of a checkpoint (or ``state_dict``) of this
-            model.
+        teacher: Who teaches: "dense", the model as it is before the first weight is pruned, trained before the run or by
+            then, which travels in the checkpoint; or a module that takes the same inputs; or the path of a checkpoint
+            (or ``state_dict``) of this model.
         temperature: Divides the logits of both; above 0.
         weight: Share of the distance in the loss, in (0, 1]; with 1 the labels have no say.
         layer: Name, inside the network, of the layer whose output is matched instead of the logits; "" is the network
@@ -105,6 +108,7 @@ class Distillation(Callback):
         self._joining: Joining | None = None
         self._backwards = 0
         self._distances: list[Tensor] = []
+        self._losses: list[Tensor] = []  # of the dense model, the first ones and the last ones
 
     @property
     @override
@@ -117,6 +121,8 @@ class Distillation(Callback):
         """Take the model for the teacher while it is dense; called by the callback that is about to prune it."""
         self._know(pl_module)
         if self.teacher == "dense" and self._restored is None and self._teaching is None:
+            _warn_if_it_learns(self._losses)
+            self._losses = []
             self._teaching = self._copy(pl_module).eval()
 
     def _know(self, pl_module: LightningModule) -> None:
@@ -209,6 +215,9 @@ class Distillation(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._teaching is None:
+            self._losses.append(loss.detach().clone())
+            del self._losses[_MANY:-_MANY]
         if self._joining is not None and self._teaching is not None and loss.requires_grad:
             self._joining.open = True
             self._backwards += 1
@@ -256,7 +265,7 @@ class Distillation(Callback):
     def _let_go(self) -> None:
         if self._joining is not None:
             self._joining.close()
-        self._joining, self._distances, self._backwards = None, [], 0
+        self._joining, self._distances, self._losses, self._backwards = None, [], [], 0
         if self._teaching is not None:
             self._teaching.cpu()
 
@@ -277,7 +286,28 @@ class Distillation(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps the teacher, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**state, "_joining": None, "_model": None, "_running": None, "_distances": [], "_backwards": 0}
+        return {
+            **state,
+            "_joining": None,
+            "_model": None,
+            "_running": None,
+            "_distances": [],
+            "_losses": [],
+            "_backwards": 0,
+        }
+
+
+def _warn_if_it_learns(losses: Sequence[Tensor]) -> None:
+    """Warn of a teacher whose loss is still falling: it fell by more than a tenth, from the first ones to the last."""
+    several = len(losses) // 2
+    if several < _MANY // 2:
+        return
+    first, last = (float(torch.stack(list(part)).mean()) for part in (losses[:several], losses[-several:]))
+    if first - last > 0.1 * abs(first):
+        rank_zero_warn(
+            f'teacher="dense" is the model as it is now, while its loss is still falling, from {first:.3g} to '
+            f"{last:.3g}: start from trained weights, let pruning start later, or give a trained teacher"
+        )
 
 
 def _layer(module: nn.Module, argument: str, name: str) -> nn.Module:

@@ -201,6 +201,12 @@ class MaskedTraining(Callback):
                 f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
                 f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
             )
+        if stage == "fit" and _trains_elsewhere(trainer):
+            rank_zero_warn(
+                f"{type(self).__name__} holds its masks in the processes that the strategy starts, and what comes back "
+                f"is the weights and the logged metrics: count the zeros with sparsity(model), find the masks in a "
+                f"checkpoint, and train on with ConstantSparsity()"
+            )
         self._running = weakref.ref(pl_module)
 
     @override
@@ -352,6 +358,12 @@ class MaskedTraining(Callback):
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {**state, "_holding": Holding(), "_model": None, "_running": None, "_before": None}
+
+
+def _trains_elsewhere(trainer: Trainer) -> bool:
+    """Return whether the processes of the run end with it, so that callbacks do not come back (spawn, fork)."""
+    launcher = getattr(trainer.strategy, "launcher", None)
+    return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__)
 
 
 def _announce_pruning(trainer: Trainer, pl_module: nn.Module) -> None:

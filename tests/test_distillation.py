@@ -34,6 +34,14 @@ def expert(seed: int = 5) -> MLP:
     return teacher
 
 
+def test_a_dense_teacher_that_is_still_learning_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r'teacher="dense" is the model as it is now, while its loss is still falling'):
+        fit(MLP(), MagnitudePruning(0.5, start=16, end=18), Distillation(), max_epochs=5)
+    trained = MLP()
+    fit(trained, max_epochs=40)
+    fit(trained, MagnitudePruning(0.5, start=16, end=18), Distillation(), max_epochs=5)
+
+
 class Student(MLP):
     """An MLP that can be trained in several ways; the loss is a method, so that a test can change it."""
 

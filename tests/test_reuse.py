@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, fit
+from lightning.pytorch import Trainer
+from models import MLP, QUIET, fit
 from torch import Tensor
 from variants import METHODS
 
@@ -54,11 +55,12 @@ def test_what_a_test_restored_is_not_for_the_next_model(name: str, tmp_path: Pat
 
 def test_a_state_that_the_user_loads_is_for_any_model(tmp_path: Path) -> None:
     callback = MagnitudePruning(0.5, start=1, end=3)
-    fit(Examined(), callback, max_epochs=1)
+    fit(model := Examined(), callback, max_epochs=1)
     state, other, again = callback.state_dict(), Examined(seed=1), MagnitudePruning(0.5, start=1, end=3)
     with pytest.raises(RuntimeError, match="stop"):
         fit(Stopping(), again)
     again.load_state_dict(state)
+    other.load_state_dict(model.state_dict())
     fit(other, again, max_epochs=1)
     assert all(torch.equal(again.masks[name], mask) for name, mask in callback.masks.items())
 
@@ -84,3 +86,10 @@ def test_the_teacher_that_a_test_restored_does_not_teach_the_next_model(tmp_path
     fit(other, *used)
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_masks_that_do_not_come_back_are_a_warning(strategy: str) -> None:
+    trainer = Trainer(**{**QUIET, "strategy": strategy})
+    with pytest.warns(UserWarning, match="MagnitudePruning holds its masks in the processes that the strategy starts"):
+        MagnitudePruning(0.5).setup(trainer, Examined(), "fit")
