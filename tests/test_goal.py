@@ -41,7 +41,7 @@ def test_a_threshold_is_taken(threshold: float) -> None:
         (95, None, "sparsity must be in [0, 1), got 95"),
         (math.nan, None, "sparsity must be in [0, 1), got nan"),
         (True, None, "sparsity must be in [0, 1), got True"),
-        ("0.5", None, "sparsity must be in [0, 1), got 0.5"),
+        ("0.5", None, "sparsity must be in [0, 1), got the string '0.5'"),
         ({}, None, "sparsity must map at least one pattern to a fraction"),
         ({"a": 0.5, "b.*": 1.5}, None, "sparsity['b.*'] must be in [0, 1), got 1.5"),
         (None, math.nan, "threshold must be"),
