@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_prune.flags import slices
 from lightning_prune.radix import keys
 
 _FEW = 32  # of a group: comparing each with each is faster than sorting
@@ -105,9 +106,14 @@ def tail_share(scores: Tensor) -> Tensor:
     >>> tail_share(torch.tensor([1.0, 3.0, 2.0, 1.0])).tolist()
     [0.06666666666666667, 1.0, 0.3076923076923077, 0.06666666666666667]
     """
-    ordered, order = scores.reshape(-1).double().clamp(min=0.0).sort(descending=True)
-    squares = ordered.square()
-    total = squares.cumsum(0)
-    last = torch.searchsorted(ordered.neg(), ordered.neg(), right=True) - 1  # equal ones share the sum with all of them
-    shares = torch.where(squares > 0, squares / total[last].clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return torch.empty_like(shares).scatter_(0, order, shares).view(scores.shape)
+    # worked through in place, since scores of a large layer are many; the highest come first
+    lowered, order = scores.reshape(-1).clamp(min=0.0).neg_().sort()
+    total = lowered.double().square_().cumsum_(0)
+    for at in slices(len(total), total.device):
+        squares = lowered[at].double().square_()
+        # equal ones share the sum with all of them; it lies here or further on, where nothing has been overwritten
+        last = torch.searchsorted(lowered, lowered[at], right=True).sub_(1)
+        sums = total[last].clamp_(min=torch.finfo(torch.float64).tiny)
+        total[at] = torch.where(squares > 0, squares / sums, 0.0)
+    del lowered
+    return torch.empty_like(total).scatter_(0, order, total).view(scores.shape)

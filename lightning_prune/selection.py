@@ -186,6 +186,14 @@ class Scores(Mapping[str, Tensor]):
         mark = int(keys(torch.tensor([level], dtype=torch.float64), self._bits)) - 1
         return sum(at_most for at_most, _ in self._totals({name: self._survey(name, mark, mark) for name in self}))
 
+    def at_least(self, name: str, level: float) -> Tensor:
+        """Return which units of this rank (bool, of the shape of these scores) score ``level`` or more."""
+        like, part = self._sources[name].open()
+        found = torch.empty_like(like, dtype=torch.bool, memory_format=torch.contiguous_format)
+        for piece in slices(found.numel(), found.device):
+            torch.ge(part(piece), level, out=found.view(-1)[piece])
+        return found
+
     def counts(self, k: int) -> dict[str, int]:
         """Return how many of the k lowest units lie in each target; equal scores fall in the order of the targets."""
         if k == 0:

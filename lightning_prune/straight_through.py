@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_prune.arguments import number
 from lightning_prune.criteria import Magnitude
+from lightning_prune.flags import chunks
 from lightning_prune.granularities import NM
 from lightning_prune.holding import parameter_ids
 from lightning_prune.masked_training import MaskedTraining, gradient_scale, mask_averages
@@ -114,7 +115,7 @@ class SRSTE(MaskedTraining):
         if not units:
             return Masks()
         places = score(units, Magnitude(), dict.fromkeys(unit.name for unit in units))
-        return Masks({name: place >= self.granularity.least for name, place in places.items()})
+        return Masks({name: places.at_least(name, self.granularity.least) for name in places})
 
     @override
     def looks_at_pruned(self, trainer: Trainer) -> bool:
@@ -136,8 +137,7 @@ class SRSTE(MaskedTraining):
                 self._open.add(unit.name)
                 dense = self._dense[unit.name]
                 local(unit.parameter).copy_(dense)
-                hidden = dense.masked_fill(self.masks[unit.name], 0.0)
-                local(unit.parameter.grad).add_(hidden, alpha=self.decay * scale)
+                _add_hidden(local(unit.parameter.grad), dense, self.masks[unit.name], self.decay * scale)
 
     @override
     def stepped(self, optimizer: Optimizer) -> None:
@@ -217,3 +217,12 @@ class SRSTE(MaskedTraining):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_units": [], "_open": set(), "_guard": None}
+
+
+def _add_hidden(gradient: Tensor, weight: Tensor, mask: Tensor, times: float) -> None:
+    """Add to a gradient, in place, so many times the weights that the mask prunes."""
+    parts = [(gradient, weight, mask)]
+    if all(tensor.is_contiguous() for tensor in parts[0]):  # pieces, which stay in the cache
+        parts = list(zip(*map(chunks, parts[0]), strict=True))
+    for grad, hidden, kept in parts:
+        grad.add_(hidden.masked_fill(kept, 0.0), alpha=times)

@@ -1,149 +1,138 @@
-"""Two callbacks beside each other: each holds its own zeros, whatever the other does to the model."""
+"""Two methods in one run, in either order, with every kind of optimizer, place of clipping and compilation, in pairs.
 
-from collections.abc import Callable, Iterator
+Each value of an axis meets each value of each other axis in at least one run, which takes some eighty runs of a dozen
+steps where all combinations would be thousands.
+"""
+
+import random
+from collections.abc import Callable
 from functools import partial
-from itertools import permutations
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning
-from models import MLP, On, agrees, fit
+from foreign import SAM, Divided, ScheduleFree, Shampoo
+from lightning.pytorch import Callback, LightningModule
+from models import fit
+from modes import Regression, assert_masked, plain_parameters
 from torch import Tensor, nn
 
 from lightning_prune import (
     ACDC,
     SET,
     SRSTE,
-    ConstantSparsity,
-    Distillation,
-    GuardedPruning,
+    Channel,
+    Entropy,
     LotteryTicket,
     MagnitudePruning,
-    PruningAtInit,
+    Pruning,
     RigL,
+    Sensitivity,
 )
-from lightning_prune.masked_training import MaskedTraining
-from lightning_prune.zeroing import zero_pruned
 
-FIRST, SECOND = {"targets": ("net.0.*",)}, {"targets": ("net.4.*",)}
-
-
-class Wavering(MLP):
-    """Logs a metric that no second sparsity holds, so that a guard goes back; every weight has a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[2], self.net[5] = nn.Tanh(), nn.Tanh()
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("score", 1.0 - float((self.net[0].weight == 0).float().mean() > 0.4))
-
-
-REWINDING: dict[str, Callable[[], MaskedTraining]] = {
-    "ticket": partial(LotteryTicket, 0.5, rounds=2, rewind_to=1, **FIRST),
-    "guard": partial(GuardedPruning, "score", step=0.3, precision=0.1, patience=4, **FIRST),
+WINDOW: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 10, "frequency": 2}
+METHODS: dict[str, Callable[..., Any]] = {
+    "magnitude": partial(MagnitudePruning, 0.5, **WINDOW),
+    "sensitivity": partial(Pruning, 0.5, criterion=Sensitivity(window=2), granularity=Channel(), **WINDOW),
+    "entropy": partial(Pruning, 0.5, criterion=Entropy(window=2), granularity=Channel(), **WINDOW),
+    "ACDC": partial(ACDC, 0.5, start=1, end=8, frequency=2),
+    "SET": partial(SET, 0.5, scope="local", frequency=2),
+    "RigL": partial(RigL, 0.5, scope="local", frequency=2, grow_init="gradient", regrow=True),
+    "SRSTE": partial(SRSTE, 2, 4),
+    "ticket": partial(LotteryTicket, 0.5, rounds=2, rewind_to=1, frequency=4, interval="step"),
 }
-BESIDE: dict[str, Callable[[], Any]] = {
-    "magnitude": partial(MagnitudePruning, 0.5, start=1, end=6, frequency=1, **SECOND),
-    "acdc": partial(ACDC, 0.5, start=1, end=6, frequency=1, **SECOND),
-    "set": partial(SET, 0.5, frequency=5, **SECOND),
-    "rigl": partial(RigL, 0.5, frequency=5, **SECOND),
-    "srste": partial(SRSTE, 2, 4, **SECOND),
-    "init": partial(PruningAtInit, 0.5, **SECOND),
-    "constant": partial(ConstantSparsity, **SECOND),
-    "teacher": partial(Distillation, "dense"),
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "AdamW": partial(torch.optim.AdamW, lr=0.01),
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.05, initial_accumulator_value=0.1),
+    "Rprop": partial(torch.optim.Rprop, lr=0.01),
+    "LBFGS": partial(torch.optim.LBFGS, lr=0.1, max_iter=2),
+    "SAM": partial(SAM, lr=0.05),
+    "Shampoo": Shampoo,
+    "divided": Divided,
+    "schedule-free": ScheduleFree,
 }
+CLIPS = ("no", "trainer", "before step", "after backward", "callback")
+AXES: dict[str, tuple[str, ...]] = {
+    **{"first": tuple(METHODS), "second": tuple(METHODS), "optimizer": tuple(OPTIMIZERS)},
+    **{"clip": CLIPS, "compiled": ("no", "yes")},
+}
+Case = dict[str, str]
 
 
-def check(model: nn.Module, callback: Any) -> None:
-    """What a callback says is what is counted among its targets."""
-    parameters = dict(model.named_parameters())
-    found = [parameters[name] for name in callback.target_names()]
-    zeros = sum(int((weight == 0).sum()) for weight in found)
-    assert callback.sparsity_now == pytest.approx(zeros / sum(weight.numel() for weight in found))
+def possible(case: Case) -> bool:
+    """Whether no value excludes another: these pairs are refused, by Lightning or by this package."""
+    again = case.get("optimizer") in ("LBFGS", "SAM")  # they run the model inside their step
+    methods = case.get("first"), case.get("second")
+    return not (again and "SRSTE" in methods) and methods != ("ticket", "ticket")
 
 
-def pairs() -> Iterator[Any]:
-    for one in REWINDING:
-        for other in BESIDE:
-            for order in permutations((one, other)):
-                yield pytest.param(order, id="-".join(order))
-
-
-@pytest.mark.parametrize("order", list(pairs()))
-def test_every_callback_holds_its_zeros_while_another_rewinds(order: tuple[str, str]) -> None:
-    model = Wavering()
-    with torch.no_grad():
-        zero_pruned([(model.net[4].weight, torch.arange(80).view(10, 8) % 2 == 0)]) if "constant" in order else None
-    callbacks = [{**REWINDING, **BESIDE}[name]() for name in order]
-    masked = [callback for callback in callbacks if isinstance(callback, MaskedTraining)]
-    seen: list[bool] = []
-    look = On(on_train_batch_start=lambda *_: seen.append(all(agrees(model, one.masks) for one in masked)))
-    fit(model, *callbacks, look, max_epochs=6)
-    assert seen == [True] * 24, "a forward pass saw a weight that is pruned"
-    for callback in masked:
-        check(model, callback)
-        assert callback.sparsity_now == pytest.approx(0.3 if isinstance(callback, GuardedPruning) else 0.5, abs=0.02)
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_weights_behind_masks_are_rewound_too(first: int) -> None:
-    """N:M weights train as if nothing had come before, from the step that a ticket goes back to."""
-
-    class Diary(MLP):
-        pages: list[Tensor]
-
-        def on_train_batch_start(self, *args: Any) -> None:
-            self.pages.append(self.net[4].weight.detach().clone())
-
-    model = Diary()
-    model.pages = []
-    both = [LotteryTicket(0.01, rounds=1, rewind_to=first, **FIRST), SRSTE(2, 4, **SECOND)]  # rounds to no weight
-    fit(model, *both, max_epochs=4, limit_val_batches=0)
-    for then, now in zip(model.pages[first + 1 : 8], model.pages[8 + first + 1 :], strict=True):
-        assert torch.equal(then, now)
-
-
-class Unfreezing(BaseFinetuning):
-    """Adds a group of parameters to the optimizer in the third epoch."""
-
-    def freeze_before_training(self, pl_module: LightningModule) -> None:
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        if epoch == 2:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, initial_denom_lr=4.0)
-
-
-class FineTuned(Wavering):
-    """Trains what is not frozen."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1, momentum=0.9)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("score", 1.0 - float((self.net[4].weight == 0).float().mean() > 0.4))
-
-
-@pytest.mark.parametrize("name", ["ticket", "guard"])
-def test_groups_that_are_added_on_the_way_stay(name: str) -> None:
-    made = {
-        "ticket": partial(LotteryTicket, 0.5, rounds=2, rewind_to=1, **SECOND),
-        "guard": partial(GuardedPruning, "score", step=0.3, precision=0.1, patience=1, warmup=1, **SECOND),
+def every_pair() -> list[Case]:
+    """Return runs in which each value of an axis meets each of another: at every turn, that with most new pairs."""
+    chance, cases = random.Random(0), []
+    left = {
+        ((a, x), (b, y)) for a, b in combinations(AXES, 2) for x in AXES[a] for y in AXES[b] if possible({a: x, b: y})
     }
-    model, callback = FineTuned(), made[name]()
-    trainer = fit(model, Unfreezing(), callback, max_epochs=6)
-    check(model, callback)
-    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [6, 2]
-    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.1, 0.025]
+    while left:
+        (a, x), (b, y) = min(left)
+        drawn = [{axis: chance.choice(values) for axis, values in AXES.items()} | {a: x, b: y} for _ in range(200)]
+        case = max(filter(possible, drawn), key=lambda case: len(left.intersection(combinations(case.items(), 2))))
+        left.difference_update(combinations(case.items(), 2))
+        cases.append(case)
+    return cases
 
 
-@pytest.mark.parametrize("names", [("ticket", "guard"), ("guard", "ticket"), ("ticket", "ticket")])
-def test_two_that_rewind_are_refused(names: tuple[str, str]) -> None:
-    both = [REWINDING[name]() for name in names]
-    both[1].targets = SECOND["targets"]
-    with pytest.raises(ValueError, match=r"callbacks must have at most one among them that rewinds the run.*got \["):
-        fit(model := Wavering(), *both, max_epochs=3)
-    assert model.trainer.global_step == 0
+class Model(Regression):
+    """Two square layers, each the target of a method, and places to clip in."""
+
+    clip = "no"
+
+    def on_after_backward(self) -> None:
+        if self.clip == "after backward":
+            nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.clip == "before step":
+            nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class Clipping(Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: LightningModule, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_(pl_module.parameters(), 0.1)
+
+
+def build(case: Case) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        square = [layer for _ in range(2) for layer in (nn.ReLU(), nn.Linear(8, 8))]
+        net = nn.Sequential(nn.Linear(6, 8), *square, nn.ReLU(), nn.Linear(8, 4))
+    model = Model(net, optimizer=OPTIMIZERS[case["optimizer"]])
+    model.clip = case["clip"]
+    if case["compiled"] == "yes":
+        torch._dynamo.reset()
+        model.net = torch.compile(model.net, backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Using .torch.compile.module.. when there are global hooks")
+@pytest.mark.parametrize("case", every_pair(), ids=lambda case: "-".join(case.values()))
+def test_two_methods_hold_their_zeros(case: Case) -> None:
+    model = build(case)
+    first = METHODS[case["first"]](targets=("net.2.weight",))
+    second = METHODS[case["second"]](targets=("net.4.weight",))
+    seen: list[str] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+            parameters: dict[str, Tensor] = plain_parameters(pl_module)
+            for callback in (first, second):
+                seen.extend(name for name, mask in callback.masks.items() if parameters[name][~mask].any())
+
+    clip = {"gradient_clip_val": 0.1} if case["clip"] == "trainer" else {}
+    others = [Clipping()] if case["clip"] == "callback" else []
+    fit(model, first, second, *others, Look(), limit_val_batches=0, **clip)
+    assert not seen
+    for callback in (first, second):
+        assert callback.reached
+        assert_masked(model, callback)

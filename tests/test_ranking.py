@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune import NM, Magnitude, Masks, Wanda, flags, goal, prune, scopes, selection
 from lightning_prune.masks import make_masks
-from lightning_prune.ranking import part_within, rank_within
+from lightning_prune.ranking import part_within, rank_within, tail_share
 from lightning_prune.units import make_units
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=100)
@@ -105,3 +105,13 @@ def test_a_criterion_without_parts_ranks_in_pieces_too() -> None:
     scores = model.weight.detach().abs() * data.square().mean(0).sqrt()
     mask = prune(model, 0.5, criterion=Wanda(), granularity=NM(2, 4), data=[data])["weight"]
     assert torch.equal(mask, rank_within(scores, 4) > 0.5)
+
+
+def test_shares_of_many_scores_are_those_of_a_sort_in_float64() -> None:
+    # more than one piece, with equal scores across their borders
+    scores = torch.randn(700_001, generator=torch.Generator().manual_seed(0)).mul(1000).round().div(1000)
+    ordered, order = scores.double().clamp(min=0.0).sort(descending=True)
+    total = ordered.square().cumsum(0)
+    last = torch.searchsorted(ordered.neg(), ordered.neg(), right=True) - 1
+    shares = torch.where(ordered > 0, ordered.square() / total[last].clamp(min=1e-300), 0.0)
+    assert torch.equal(tail_share(scores)[order], shares)
