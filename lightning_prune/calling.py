@@ -34,7 +34,8 @@ def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = No
     if isinstance(inputs, Tensor):
         return inputs.to(device, dtype if inputs.is_floating_point() else None)
     if hasattr(type(inputs), "to"):  # packed sequences, and others that know how
-        return inputs.to(device)
+        moved = inputs.to(device)
+        return inputs if moved is None else moved  # some move themselves and return nothing
     if isinstance(inputs, tuple):
         parts = [convert(part, device, dtype) for part in inputs]
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)

@@ -117,6 +117,8 @@ def describe(sparsity: Sparsity | None, threshold: float | None) -> tuple[str, f
     (('sparsity 0.9', 0.9), ('threshold 0.1', 1.0))
     """
     what = f"sparsity {sparsity}" if threshold is None else f"threshold {threshold}"
+    if isinstance(sparsity, Mapping):
+        what = "sparsity " + ", ".join(f"{fraction} of {pattern!r}" for pattern, fraction in sparsity.items())
     return what, sparsity if isinstance(sparsity, float | int) else 1.0
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_prune.values import scalar
+
 
 @dataclass
 class History:
@@ -36,17 +38,24 @@ class History:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON has it, with null for what is not finite."""
-        metrics = {name: [[at, finite(value)] for at, value in values] for name, values in self.metrics.items()}
-        return {"sparsity": [list(entry) for entry in self.sparsity], "metrics": metrics}
+        found: dict[str, Any] = as_json({"sparsity": self.sparsity, "metrics": self.metrics})
+        return found
 
 
-def finite(value: float) -> float | None:
-    """Return a number as JSON has it: None where it is not finite.
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it: null for what is not finite, and as text what it has no word for.
 
-    >>> finite(0.5), finite(float("nan"))
-    (0.5, None)
+    >>> as_json({"levels": (0.5, float("nan")), "device": torch.device("cpu"), "count": torch.tensor(3)})
+    {'levels': [0.5, None], 'device': 'cpu', 'count': 3}
     """
-    return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    found = scalar(value)
+    if isinstance(found, float):
+        return float(found) if math.isfinite(found) else None
+    return found if isinstance(found, str | int | None) else str(found)
 
 
 def _put(entries: list[tuple[int, float]], step: int, value: float) -> None:

@@ -113,7 +113,7 @@ def plot_history(history: History, metric: str | None = None, ax: "Axes | None" 
         ax.yaxis.label.set_color("C0")
         beside = ax.twinx()
         beside.plot(*_columns(points), color="C1", marker="o", markersize=3)
-        beside.set_ylabel(metric, color="C1")
+        beside.set_ylabel(metric, color="C1", parse_math=False)  # a name may have a $
     return fig, ax
 
 
@@ -182,7 +182,7 @@ def plot_masks(
     for place, (name, (picture, density)) in zip(axes, pictures.items(), strict=True):
         place.imshow(picture, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         # in lines, since layers often differ in the middle of their long names
-        place.set_title("\n".join([*wrap(name, 26), f"{1 - density:.1%} pruned"]), fontsize=6)
+        place.set_title("\n".join([*wrap(name, 26), f"{1 - density:.1%} pruned"]), fontsize=6, parse_math=False)
         place.set_xticks([])
         place.set_yticks([])
     return axes[0].get_figure(), axes  # type: ignore[return-value]
@@ -228,7 +228,7 @@ def _pyplot() -> Any:
 
 def _rows(ax: "Axes", names: Sequence[str]) -> None:
     """Write a name beside each row, the first on top."""
-    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 

@@ -18,7 +18,6 @@ from lightning_prune.masked_training import averages
 from lightning_prune.masks import Masks
 from lightning_prune.scheduled import ScheduledTraining
 from lightning_prune.shrinking import cut_all, what_to_keep
-from lightning_prune.targets import named_parameters
 
 ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
 ScopeName = Literal["global", "local", "erk", "lamp"]
@@ -54,6 +53,7 @@ class Pruning(ScheduledTraining):
             forward pass on ``example_input_array`` or, without it, the first training batch.
         shrink_at_end: Whether to take dead channels and heads out of the model when the training ends, as ``shrink``
             does in place; channels are then coupled. Checkpoints of before hold the whole model with its zeros.
+            ``sparsity_now`` stays what was reached, of the targets as they were, until another fit counts again.
         initial: Sparsity that is due at ``start`` already, in [0, sparsity); the schedule goes on from there.
 
     Attributes:
@@ -127,8 +127,7 @@ class Pruning(ScheduledTraining):
         kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
         cut_all(pl_module, kept, trainer.optimizers, others)
         self.masks = Masks({name: kept.of_mask(name, mask) for name, mask in self.masks.items()})
-        self._units, self._found = [], []
-        self._count(named_parameters(pl_module))
+        self._units, self._found = [], []  # and the sparsity stays that of the targets as they were
 
     def _warn_of_zeros(self) -> None:
         if self.masks:

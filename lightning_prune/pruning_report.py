@@ -21,7 +21,7 @@ from lightning_prune.calling import example_of
 from lightning_prune.configuration import as_yaml, plain
 from lightning_prune.distillation import Distillation
 from lightning_prune.flops import dense_flops, sparse_flops
-from lightning_prune.history import History
+from lightning_prune.history import History, as_json
 from lightning_prune.instances import path as as_path
 from lightning_prune.masked_training import MaskedTraining
 from lightning_prune.namespaces import Callback
@@ -43,6 +43,8 @@ class PruningReport(Callback):
         path: Where to write the page; None is ``pruning_report.html`` in the Trainer's ``log_dir``, or, without a
             logger, in its ``default_root_dir``. The JSON has the suffix .json.
         log_figures: Whether to add the figures to every logger that takes figures, as TensorBoard's does.
+
+    A page that cannot be written, for whatever reason, is a warning and no error: the run is complete without it.
 
     Attributes:
         history: Sparsity and metrics so far, as ``plot_history`` takes them.
@@ -136,9 +138,15 @@ class PruningReport(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            self._finish(trainer, pl_module)
+        except Exception as error:  # a run that has been paid for is not to be lost for a page about it
+            rank_zero_warn(f"PruningReport could not write its page, and the run is complete without: {error!r}")
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
         self._look(trainer, pl_module)
-        found = self._found(trainer, pl_module)  # on all ranks, which may hold pieces of the parameters
+        found = as_json(self._found(trainer, pl_module))  # on all ranks, which may hold pieces of the parameters
         masks = _masks(trainer, pl_module)
         folder = trainer.log_dir or trainer.default_root_dir  # all ranks have to ask for it
         if trainer.is_global_zero:

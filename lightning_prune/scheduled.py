@@ -103,7 +103,8 @@ class ScheduledTraining(MaskedTraining):
         """Return the goal in words, what is told of each update, and that for each position."""
         what, final = goal.describe(self.sparsity, self.threshold)
         what += "" if self.of == "units" else f" of the {self.of}"
-        return what, "level", [(position, amount * final) for position, amount in self._updates]
+        told = "level" if isinstance(self.sparsity, float | int) else "part of that"
+        return what, told, [(position, amount * final) for position, amount in self._updates]
 
     @override
     def explain(self) -> str:

@@ -18,7 +18,7 @@ from lightning_prune.loading import travel_along
 from lightning_prune.masks import Masks
 from lightning_prune.proof import agreeing, scratch
 from lightning_prune.surgery import Decision, cut, kept_by, named_tensors, zero_units
-from lightning_prune.targets import named_parameters
+from lightning_prune.targets import named_parameters, plain_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -152,17 +152,24 @@ def _rounded(keep: Tensor, round_to: int) -> Tensor:
     return keep.index_fill(0, spared, True)
 
 
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+
+
 def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
     """Warn of weights with dead channels that are not removed."""
     tensors = named_tensors(model)
+    modules = model.named_modules()  # of an embedding a row is a word, which may well be zero, as that of padding is
+    across = {plain_name(f"{n}.weight") for n, m in modules if isinstance(m, nn.Embedding) or _is_transposed(m)}
     removed = {group.name for group, _ in done}
     stays = {}
     for group in graph.groups:
         if group.name not in removed and (count := int(zero_units([tensors], group.role("makes")).sum())):
             stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
     for name, reason in graph.left_out.items():
-        if count := int((~tensors[name].detach().flatten(1).any(1)).sum()):
-            stays[name] = f"{count} of {len(tensors[name])}: {reason}"
+        weight = tensors[name].detach().movedim(1 if name in across else 0, 0)
+        if count := int((~weight.flatten(1).any(1)).sum()):
+            stays[name] = f"{count} of {len(weight)}: {reason}"
     if stays:
         listed = "; ".join(f"{name} ({reason})" for name, reason in stays.items())
         warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)

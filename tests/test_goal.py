@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from models import MLP, fit
 from torch import nn
 
-from lightning_prune import goal, scopes
+from lightning_prune import MagnitudePruning, goal, scopes
 from lightning_prune.criteria import Entropy, Magnitude
 from lightning_prune.scopes import Scope
 from lightning_prune.selection import Scores
@@ -127,3 +128,11 @@ def test_a_threshold_on_entropy_is_a_bound_from_above_or_below(
     scores = Scores.of({"w": -entropies if prune == "high" else entropies})
     allocate = goal.allocation([], None, threshold, Entropy(prune), scopes.local)
     assert allocate(scores) == {"w": kept}
+
+
+def test_the_plan_of_a_sparsity_per_layer_says_what_each_pattern_gets() -> None:
+    callback = MagnitudePruning({"net.0.*": 0.3, "net.*": 0.7}, schedule="one_shot", start=1)
+    fit(MLP(), callback)
+    plan = callback.explain()
+    assert plan.startswith("MagnitudePruning to sparsity 0.3 of 'net.0.*', 0.7 of 'net.*': 3 parameters")
+    assert plan.endswith("1 updates, step (part of that): 1 (100.0%)")

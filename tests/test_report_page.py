@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -447,3 +448,42 @@ def test_sixty_layers_print_on_whole_pages(chromium: str, tmp_path: Path) -> Non
     )
     pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
     assert 4 <= pages <= 9
+
+
+# ------------------------------------------------------------------------------------------------ what it survives
+
+
+class Oddly(Example):
+    """Logs a metric whose name is no mathematics, and one that is NaN."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss$^$", torch.tensor(0.5))
+        self.log("val_loss", torch.tensor(float("nan")))
+
+
+def test_names_and_numbers_of_any_kind_are_written(tmp_path: Path) -> None:
+    callback = MagnitudePruning(np.float64(0.5), **LINEAR)  # type: ignore[arg-type]
+    found = written(tmp_path, Oddly(), callback)
+    assert found["history"]["metrics"]["loss$^$"] == [[4, 0.5], [8, 0.5], [12, 0.5]]
+    assert found["history"]["metrics"]["val_loss"] == [[4, None], [8, None], [12, None]]
+    assert found["callbacks"][0]["sparsity"] == 0.5
+
+
+def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    callback, model = MagnitudePruning(0.5, **LINEAR), Example()
+    report = PruningReport(str(tmp_path / "file" / "report.html"))  # inside of a file
+    with pytest.warns(UserWarning, match=r"could not write its page, and the run is complete without: FileExistsError"):
+        trainer = fit(model, callback, report, max_epochs=3)
+    assert trainer.state.finished
+    assert zeros(model) == size(model) / 2
+    assert report.history.sparsity[-1][1] == 0.5
+
+
+def test_after_shrinking_it_says_what_was_pruned(tmp_path: Path) -> None:
+    callback = Pruning(0.5, granularity=Channel(), scope="local", schedule="one_shot", start=1, shrink_at_end=True)
+    model = Example()
+    found = written(tmp_path, model, callback)
+    assert model.net[0].out_features == 4
+    assert found["sparsity"] == callback.sparsity_now == found["history"]["sparsity"][-1][1] > 0.4
+    assert f"{callback.sparsity_now:.2%} of the targets are pruned" in (tmp_path / "report.html").read_text()

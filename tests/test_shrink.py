@@ -88,3 +88,31 @@ def test_a_unit_lies_in_every_tensor_once(case: Case) -> None:
             taken = {(member.name, member.dim, place) for place in places}
             assert cut.isdisjoint(taken), "two units share a place"
             cut |= taken
+
+
+def test_a_padding_row_is_no_dead_channel() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.warns(UserWarning, match="nothing was removed: no channel is zero throughout"):
+        shrink(model, torch.ones(3, 2, dtype=torch.int64))
+    with torch.no_grad():
+        model[0].weight[:, 1] = 0.0
+    with pytest.warns(UserWarning, match=r"0.weight \(1 of 4: "):
+        shrink(model, torch.ones(3, 2, dtype=torch.int64))
+
+
+class InPlace(dict[str, Tensor]):
+    """A batch that moves itself and returns nothing, as some packages have it."""
+
+    def to(self, device: torch.device) -> None:
+        self.update({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class OfBatches(nn.Sequential):
+    def forward(self, batch: InPlace) -> Tensor:
+        return super().forward(batch["x"])
+
+
+def test_a_batch_that_moves_itself_is_an_example() -> None:
+    model = OfBatches(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.zeros_(model[2].weight[:, 1:])
+    assert shrink(model, (InPlace(x=torch.ones(2, 4)),))[0].out_features == 1
