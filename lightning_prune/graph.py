@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calling import Inputs, call, convert, eager
+from lightning_prune.calling import Inputs, call, convert, eager, tensors
 from lightning_prune.copying import copied
 from lightning_prune.targets import plain_name
 from lightning_prune.values import shown
@@ -133,11 +133,19 @@ def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, lis
     model.requires_grad_()
     for module in model.modules():
         module._forward_hooks.clear()
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):  # keys and values would count as outputs
+            config.use_cache = False  # of this copy
     with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager():
         warnings.simplefilter("ignore")
         graph = require_torch_pruning().DependencyGraph()
-        found = graph.build_dependency(model, inputs, forward_fn=call, verbose=False)
+        found = graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)
         return model, found, list(found.get_all_groups(root_module_types=_ROOTS))
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return what a model puts out that can be traced."""
+    return [tensor for tensor in tensors(call(model, inputs)) if tensor.grad_fn is not None]
 
 
 def require_torch_pruning() -> Any:

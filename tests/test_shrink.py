@@ -1,6 +1,7 @@
 """Shrinking: the smaller model puts out what the masked one does, and what cannot go is named."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +117,30 @@ def test_a_batch_that_moves_itself_is_an_example() -> None:
     model = OfBatches(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     nn.init.zeros_(model[2].weight[:, 1:])
     assert shrink(model, (InPlace(x=torch.ones(2, 4)),))[0].out_features == 1
+
+
+class Caching(nn.Module):
+    """Returns what it has computed on the way beside its output, as transformers do with keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        inner = self.first(x)
+        cache = SimpleNamespace(keys=inner) if self.config is None else (inner,) if self.config.use_cache else None
+        return {"out": self.last(inner), "cache": cache, "note": "text", "length": torch.tensor(4)}
+
+
+def test_a_cache_is_no_output_of_the_model() -> None:
+    model = Caching()
+    (group,) = trace(model, torch.ones(2, 4)).groups
+    assert [(member.name, member.role) for member in group.members] == [
+        ("first.weight", "makes"),
+        ("first.bias", "follows"),
+        ("last.weight", "reads"),
+    ]
+    assert model.config.use_cache  # the model is left as it was
+    model.config = None  # a cache that is an object
+    assert len(trace(model, torch.ones(2, 4)).groups) == 1
