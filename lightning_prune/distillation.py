@@ -61,9 +61,9 @@ class Distillation(Callback):
     a number of batches to accumulate, does not divide the distance: a smaller ``weight`` makes up for it.
 
     Args:
-        teacher: Who teaches: "dense", the model as it is before the first weight is pruned, trained before the run or by
-            then, which travels in the checkpoint; or a module that takes the same inputs; or the path of a checkpoint
-            (or ``state_dict``) of this model.
+        teacher: Who teaches: "dense", the model before its first weight is pruned, trained before the run or by then,
+            which travels in the checkpoint; or a module that takes the same inputs; or the path of a checkpoint (or
+            ``state_dict``) of this model.
         temperature: Divides the logits of both; above 0.
         weight: Share of the distance in the loss, in (0, 1]; with 1 the labels have no say.
         layer: Name, inside the network, of the layer whose output is matched instead of the logits; "" is the network

@@ -25,8 +25,9 @@ class LotteryTicket(rewinding.Rewinding):
     The run is ``rounds + 1`` trainings, all of which end at the same step T of a training. Between two of them the same
     fraction of what is left is pruned, such that the last round ends exactly at ``sparsity``, and training goes on from
     step ``rewind_to``: optimizers and learning-rate schedulers are as they were there, and so are all weights and
-    buffers, unless ``rewind`` says otherwise. Nothing is rewound once the ticket is trained, and the run stops then. A
-    learning-rate schedule should span one training, T steps, since it is lived through ``rounds + 1`` times.
+    buffers, unless ``rewind`` says otherwise. Nothing is rewound once the ticket is trained, and the run stops then (a
+    run that is longer than ``rounds + 1`` times ``frequency`` trains the ticket on). A learning-rate schedule should
+    span one training, T steps, since it is lived through ``rounds + 1`` times.
 
     With ``rewind_to=k`` every training but the first takes T - k steps. Where trainings are counted in epochs, they
     end with an epoch: the whole epochs of k are left out, and what is trained in the first batches of an epoch, up to
@@ -135,8 +136,9 @@ class LotteryTicket(rewinding.Rewinding):
         later = self.reached and self._clock(trainer) < self._updates[-1][0]  # another fit, which goes on with a ticket
         if later or not self._back:
             return math.inf
-        whole = (self.frequency or 0) * (self.rounds + 1)
-        return max(whole, length(trainer, self.interval, self._epochs)) - self.rounds * self._back
+        duration = length(trainer, self.interval, self._epochs)
+        whole = duration if self.frequency is None else self.frequency * (self.rounds + 1)
+        return math.inf if duration > whole else whole - self.rounds * self._back
 
     def _check_rounds(self, trainer: Trainer) -> None:
         positions = [0, *(position for position, _ in self._updates)]

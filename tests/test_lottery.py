@@ -203,13 +203,18 @@ def test_a_training_goes_from_the_step_to_its_end(interval: str, rewind_to: int,
     assert schedule == "epochs" or model.rates[-1] == pytest.approx(min(first), abs=1e-6)
 
 
-def test_a_run_that_is_longer_than_its_rounds_trains_the_ticket_on(tmp_path: Any) -> None:
+def test_a_run_that_is_longer_than_its_rounds_trains_the_ticket_on() -> None:
     callback = LotteryTicket(0.75, rounds=2, rewind_to=1, frequency=2, interval="step")
-    trainer = fit(MLP(), callback, max_epochs=3, limit_val_batches=0)
+    assert fit(MLP(), callback, max_epochs=3, limit_val_batches=0).global_step == 3 * BATCHES
     assert callback.plan(2, 4) == [(2, 0.5), (3, 1.0)]
+
+
+def test_a_ticket_that_is_trained_is_not_trained_on_when_it_is_resumed(tmp_path: Any) -> None:
+    callback = LotteryTicket(0.75, rounds=2, rewind_to=1, frequency=4, interval="step")
+    trainer = fit(MLP(), callback, max_epochs=3, limit_val_batches=0)
     assert trainer.global_step == 3 * BATCHES - 2
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    again = LotteryTicket(0.75, rounds=2, rewind_to=1, frequency=2, interval="step")
+    again = LotteryTicket(0.75, rounds=2, rewind_to=1, frequency=4, interval="step")
     ended = fit(MLP(), again, max_epochs=3, limit_val_batches=0, ckpt_path=str(tmp_path / "end.ckpt"))
     assert ended.global_step == trainer.global_step
     assert fit(trainer.model, callback, max_epochs=3).global_step == 3 * BATCHES, "a fit of its own"
