@@ -6,11 +6,10 @@ NumPy and PyTorch count as the numbers that they are, and come back as Python's 
 
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lightning_prune.values import scalar, shown
+from lightning_prune.values import plain_number, scalar, shown
 
 Option = TypeVar("Option", bound=str)
 
@@ -57,7 +56,7 @@ def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | fl
     Traceback (most recent call last):
     ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
     """
-    found = _plain_number(value)
+    found = plain_number(value)
     if found is not None and _lies_in(found, interval):
         return found
     rule = _IN_WORDS.get(interval, f"in {interval}")
@@ -76,7 +75,7 @@ def real(argument: str, value: Any) -> int | float:
     Traceback (most recent call last):
     TypeError: dense must be a number, got the string '0.9'
     """
-    found = _plain_number(value)
+    found = plain_number(value)
     if found is None:
         raise TypeError(f"{argument} must be a number, got {shown(value)}")
     return found
@@ -103,7 +102,7 @@ def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]
     if not given:
         raise ValueError(f"{argument} must be numbers in {interval}, one at least, got {given}")
     for entry in given:
-        found = _plain_number(entry)
+        found = plain_number(entry)
         if found is None or not _lies_in(found, interval):
             raise ValueError(f"{argument} must be numbers in {interval}, got {shown(entry)}{_meant(entry, interval)}")
     return tuple(number(argument, entry, interval) for entry in given)
@@ -118,7 +117,7 @@ def position(argument: str, value: Any) -> int | float:
     >>> position("start", 2), position("start", 0.5)
     (2, 0.5)
     """
-    found = _plain_number(value)
+    found = plain_number(value)
     if found is None or found < 0 or (isinstance(found, float) and not found <= 1.0):
         raise ValueError(f"{argument} must be an int of at least 0 or a float in [0, 1], got {shown(value)}")
     return found
@@ -188,9 +187,9 @@ def choice(argument: str, value: Any, options: Sequence[Option]) -> Option:
     for option in options if isinstance(value, str) else ():
         if option == value:
             return option
-    first, last = options[:-1], options[-1]
+    *first, last = (f'"{option}"' for option in options)
     given = repr(value) if isinstance(value, str) else shown(value)
-    raise ValueError(f"{argument} must be {', '.join(map(_quoted, first))} or {_quoted(last)}, got {given}")
+    raise ValueError(f"{argument} must be {', '.join(first)} or {last}, got {given}")
 
 
 def patterns(argument: str, value: Any) -> tuple[str, ...]:
@@ -224,15 +223,6 @@ def _pattern(argument: str, entry: Any) -> str:
     return str(entry)
 
 
-def _plain_number(value: Any) -> int | float | None:
-    found = scalar(value)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        return None
-    if abs(found) > sys.float_info.max:  # an int that no float can hold is as good as infinite
-        return math.inf if found > 0 else -math.inf
-    return int(found) if isinstance(found, int) else float(found)
-
-
 def _lies_in(found: float, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(","))
     above = found > low or (interval[0] == "[" and found == low)
@@ -248,14 +238,10 @@ def _meant(value: Any, interval: str) -> str:
         except ValueError:
             return ""
         return _suggest(value) if _lies_in(value, interval) else ""
-    found = _plain_number(value)
+    found = plain_number(value)
     percent = found is not None and 2 <= found < 100 and interval in ("[0, 1)", "[0, 1]", "(0, 1)", "(0, 1]")
     return _suggest(round(found / 100, 9)) if found is not None and percent else ""
 
 
 def _suggest(value: float) -> str:
     return f": did you mean {value}?"
-
-
-def _quoted(option: str) -> str:
-    return f'"{option}"'

@@ -1,5 +1,7 @@
 """Values: what was given for an argument, as a plain scalar and in the words of an error message."""
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,6 +24,20 @@ def scalar(value: Any) -> Any:
         except RuntimeError:  # a tensor without data
             return value
     return value
+
+
+def plain_number(value: Any) -> int | float | None:
+    """Return a number as Python has it; None for anything else, bools too.
+
+    >>> plain_number(True) is None, plain_number(0.5)
+    (True, 0.5)
+    """
+    found = scalar(value)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return None
+    if abs(found) > sys.float_info.max:  # an int that no float can hold is as good as infinite
+        return math.inf if found > 0 else -math.inf
+    return int(found) if isinstance(found, int) else float(found)
 
 
 def optional(
