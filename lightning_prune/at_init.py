@@ -2,11 +2,9 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -15,9 +13,9 @@ from typing_extensions import override
 
 from lightning_prune import goal, report, scopes
 from lightning_prune.arguments import integer
-from lightning_prune.calling import eager, inputs_of
-from lightning_prune.copying import copied
+from lightning_prune.calling import eager
 from lightning_prune.criteria import SNIP, Criterion, Loss
+from lightning_prune.examples import inputs_of_step, silent_copy
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.instances import function, instance
 from lightning_prune.masked_training import MaskedTraining, tell
@@ -135,6 +133,8 @@ class PruningAtInit(MaskedTraining):
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Masks:
         model, example = _silent_copy(pl_module), pl_module.example_input_array
+        if example is None and self.granularity.coupled:
+            example = inputs_of_step(pl_module, batch)
         modes = [module.training for module in model.modules()]
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -156,7 +156,9 @@ class PruningAtInit(MaskedTraining):
                 data=[batch],
                 loss=loss,
                 rounds=self.rounds,
-                example_inputs=inputs_of(batch) if example is None and self.granularity.coupled else example,
+                example_inputs=inputs_of_step(pl_module, batch)
+                if example is None and self.granularity.coupled
+                else example,
                 distributed=trainer.world_size > 1,
             )
 
@@ -167,23 +169,12 @@ class PruningAtInit(MaskedTraining):
 def _silent_copy(pl_module: LightningModule) -> LightningModule:
     """Return a copy that logs nothing."""
     try:
-        model = copied(pl_module)
+        return silent_copy(pl_module)
     except Exception as error:  # of any type: whatever a user's attributes raise
         raise ValueError(
             f"the model must be one that copy.deepcopy can copy for PruningAtInit, got {type(pl_module).__name__} "
             f"({error}): call prune(...) before fit, and add ConstantSparsity()"
         ) from error
-    with suppress(ValueError):  # it is not compiled; the compiled methods are those of the module that was copied
-        model = to_uncompiled(model)
-    model.trainer = pl_module.trainer
-    for module in model.modules():
-        if hasattr(type(module), "log_dict"):  # a LightningModule, of either namespace
-            vars(module).update(log=_nothing, log_dict=_nothing)
-    return model
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Log nothing."""
 
 
 def _loss_of_a_step(model: Any, batch: Any) -> Tensor:

@@ -12,10 +12,11 @@ from typing_extensions import override
 from lightning_prune import goal, report, scopes
 from lightning_prune.agreement import fitting
 from lightning_prune.budget import Budget, Measure
-from lightning_prune.calling import Inputs, inputs_of
+from lightning_prune.calling import Inputs
 from lightning_prune.clock import in_steps, length, steps_per_epoch
 from lightning_prune.coupled import find_units
 from lightning_prune.criteria import Criterion
+from lightning_prune.examples import inputs_of_step
 from lightning_prune.granularities import Granularity
 from lightning_prune.holding import parameter_ids
 from lightning_prune.instances import instance
@@ -164,7 +165,7 @@ class ScheduledTraining(MaskedTraining):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._waits_for_a_batch:
-            self._inputs = inputs_of(batch)
+            self._inputs = inputs_of_step(pl_module, batch)
             self._find_units(trainer, pl_module)
             self._refuse_overlap(trainer)
             self._announce(length(trainer, self.interval, self._epochs))
