@@ -11,7 +11,7 @@ from mnist5k import LeNet, MNIST5k
 from torch import Tensor
 
 from lightning_prune import Criterion, Pruning, sparsity, summary
-from lightning_prune.units import Units
+from lightning_prune.units.units import Units
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """Neural-network pruning as PyTorch Lightning callbacks."""
 
-from lightning_prune.acdc import ACDC
-from lightning_prune.at_init import PruningAtInit
-from lightning_prune.compressed import load_compressed, save_compressed
-from lightning_prune.constant import ConstantSparsity
+from lightning_prune._moved import keep_former_paths
 from lightning_prune.criteria import (
     FPGM,
     LAMP,
@@ -21,31 +18,34 @@ from lightning_prune.criteria import (
     SynFlow,
     Wanda,
 )
-from lightning_prune.distillation import Distillation
-from lightning_prune.erdos_renyi import ERK
-from lightning_prune.export import export_onnx
-from lightning_prune.gating import SparseEarlyStopping, SparseModelCheckpoint
+from lightning_prune.export.compressed import load_compressed, save_compressed
+from lightning_prune.export.onnx import export_onnx
+from lightning_prune.export.sparse_layers import to_sparse_csr, to_sparse_semi_structured
 from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, Weight
-from lightning_prune.guarded import GuardedPruning
-from lightning_prune.history import History
-from lightning_prune.loading import load_shrunk, save_shrunk
-from lightning_prune.lottery import LotteryTicket
 from lightning_prune.masks import Masks
-from lightning_prune.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
-from lightning_prune.plots import plot_history, plot_masks, plot_schedule, plot_sensitivity, plot_sparsity
-from lightning_prune.posttraining import prune
-from lightning_prune.pruning import Pruning
-from lightning_prune.pruning_report import PruningReport
-from lightning_prune.recalibration import recalibrate
-from lightning_prune.report import sparsity, summary
+from lightning_prune.methods.acdc import ACDC
+from lightning_prune.methods.at_init import PruningAtInit
+from lightning_prune.methods.distillation import Distillation
+from lightning_prune.methods.dynamic_sparse import SET, RigL
+from lightning_prune.methods.gating import SparseEarlyStopping, SparseModelCheckpoint
+from lightning_prune.methods.guarded import GuardedPruning
+from lightning_prune.methods.lottery import LotteryTicket
+from lightning_prune.methods.straight_through import SRSTE
+from lightning_prune.models.summary import sparsity, summary
+from lightning_prune.posttraining.batch_norms import recalibrate
+from lightning_prune.posttraining.prune import prune
+from lightning_prune.posttraining.sensitivity import SensitivityAnalysis, sensitivity
+from lightning_prune.posttraining.sparsegpt import sparsegpt
+from lightning_prune.reporting.history import History
+from lightning_prune.reporting.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
+from lightning_prune.reporting.plots import plot_history, plot_masks, plot_schedule, plot_sensitivity, plot_sparsity
+from lightning_prune.reporting.run_report import PruningReport
 from lightning_prune.scopes import OWL
-from lightning_prune.sensitivity import SensitivityAnalysis, sensitivity
-from lightning_prune.shrinking import shrink
-from lightning_prune.sparse_layers import to_sparse_csr, to_sparse_semi_structured
-from lightning_prune.sparse_training import SET, RigL
-from lightning_prune.sparsegpt import sparsegpt
-from lightning_prune.straight_through import SRSTE
-from lightning_prune.strategies import (
+from lightning_prune.scopes.erdos_renyi import ERK
+from lightning_prune.structure.checkpoints import load_shrunk, save_shrunk
+from lightning_prune.structure.shrinking import shrink
+from lightning_prune.training.constant import ConstantSparsity
+from lightning_prune.training.presets import (
     EntropyPruning,
     MagnitudePruning,
     MovementPruning,
@@ -54,7 +54,11 @@ from lightning_prune.strategies import (
     SNIPPruning,
     WandaPruning,
 )
-from lightning_prune.units import Units
+from lightning_prune.training.pruning import Pruning
+from lightning_prune.units.units import Units
+
+keep_former_paths()
+del keep_former_paths
 
 __version__ = "0.1.0"
 

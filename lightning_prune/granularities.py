@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.arguments import flag, integer
-from lightning_prune.instances import instance, settle
+from lightning_prune.validation.arguments import flag, integer
+from lightning_prune.validation.instances import instance, settle
 
 
 class Granularity:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_prune.arguments import choice, integer, number, position, real
-from lightning_prune.instances import named, settle
-from lightning_prune.values import shown
+from lightning_prune.validation.arguments import choice, integer, number, position, real
+from lightning_prune.validation.instances import named, settle
+from lightning_prune.validation.values import shown
 
 Schedule = Callable[[float], float]
 

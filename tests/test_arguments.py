@@ -17,10 +17,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.configuration import plain
-from lightning_prune.loading import KEY
-from lightning_prune.targets import find
-from lightning_prune.values import scalar, shown
+from lightning_prune.models.parameters import find
+from lightning_prune.reporting.yaml_config import plain
+from lightning_prune.structure.checkpoints import KEY
+from lightning_prune.validation.values import scalar, shown
 
 
 def network() -> nn.Module:
@@ -148,7 +148,7 @@ def _names() -> Any:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_prune import report
+    from lightning_prune.models import summary as report
 
     return SimpleNamespace(Axes=Axes, Figure=Figure, Trainer=Trainer, Pruning=lp.Pruning, nn=nn, report=report)
 
@@ -225,8 +225,8 @@ def test_every_bad_value_of_every_argument_is_refused_by_name(
     monkeypatch.chdir(tmp_path)
     if name == "export_onnx":  # a second for each export
         pytest.importorskip("onnxruntime")
-        monkeypatch.setattr("lightning_prune.export._write", lambda *_: None)
-        monkeypatch.setattr("lightning_prune.export._verify", lambda *_: None)
+        monkeypatch.setattr("lightning_prune.export.onnx._write", lambda *_: None)
+        monkeypatch.setattr("lightning_prune.export.onnx._verify", lambda *_: None)
     found = parameters(public(name))
     missing = [p.name for p, _ in found.values() if p.default is p.empty and p.name not in VALID.get(name, dict)()]
     assert not missing, f"add it to the table of valid arguments: {name} needs {missing}"

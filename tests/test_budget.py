@@ -9,10 +9,10 @@ from models import MLP, ConvNet, agrees, fit
 from torch import Tensor, nn
 
 from lightning_prune import NM, Block, Channel, Head, MagnitudePruning, Pruning, RandomPruning, prune, shrink
-from lightning_prune.budget import make_budget
-from lightning_prune.coupled import find_units
-from lightning_prune.flops import dense_flops
-from lightning_prune.targets import find
+from lightning_prune.models.flops import dense_flops
+from lightning_prune.models.parameters import find
+from lightning_prune.units.coupled import find_units
+from lightning_prune.updates.budget import make_budget
 
 COUPLED = Channel(coupled=True)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Criterion, Entropy, Magnitude, Masks, Sensitivity, prune, sparsegpt
-from lightning_prune.calibration import forward, stages
+from lightning_prune.posttraining.calibration import forward, stages
 
 
 class Block(nn.Module):

@@ -39,8 +39,8 @@ from lightning_prune import (
     Weight,
     sparsity,
 )
-from lightning_prune.masked_training import MaskedTraining
-from lightning_prune.scheduled import ScheduledTraining
+from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.scheduled import ScheduledTraining
 
 
 class Power(Criterion):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_prune import Channel, Head, Masks, Pruning, Weight, prune, shrink
-from lightning_prune.kept import kept_of
-from lightning_prune.surgery import cut
+from lightning_prune.structure.cut_record import kept_of
+from lightning_prune.structure.surgery import cut
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9),

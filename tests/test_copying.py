@@ -14,8 +14,8 @@ from test_distillation import expert
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Distillation, MagnitudePruning, Pruning, PruningAtInit
-from lightning_prune.copying import copied
-from lightning_prune.joining import tensor_in
+from lightning_prune.methods.gradient_injection import tensor_in
+from lightning_prune.models.copying import copied
 
 
 class Measured(MLP):

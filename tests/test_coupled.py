@@ -14,11 +14,11 @@ from models import ConvNet, On, Tiny, agrees, fit
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Entropy, Head, Magnitude, Pruning, Random, Sensitivity, Wanda, prune, shrink
-from lightning_prune.coupled import CoupledUnits, find_units
 from lightning_prune.granularities import Granularity
-from lightning_prune.graph import trace
-from lightning_prune.surgery import named_tensors, zero_units
-from lightning_prune.targets import find
+from lightning_prune.models.parameters import find
+from lightning_prune.structure.surgery import named_tensors, zero_units
+from lightning_prune.structure.tracing import trace
+from lightning_prune.units.coupled import CoupledUnits, find_units
 
 COUPLED = Channel(coupled=True)
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

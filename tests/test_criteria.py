@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Criterion, Entropy, Granularity, Magnitude, Random, Sensitivity, Weight, prune
-from lightning_prune.criteria import lattice
+from lightning_prune.criteria import histogram as lattice
 from lightning_prune.criteria.activations import channel_values
-from lightning_prune.observation import Observation
-from lightning_prune.selection import Scores
-from lightning_prune.targets import find
-from lightning_prune.units import Units, make_units
+from lightning_prune.models.parameters import find
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.units.units import Units, make_units
+from lightning_prune.updates.statistics import Observation
 
 
 def scores_of(

@@ -31,7 +31,7 @@ from lightning_prune import (
     Weight,
     prune,
 )
-from lightning_prune.selection import Scores
+from lightning_prune.tensors.selection import Scores
 
 
 def half_square(model: nn.Module, batch: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, prune
-from lightning_prune.dataflow import norms_behind
+from lightning_prune.models.norms import norms_behind
 
 
 def links(model: nn.Module) -> dict[str, str]:

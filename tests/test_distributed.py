@@ -48,10 +48,10 @@ from lightning_prune import (
     prune,
     sparsity,
 )
-from lightning_prune.masks import make_masks
+from lightning_prune.models.parameters import find
 from lightning_prune.scopes import global_
-from lightning_prune.targets import find
-from lightning_prune.units import Units, make_units
+from lightning_prune.units.units import Units, make_units
+from lightning_prune.updates.decision import make_masks
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Magnitude(),

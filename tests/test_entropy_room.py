@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Entropy
-from lightning_prune.observation import Observation
-from lightning_prune.targets import find
-from lightning_prune.units import make_units
+from lightning_prune.models.parameters import find
+from lightning_prune.units.units import make_units
+from lightning_prune.updates.statistics import Observation
 
 
 def watch(model: nn.Module) -> Observation:

@@ -7,8 +7,8 @@ from models import MLP, fit
 from torch import Tensor, nn
 
 from lightning_prune import Channel, MagnitudePruning, PruningAtInit
-from lightning_prune.calling import call
-from lightning_prune.examples import inputs_of_step
+from lightning_prune.models.forward import call
+from lightning_prune.training.step_inputs import inputs_of_step
 
 
 class Keyed(MLP):

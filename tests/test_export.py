@@ -14,14 +14,10 @@ from models import MLP, fit
 from test_shrink import kill
 from torch import Tensor, nn
 
-from lightning_prune import (
-    MagnitudePruning,
-    export,
-    export_onnx,
-    shrink,
-)
-from lightning_prune.calling import difference, run, tensors
-from lightning_prune.graph import trace
+from lightning_prune import MagnitudePruning, export_onnx, shrink
+from lightning_prune.export import onnx as export
+from lightning_prune.models.forward import difference, run, tensors
+from lightning_prune.structure.tracing import trace
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.features import input_of, is_readable, squares, windows
+from lightning_prune.models.layer_inputs import input_of, is_readable, squares, windows
 
 LAYERS = [
     (nn.Linear(5, 3), (4, 5)),

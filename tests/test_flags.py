@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_prune.flags import chunks, count, exceeds, places
+from lightning_prune.tensors.boolean import chunks, count, exceeds, places
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 127, 128, 129, 40_001])

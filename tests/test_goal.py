@@ -9,11 +9,12 @@ import torch
 from models import MLP, fit
 from torch import nn
 
-from lightning_prune import MagnitudePruning, goal, scopes
+from lightning_prune import MagnitudePruning, scopes
 from lightning_prune.criteria import Entropy, Magnitude
+from lightning_prune.models.parameters import find
 from lightning_prune.scopes import Scope
-from lightning_prune.selection import Scores
-from lightning_prune.targets import find
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.updates import target_sparsity as goal
 
 
 def net() -> nn.Sequential:

@@ -27,10 +27,10 @@ from lightning_prune import (
     Weight,
     prune,
 )
-from lightning_prune.masks import make_masks
+from lightning_prune.models.parameters import find
 from lightning_prune.scopes import local
-from lightning_prune.targets import find
-from lightning_prune.units import Units, make_units
+from lightning_prune.units.units import Units, make_units
+from lightning_prune.updates.decision import make_masks
 
 SHAPES = [(3, 4), (4, 2, 3), (2, 3, 2, 2), (1, 5), (5, 1)]
 

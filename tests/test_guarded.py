@@ -24,7 +24,7 @@ from lightning_prune import (
     prune,
     sparsity,
 )
-from lightning_prune.search import Search
+from lightning_prune.methods.sparsity_search import Search
 
 LIMIT = 0.55
 

@@ -10,7 +10,7 @@ from foreign import Divided, ScheduleFree, Shampoo
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_prune.holding import Holding, entrywise, forget_entries
+from lightning_prune.training.enforcement import Holding, entrywise, forget_entries
 
 MASK = torch.tensor([[True, False], [False, True]])
 

@@ -21,7 +21,7 @@ from models import QUIET, Attention, ConvNet, fit
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Head, Pruning, load_shrunk, prune, save_shrunk, shrink
-from lightning_prune.kept import kept_of
+from lightning_prune.structure.cut_record import kept_of
 
 COUPLED = Channel(coupled=True)
 # the user's own file: nothing in it knows of pruning
@@ -151,7 +151,9 @@ def test_without_this_package_the_checkpoint_says_what_is_missing(
 ) -> None:
     path = saved(shrunk(ConvNet(), torch.ones(2, 2, 6, 6)), tmp_path / "small.ckpt")
     monkeypatch.setattr(saving, "_ALLOWED_INSTANTIATORS", {"lightning.pytorch.cli.instantiate_module"})
-    with pytest.raises(ValueError, match=r"instantiator 'lightning_prune.loading.instantiate' from the checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"instantiator 'lightning_prune.structure.checkpoints.instantiate' from the checkpoint"
+    ):
         ConvNet.load_from_checkpoint(path)
 
 
@@ -217,7 +219,10 @@ def test_a_model_of_the_command_line_is_loaded(tmp_path: Path) -> None:
     assert cli.model.hparams["_instantiator"] == "lightning.pytorch.cli.instantiate_module"
     small = shrunk(cli.model, torch.ones(3, 4))
     path = saved(small, tmp_path / "small.ckpt")
-    assert torch.load(path)["hyper_parameters"]["_instantiator"] == "lightning_prune.loading.instantiate_from_cli"
+    assert (
+        torch.load(path)["hyper_parameters"]["_instantiator"]
+        == "lightning_prune.structure.checkpoints.instantiate_from_cli"
+    )
     loaded = Given.load_from_checkpoint(path)
     assert same(loaded, small)
     assert loaded.hparams["width"] == 10

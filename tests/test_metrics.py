@@ -12,17 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MetricCollection
 
-from lightning_prune import (
-    ActiveFLOPs,
-    ActiveParameters,
-    Channel,
-    MaskOverlap,
-    Pruning,
-    Sparsity,
-    prune,
-    sparsity,
-)
-from lightning_prune.flops import dense_flops, sparse_flops
+from lightning_prune import ActiveFLOPs, ActiveParameters, Channel, MaskOverlap, Pruning, Sparsity, prune, sparsity
+from lightning_prune.models.flops import dense_flops, sparse_flops
 
 
 def two_layers() -> nn.Sequential:

@@ -53,7 +53,7 @@ from lightning_prune import (
     Sensitivity,
     prune,
 )
-from lightning_prune.calling import eager
+from lightning_prune.models.preserving import eager
 
 # ------------------------------------------------------------------------------------------- optimizers
 

@@ -26,5 +26,5 @@ print(*(set(sys.modules) - known), sep="\\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = done.stdout.split()
-    assert "lightning_prune.pruning" in names
+    assert "lightning_prune.training.pruning" in names
     assert [name for name in names if name.partition(".")[0] != "lightning_prune"] == []

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lightning_prune import SNIP, Block, Channel, Criterion, Fisher, Granularity, Head, Movement, Sensitivity, Weight
-from lightning_prune.coupled import find_units
-from lightning_prune.observation import Observation
-from lightning_prune.targets import find
-from lightning_prune.units import Units
+from lightning_prune.models.parameters import find
+from lightning_prune.units.coupled import find_units
+from lightning_prune.units.units import Units
+from lightning_prune.updates.statistics import Observation
 
 
 class Net(nn.Sequential):
@@ -44,7 +44,7 @@ def test_parts_add_up_to_the_same_statistics_and_scores(
 ) -> None:
     model = Net()
     whole = observed(model, criterion, granularity)
-    monkeypatch.setattr("lightning_prune.units._PART", rows)
+    monkeypatch.setattr("lightning_prune.units.units._PART", rows)
     parts = observed(copy.deepcopy(model), criterion, granularity)
     assert [unit.name for unit in whole] == [unit.name for unit in parts]
     for one, other in zip(whole, parts, strict=True):
@@ -62,7 +62,7 @@ def test_parts_of_other_types_and_layouts(
 ) -> None:
     found = []
     for most in (1, 1 << 18):
-        monkeypatch.setattr("lightning_prune.units._PART", most)
+        monkeypatch.setattr("lightning_prune.units.units._PART", most)
         model = Net().to(dtype)
         torch.manual_seed(0)
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def test_parts_of_other_types_and_layouts(
 
 
 def test_a_weight_is_taken_apart_between_rows_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.units._PART", 10)
+    monkeypatch.setattr("lightning_prune.units.units._PART", 10)
     layer = nn.Linear(4, 5)
     units = find_units(find(layer), layer, Channel(coupled=False))[0][0]
     parts = list(units.parts())
@@ -93,7 +93,7 @@ def test_a_weight_is_taken_apart_between_rows_and_in_order(monkeypatch: pytest.M
 
 
 def test_units_that_lie_across_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.units._PART", 1)
+    monkeypatch.setattr("lightning_prune.units.units._PART", 1)
     attention = nn.MultiheadAttention(4, 2)
     heads = find_units(find(attention), attention, Head())[0][0]
     layer = nn.Linear(4, 4)

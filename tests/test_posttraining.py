@@ -25,8 +25,8 @@ from lightning_prune import (
     Weight,
     prune,
 )
-from lightning_prune.calling import convert
 from lightning_prune.criteria import Loss
+from lightning_prune.models.forward import convert
 from lightning_prune.scopes import SCOPES
 
 CRITERIA = [Magnitude(), Random(), Entropy("high", window=2), Entropy("low", window=2), Sensitivity(window=2)]

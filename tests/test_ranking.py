@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_prune import NM, Magnitude, Masks, Wanda, flags, goal, prune, scopes, selection
-from lightning_prune.masks import make_masks
-from lightning_prune.ranking import part_within, rank_within, tail_share
-from lightning_prune.units import make_units
+from lightning_prune import NM, Magnitude, Masks, Wanda, prune, scopes
+from lightning_prune.tensors import boolean as flags
+from lightning_prune.tensors import selection
+from lightning_prune.tensors.ranking import part_within, rank_within, tail_share
+from lightning_prune.units.units import make_units
+from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.decision import make_masks
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 

@@ -26,10 +26,10 @@ from lightning_prune import (
     prune,
     shrink,
 )
-from lightning_prune.coupled import find_units
 from lightning_prune.granularities import Granularity
-from lightning_prune.observation import Observation
-from lightning_prune.targets import find
+from lightning_prune.models.parameters import find
+from lightning_prune.units.coupled import find_units
+from lightning_prune.updates.statistics import Observation
 
 _SEEDED = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(4, 8, 2, 8, 8, generator=_SEEDED)

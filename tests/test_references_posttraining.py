@@ -29,7 +29,7 @@ from lightning_prune import (
     prune,
     sparsegpt,
 )
-from lightning_prune.selection import Scores
+from lightning_prune.tensors.selection import Scores
 
 
 class Block(nn.Module):

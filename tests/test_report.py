@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Masks, prune, sparsity, summary
-from lightning_prune.report import Row, Summary, plan, table, zeros
+from lightning_prune.models.summary import Row, Summary, table, zeros
+from lightning_prune.training.plan_text import plan
 
 
 def half_sparse() -> nn.Sequential:

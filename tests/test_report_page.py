@@ -36,7 +36,7 @@ from lightning_prune import (
     PruningReport,
     Random,
 )
-from lightning_prune.configuration import arguments_of, as_yaml, plain
+from lightning_prune.reporting.yaml_config import arguments_of, as_yaml, plain
 
 LINEAR: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 8, "frequency": 4}
 
@@ -237,7 +237,7 @@ def test_wrong_paths_and_a_missing_package_are_told_before_training(monkeypatch:
     with pytest.raises(ValueError, match=r"path must end in .html, got report.pdf"):
         PruningReport("report.pdf")
     model = MLP()
-    monkeypatch.setattr("lightning_prune.pruning_report.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_prune.reporting.run_report.find_spec", lambda name: None)
     with pytest.raises(
         ModuleNotFoundError, match=r"PruningReport needs matplotlib: pip install 'lightning-prune\[plots\]'"
     ):

@@ -13,7 +13,7 @@ from torch import Tensor
 from variants import METHODS
 
 from lightning_prune import Distillation, GuardedPruning, MagnitudePruning
-from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.training.masked import MaskedTraining
 
 
 class Examined(MLP):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune import LAMP, OWL, Masks, Pruning, Wanda, prune, scopes
 from lightning_prune.scopes import SCOPES
-from lightning_prune.selection import Scores, Source
+from lightning_prune.tensors.selection import Scores, Source
 
 
 def ranked(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Scores:

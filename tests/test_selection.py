@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_prune.radix import Reduce, keys, kth
-from lightning_prune.selection import Scores, Source
+from lightning_prune.tensors.radix import Reduce, keys, kth
+from lightning_prune.tensors.selection import Scores, Source
 
 INF = float("inf")
 CHUNK = 1 << 20  # scores are worked through in pieces of this size
@@ -534,7 +534,7 @@ def test_many_scores_are_sampled_and_then_read_once() -> None:
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_random_pieces_of_many_scores_are_selected_as_one(pruned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.selection._FEW", 1)
+    monkeypatch.setattr("lightning_prune.tensors.selection._FEW", 1)
     test_random_pieces_with_many_ties_are_selected_as_one(0, pruned)
     test_ranks_select_what_one_process_selects(
         {"a": [([0, 1, 2], True), ([3, 4, 5], True)], "b": [([0, 1], True), ([2, 3], True)]}

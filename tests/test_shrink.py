@@ -9,8 +9,9 @@ from architectures import CASES, Case, build
 from torch import Tensor, nn
 
 from lightning_prune import shrink
-from lightning_prune.graph import Graph, Group, trace
-from lightning_prune.surgery import named_tensors
+from lightning_prune.structure.groups import Graph, Group
+from lightning_prune.structure.surgery import named_tensors
+from lightning_prune.structure.tracing import trace
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import NM, prune, sparse_layers, to_sparse_csr, to_sparse_semi_structured
-from lightning_prune.calling import difference, run
-from lightning_prune.sparse_layers import CSRLinear
+from lightning_prune import NM, prune, to_sparse_csr, to_sparse_semi_structured
+from lightning_prune.export import sparse_layers
+from lightning_prune.export.sparse_layers import CSRLinear
+from lightning_prune.models.forward import difference, run
 
 
 def convert(model: nn.Module) -> nn.Module:

@@ -16,11 +16,11 @@ from modes import BATCHES, SGD, Probe, Regression, mlp
 from torch import Tensor, nn
 
 from lightning_prune import SET, ConstantSparsity, RigL, Weight, prune, scopes, sparsity
-from lightning_prune.exchanging import exchange
-from lightning_prune.selection import Scores
-from lightning_prune.sparse_training import Gradient
-from lightning_prune.targets import find
-from lightning_prune.units import make_units
+from lightning_prune.methods.dynamic_sparse import Gradient
+from lightning_prune.methods.exchange import exchange
+from lightning_prune.models.parameters import find
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.units.units import make_units
 
 METHODS: tuple[type[SET], ...] = (SET, RigL)
 SIZES = {"net.0.weight": 48, "net.4.weight": 80, "net.6.weight": 30}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import NM, Channel, prune, sparsegpt
-from lightning_prune.reconstruction import inverse_factor, reconstruct
+from lightning_prune.posttraining.reconstruction import inverse_factor, reconstruct
 
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_prune import (
     SensitivityPruning,
     Weight,
 )
-from lightning_prune.units import Units
+from lightning_prune.units.units import Units
 
 
 class Still(LightningModule):

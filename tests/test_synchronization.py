@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from variants import CRITERIA
 
 from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, Pruning, Weight, prune
-from lightning_prune.holding import Holding
-from lightning_prune.masked_training import MaskedTraining
-from lightning_prune.observation import Observation
-from lightning_prune.scheduled import ScheduledTraining
+from lightning_prune.training.enforcement import Holding
+from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.scheduled import ScheduledTraining
+from lightning_prune.updates.statistics import Observation
 
 # operations whose result is on the host, or has a shape that depends on the values
 WAIT = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "histc", "unique_dim", "_unique2"}
@@ -91,7 +91,7 @@ def trap(monkeypatch: pytest.MonkeyPatch) -> Trap:
     # few enough for the histogram to be there, and to grow, within the window
     monkeypatch.setattr("lightning_prune.criteria.entropy._CELLS", 16)
     monkeypatch.setattr("lightning_prune.criteria.entropy._CELLS_A_BIN", 1)
-    monkeypatch.setattr("lightning_prune.criteria.lattice._is_free_to_ask", lambda counts: False)
+    monkeypatch.setattr("lightning_prune.criteria.histogram._is_free_to_ask", lambda counts: False)
     return trap
 
 

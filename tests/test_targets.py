@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.targets import Target, channel_dim, find, fractions, matches, named_parameters, plain_name
+from lightning_prune.models.parameters import (
+    Target,
+    channel_dim,
+    find,
+    fractions,
+    matches,
+    named_parameters,
+    plain_name,
+)
 
 
 def names(model: nn.Module, *targets: str, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.holding import Holding
-from lightning_prune.zeroing import by_row, zero_pruned
+from lightning_prune.tensors.masking import by_row, zero_pruned
+from lightning_prune.training.enforcement import Holding
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

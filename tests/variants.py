@@ -33,7 +33,7 @@ from lightning_prune import (
     Wanda,
     Weight,
 )
-from lightning_prune.masked_training import MaskedTraining
+from lightning_prune.training.masked import MaskedTraining
 
 
 def at_least(scores: Mapping, sparsity: float) -> dict[str, int]:

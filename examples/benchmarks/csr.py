@@ -2,7 +2,7 @@
 
 Linear layers of several sizes with random zeros, at several batch sizes, on one core: CPU time of `CSRLinear` against
 `nn.Linear`, as the median of ratios within rounds. The last column is the least sparsity from which on, up to 98 %,
-CSR is faster at every batch size; `lightning_prune.sparse_layers` takes its limits from there.
+CSR is faster at every batch size; `lightning_prune.export.sparse_layers` takes its limits from there.
 """
 
 import time
@@ -12,7 +12,7 @@ import torch
 from timing import alternate, parser, ratio, save, table
 from torch import Tensor, nn
 
-from lightning_prune.sparse_layers import CSRLinear
+from lightning_prune.export.sparse_layers import CSRLinear
 
 SPARSITIES = [0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98]
 BATCHES = [1, 8, 32, 128]

@@ -18,9 +18,10 @@ from timing import RESULTS, alternate, parser, peak_memory, ratio, save, signifi
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_prune import NM, Channel, Criterion, Granularity, Magnitude, Masks, Sensitivity, Weight, goal, scopes
-from lightning_prune.masks import make_masks
-from lightning_prune.units import Units, make_units
+from lightning_prune import NM, Channel, Criterion, Granularity, Magnitude, Masks, Sensitivity, Weight, scopes
+from lightning_prune.units.units import Units, make_units
+from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.decision import make_masks
 
 SIZES = {  # weights: number of tensors, side of each
     "1 M": (4, 512),

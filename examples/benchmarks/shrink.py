@@ -27,8 +27,8 @@ from timing import ratio as within
 from torch import Tensor, nn
 
 from lightning_prune import Channel, export_onnx, prune, shrink
-from lightning_prune.calling import difference, run
-from lightning_prune.flops import dense_flops
+from lightning_prune.models.flops import dense_flops
+from lightning_prune.models.forward import difference, run
 
 MODELS = {"resnet18": cnn, "mobilenet": mobilenet}
 REMOVED = [0.3, 0.5, 0.7]

@@ -3,8 +3,8 @@
 from lightning_prune.criteria.activations import APoZ, Wanda
 from lightning_prune.criteria.criterion import Criterion, Loss, OverRanks
 from lightning_prune.criteria.entropy import Entropy
-from lightning_prune.criteria.foresight import GraSP, SynFlow
 from lightning_prune.criteria.gradients import SNIP, Fisher, Movement, Sensitivity
+from lightning_prune.criteria.initialization import GraSP, SynFlow
 from lightning_prune.criteria.weights import FPGM, LAMP, BatchNormScale, Magnitude, Random
 
 __all__ = [

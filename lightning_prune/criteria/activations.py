@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.arguments import flag, integer
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.features import no_squares, per_weight, squares
-from lightning_prune.instances import settle
-from lightning_prune.ranking import sum_share
-from lightning_prune.shards import local, output_rows, piece
-from lightning_prune.units import Units
+from lightning_prune.models.layer_inputs import no_squares, per_weight, squares
+from lightning_prune.tensors.distributed import local, output_rows, piece
+from lightning_prune.tensors.ranking import sum_share
+from lightning_prune.units.units import Units
+from lightning_prune.validation.arguments import flag, integer
+from lightning_prune.validation.instances import settle
 
 
 def channel_values(output: Any, units: Units, positions: int) -> Tensor:
@@ -31,7 +31,7 @@ def channel_values(output: Any, units: Units, positions: int) -> Tensor:
 
     >>> from torch import nn
     >>> from lightning_prune.granularities import Channel
-    >>> from lightning_prune.targets import find
+    >>> from lightning_prune.models.parameters import find
     >>> layer = nn.Conv1d(1, 2, 1)
     >>> channel_values(torch.zeros(3, 2, 100), Units(find(layer)[0], Channel()), positions=16).shape
     torch.Size([2, 48])

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.shards import Operation
-from lightning_prune.units import Units
+from lightning_prune.tensors.distributed import Operation
+from lightning_prune.units.units import Units
 
 OverRanks = Callable[[Tensor, Operation], Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import choice, integer
-from lightning_prune.criteria import lattice
+from lightning_prune.criteria import histogram as lattice
 from lightning_prune.criteria.activations import channel_values
 from lightning_prune.criteria.criterion import Criterion, OverRanks
-from lightning_prune.instances import settle
-from lightning_prune.units import Units
+from lightning_prune.units.units import Units
+from lightning_prune.validation.arguments import choice, integer
+from lightning_prune.validation.instances import settle
 
 _CELLS = 2048  # of a neuron's histogram, at least; a quarter of them or more lie in the range of its values
 _CELLS_A_BIN = 64

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.gates import weight_times_gradient
-from lightning_prune.instances import settle
-from lightning_prune.units import Units
+from lightning_prune.units.gates import weight_times_gradient
+from lightning_prune.units.units import Units
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import settle
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.arguments import integer
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.flags import chunks
-from lightning_prune.gates import weight_of
-from lightning_prune.instances import settle
-from lightning_prune.ranking import tail_share
-from lightning_prune.shards import whole
-from lightning_prune.units import Units
-from lightning_prune.values import scalar, shown
+from lightning_prune.tensors.boolean import chunks
+from lightning_prune.tensors.distributed import whole
+from lightning_prune.tensors.ranking import tail_share
+from lightning_prune.units.gates import weight_of
+from lightning_prune.units.units import Units
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import settle
+from lightning_prune.validation.values import scalar, shown
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,182 @@
+"""Sparse layers: linear layers that skip their zeros, where that is faster."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_prune.validation.arguments import integer, number
+from lightning_prune.validation.instances import instance
+
+# Measured by examples/benchmarks/csr.py: with so many zeros and weights, CSR is faster at every batch size.
+CSR_SPARSITY = 0.9
+CSR_WEIGHTS = 2**20
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class CSRLinear(nn.Module):
+    """A linear layer that multiplies by compressed sparse rows: for inference, on the CPU.
+
+    Args:
+        linear: The layer whose outputs it gives; its weight is float32 or float64.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
+    bias: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the type is in beta
+            weight = linear.weight.detach().to_sparse_csr()
+        # three plain buffers, since a sparse tensor can be neither copied deeply nor moved with its module;
+        # int32, which MKL multiplies by without a conversion
+        self.register_buffer("crow_indices", weight.crow_indices().int())
+        self.register_buffer("col_indices", weight.col_indices().int())
+        self.register_buffer("values", weight.values())
+        bias = linear.bias.detach() if linear.bias is not None else self.values.new_zeros(self.out_features)
+        self.register_buffer("bias", bias.clone())
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        weight = torch.sparse_csr_tensor(
+            self.crow_indices, self.col_indices, self.values, shape, check_invariants=False
+        )
+        rows = inputs.reshape(-1, self.in_features)
+        if len(rows) == 1:  # a product with a vector is twice as fast as one with a matrix of one column
+            out = torch.addmv(self.bias, weight, rows[0])
+        else:
+            out = torch.addmm(self.bias[:, None], weight, rows.t()).t()
+        return out.reshape(*inputs.shape[:-1], self.out_features)
+
+
+def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_weights: int = CSR_WEIGHTS) -> nn.Module:
+    """Return a copy of the model whose linear layers with enough zeros are ``CSRLinear``: faster on a CPU.
+
+    Measured on one core with batches of 1 to 128: layers of 1024 x 1024 weights and more are faster from 85 % of zeros
+    on, those of 512 x 512 from 95 % on, smaller ones never at a batch of 1. A model without a layer that qualifies is
+    refused. Only layers that are ``nn.Linear`` itself are converted, and none inside another module of torch, which
+    reads their weights itself.
+
+    Args:
+        model: Any module, on the CPU; for inference.
+        min_sparsity: The fraction of zeros, 0 to 1, from which on a layer is converted.
+        min_weights: The number of weights, zeros among them, from which on a layer is converted.
+
+    Raises:
+        ValueError: If no layer has enough zeros and weights, or an argument is out of range.
+
+    >>> model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    >>> _ = nn.init.eye_(model[0].weight)
+    >>> [type(layer).__name__ for layer in to_sparse_csr(model)]
+    ['CSRLinear', 'ReLU', 'Linear']
+    """
+    instance("model", model, nn.Module)
+    min_sparsity = number("min_sparsity", min_sparsity, "[0, 1]")
+    min_weights = integer("min_weights", min_weights, 0)
+    layers = dict(_linear_layers(model))
+    zeros = {name: int((layer.weight == 0).sum()) for name, layer in layers.items()}
+
+    def qualifies(name: str, layer: nn.Linear) -> bool:
+        count = layer.weight.numel()
+        fits = layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.float64)
+        return fits and count >= min_weights and zeros[name] >= int(min_sparsity * count)
+
+    if not any(qualifies(name, layer) for name, layer in layers.items()):
+        least, asked = f"{min_weights:,}", f"min_sparsity={min_sparsity} and min_weights={min_weights}"
+        seen = [f"{name} {zeros[name]:,} of {layer.weight.numel():,}" for name, layer in layers.items()]
+        raise ValueError(
+            f"model must have a linear layer on the CPU with at least {min_sparsity:.0%} zeros among at least {least} "
+            f"float32 or float64 weights to be faster as CSR, got {seen[:8]} for {asked}"
+        )
+    return _replace(model, qualifies, CSRLinear)
+
+
+def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
+    """Return a copy of the model whose 2:4 sparse linear layers run on the sparse tensor cores of a GPU.
+
+    Their weights become what ``torch.sparse.to_sparse_semi_structured`` makes of them. Layers with other zeros, or of a
+    shape that is no multiple of 32 x 64, stay dense. The conversion itself has not been run on a GPU by our tests.
+
+    Args:
+        model: Any module in float16 or bfloat16, on a CUDA device of compute capability 8.0 (Ampere) or more.
+
+    Raises:
+        ValueError: If the device or type has no such kernels, or no layer is 2:4 sparse.
+
+    Reference: Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378.
+    """
+    instance("model", model, nn.Module)
+    layers = dict(_linear_layers(model))
+    for name, layer in layers.items():
+        _check_kernels(name, layer.weight)
+
+    def qualifies(name: str, layer: nn.Linear) -> bool:
+        rows, columns = layer.weight.shape
+        return rows % 32 == 0 and columns % 64 == 0 and is_two_of_four(layer.weight)
+
+    if not any(qualifies(name, layer) for name, layer in layers.items()):
+        shapes = [f"{name} {tuple(layer.weight.shape)}" for name, layer in layers.items()]
+        raise ValueError(
+            f"a layer of the model, in multiples of 32 x 64, must be pruned by NM(2, 4), got none of {shapes[:8]}"
+        )
+    return _replace(model, qualifies, _semi_structured)
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    """Return whether of every four weights of a row at most two are not zero.
+
+    >>> is_two_of_four(torch.tensor([[1.0, 0.0, 2.0, 0.0]])), is_two_of_four(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
+    (True, False)
+    """
+    return weight.shape[1] % 4 == 0 and bool((weight.unflatten(1, (-1, 4)) != 0).sum(2).le(2).all())
+
+
+def _check_kernels(name: str, weight: Tensor) -> None:
+    capability = torch.cuda.get_device_capability(weight.device) if weight.device.type == "cuda" else (0, 0)
+    if capability < (8, 0):
+        raise ValueError(
+            f"2:4 sparsity needs the model on a CUDA device of compute capability 8.0 or more, got {name!r} on "
+            f"{weight.device}" + (f" with {capability[0]}.{capability[1]}" if weight.is_cuda else "")
+        )
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"2:4 sparsity needs weights in float16 or bfloat16, got {weight.dtype} for {name!r}")
+
+
+def _semi_structured(linear: nn.Linear) -> nn.Linear:
+    sparse = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
+    linear.weight = nn.Parameter(sparse, requires_grad=False)
+    return linear
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield plain linear layers, except those whose weights another module of torch reads past their forward."""
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    for name, module in model.named_modules():
+        parent = parents.get(module)
+        inside = parent is not None and type(parent).__module__.startswith("torch.") and type(parent) not in _CONTAINERS
+        if type(module) is nn.Linear and not inside:
+            yield name, module
+
+
+def _replace(
+    model: nn.Module, qualifies: Callable[[str, nn.Linear], bool], convert: Callable[[nn.Linear], nn.Module]
+) -> nn.Module:
+    """Return a copy of the model in which the layers that qualify are converted."""
+    model = deepcopy(model)
+    converted: dict[nn.Module, nn.Module] = {
+        layer: convert(layer) for name, layer in _linear_layers(model) if qualifies(name, layer)
+    }
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in converted:
+                setattr(parent, name, converted[child])
+    return converted.get(model, model)

@@ -1,0 +1,1 @@
+"""Methods beyond a schedule of rising sparsity, a callback each."""

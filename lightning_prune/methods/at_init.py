@@ -1,0 +1,193 @@
+"""Pruning at initialisation: masks are chosen before the first optimizer step, and stay."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from typing_extensions import override
+
+from lightning_prune import scopes
+from lightning_prune.criteria import SNIP, Criterion, Loss
+from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.masks import Masks
+from lightning_prune.models.preserving import eager
+from lightning_prune.posttraining.prune import prune
+from lightning_prune.tensors.distributed import is_sharded
+from lightning_prune.training.masked import MaskedTraining, tell
+from lightning_prune.training.plan_text import plan
+from lightning_prune.training.step_inputs import inputs_of_step, silent_copy
+from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import function, instance
+
+
+class PruningAtInit(MaskedTraining):
+    """Prune once, before the first optimizer step, from passes of its own over the first batch; then keep the zeros.
+
+    It is ``prune`` inside of ``fit``, for any criterion, also those that differentiate something else than the loss
+    (``GraSP``, ``SynFlow``): from the first step on, the network is sparse. The passes are training steps of a copy of
+    the model on a copy of the batch: they change no statistics of norms, no random numbers, no metrics and nothing that
+    ``self.log`` says. Of several ranks each has a batch of its own, and all have the masks of all batches. The masks
+    come with a checkpoint, and are not chosen again when a run is resumed. Layers that are frozen when the first step
+    comes are left alone.
+
+    Args:
+        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
+        criterion: Scores the units; the lowest go. Of what it observes it is given one batch, whatever its ``window``.
+        granularity: Which weights form a unit.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
+        rounds: Times to score and prune the same part of what is left.
+        loss: ``loss(model, batch)``, for criteria that need gradients or forward passes; None is what ``training_step``
+            returns.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        threshold: Instead of a sparsity: prune every unit that scores below it.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+        min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, or parameters
+            are uninitialised or in pieces; before the first step, if the model cannot be copied, a score is not finite,
+            or the loss is to come from a ``training_step`` that returns none or optimizes by hand.
+
+    Reference: Lee et al., 2019, arXiv:1810.02340; Wang et al., 2020, arXiv:2002.07376; Tanaka et al., 2020,
+    arXiv:2006.05467.
+
+    >>> PruningAtInit(0.9).criterion
+    SNIP(window=1)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        criterion: Criterion = SNIP(),
+        granularity: Granularity = Weight(),
+        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
+        rounds: int = 1,
+        loss: Loss | None = None,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        threshold: float | None = None,
+        log_layers: bool = False,
+        min_density: float = 0.0,
+    ) -> None:
+        goal.check(sparsity, threshold, granularity, min_density)
+        scopes.resolve(scope)
+        self.sparsity = goal.amount(sparsity)
+        self.criterion = instance("criterion", criterion, Criterion)
+        self.granularity = granularity
+        self.scope = scope
+        self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+        self.loss = None if loss is None else function("loss", loss, "model", "batch")
+        self.threshold = goal.level(threshold)
+        self.min_density = goal.density(min_density)
+        super().__init__(targets, ignore, log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._found: dict[str, nn.Parameter] = {}
+
+    @property
+    @override
+    def reached(self) -> bool:
+        return bool(self.masks)
+
+    @override
+    def target_names(self) -> list[str]:
+        # before a fit has found them, those of the checkpoint; of coupled channels, not those that have no units
+        names = list(self._found) or list(self._levels)
+        return [name for name in names if name in self.masks] if self.masks else names
+
+    @override
+    def explain(self) -> str:
+        what, final = goal.describe(self.sparsity, self.threshold)
+        return plan(type(self).__name__, what, self._found, [(0, final)], "step")
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parameters = list(pl_module.parameters())
+        if any(map(is_lazy, parameters)):
+            raise ValueError("the model must have no uninitialised parameters: run a batch through it before fit")
+        if any(map(is_sharded, parameters)):
+            raise ValueError(
+                "the model must have whole parameters, got sharded ones: call prune(...) before fit, and add "
+                "ConstantSparsity()"
+            )
+        self._find(pl_module)
+        tell(self.explain())
+
+    def _find(self, pl_module: LightningModule) -> None:
+        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+        self._found = {target.name: target.parameter for target in found}
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.masks:
+            self._find(pl_module)  # layers may have been unfrozen since the start
+            self._refuse_overlap(trainer)
+            self.put_in_force(trainer, pl_module, self._choose(trainer, pl_module, batch))
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Masks:
+        model, example = _silent_copy(pl_module), pl_module.example_input_array
+        if example is None and self.granularity.coupled:
+            example = inputs_of_step(pl_module, batch)
+        modes = [module.training for module in model.modules()]
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            for module, mode in zip(model.modules(), modes, strict=True):
+                module.training = mode
+            return (self.loss or _loss_of_a_step)(model, copy.deepcopy(batch))  # which may change it
+
+        with trainer.precision_plugin.forward_context(), isolate_rng(), eager():
+            return prune(
+                model,
+                self.sparsity,
+                criterion=self.criterion,
+                granularity=self.granularity,
+                scope=self.scope,
+                targets=self.targets,
+                ignore=self.ignore,
+                threshold=self.threshold,
+                min_density=self.min_density,
+                data=[batch],
+                loss=loss,
+                rounds=self.rounds,
+                example_inputs=inputs_of_step(pl_module, batch)
+                if example is None and self.granularity.coupled
+                else example,
+                distributed=trainer.world_size > 1,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_found": {}}
+
+
+def _silent_copy(pl_module: LightningModule) -> LightningModule:
+    """Return a copy that logs nothing."""
+    try:
+        return silent_copy(pl_module)
+    except Exception as error:  # of any type: whatever a user's attributes raise
+        raise ValueError(
+            f"the model must be one that copy.deepcopy can copy for PruningAtInit, got {type(pl_module).__name__} "
+            f"({error}): call prune(...) before fit, and add ConstantSparsity()"
+        ) from error
+
+
+def _loss_of_a_step(model: Any, batch: Any) -> Tensor:
+    """Return the loss that ``training_step`` returns for the first batch."""
+    if not model.automatic_optimization:
+        raise ValueError("loss must be given where training_step optimizes by hand, got None")
+    if is_param_in_hook_signature(model.training_step, "dataloader_iter", explicit=True):
+        raise ValueError("loss must be given where training_step takes a dataloader_iter, got None")
+    index = (0,) if is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2) else ()
+    found = model.training_step(batch, *index)
+    loss = found.get("loss") if isinstance(found, Mapping) else found
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss must be given where training_step returns none, which returned {type(found).__name__}")
+    return loss

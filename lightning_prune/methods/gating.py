@@ -1,0 +1,63 @@
+"""Gating: checkpoints and early stopping that judge only models at their target sparsity."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_prune.training.compat import EarlyStopping, ModelCheckpoint
+from lightning_prune.training.masked import MaskedTraining
+
+
+def target_reached(trainer: Trainer) -> bool:
+    """Return whether every pruning callback of the trainer has reached its target; True if there is none."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return all(callback.reached for callback in callbacks if isinstance(callback, MaskedTraining))
+
+
+class SparseModelCheckpoint(ModelCheckpoint):
+    """A ``ModelCheckpoint`` that waits for the target sparsity, so that "best" is never the dense model.
+
+    Takes the arguments of Lightning's ``ModelCheckpoint``. For resuming an interrupted run, add a plain one with
+    ``save_last=True``.
+
+    >>> SparseModelCheckpoint(monitor="val_loss").monitor
+    'val_loss'
+    """
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if target_reached(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if target_reached(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if target_reached(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+
+class SparseEarlyStopping(EarlyStopping):
+    """An ``EarlyStopping`` that begins to judge, and to lose patience, once the target sparsity is reached.
+
+    Takes the arguments of Lightning's ``EarlyStopping``.
+
+    >>> SparseEarlyStopping(monitor="val_loss").patience
+    3
+    """
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if target_reached(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if target_reached(trainer):
+            super().on_validation_end(trainer, pl_module)

@@ -1,0 +1,246 @@
+"""Lottery tickets: train, prune, rewind, and again, in one fit."""
+
+import math
+from itertools import pairwise
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.parameter import is_lazy
+from typing_extensions import override
+
+from lightning_prune import scopes
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.masks import Masks
+from lightning_prune.methods import rewinding
+from lightning_prune.schedules import Horizon, after
+from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
+from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.validation.arguments import choice, fractions, integer, position
+
+
+class LotteryTicket(rewinding.Rewinding):
+    """Find a lottery ticket by iterative pruning: train, prune, rewind; after the last round the ticket is trained.
+
+    The run is ``rounds + 1`` trainings, all of which end at the same step T of a training. Between two of them the same
+    fraction of what is left is pruned, such that the last round ends exactly at ``sparsity``, and training goes on from
+    step ``rewind_to``: optimizers and learning-rate schedulers are as they were there, and so are all weights and
+    buffers, unless ``rewind`` says otherwise. Nothing is rewound once the ticket is trained, and the run stops then (a
+    run that is longer than ``rounds + 1`` times ``frequency`` trains the ticket on). A learning-rate schedule should
+    span one training, T steps, since it is lived through ``rounds + 1`` times.
+
+    With ``rewind_to=k`` every training but the first takes T - k steps. Where trainings are counted in epochs, they
+    end with an epoch: the whole epochs of k are left out, and what is trained in the first batches of an epoch, up to
+    the batch of step k, is undone once more.
+
+    What is rewound to is part of every checkpoint: a copy of parameters, buffers and optimizer state, which with Adam
+    is three numbers for each parameter (one if ``rewind_to`` is 0, since an optimizer has no state there).
+
+    Args:
+        sparsity: Fraction of zeros among the targets at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
+        rounds: How often is pruned and rewound, at least 1.
+        rewind: "weights" rewinds everything; "learning_rate" keeps the trained weights; "random" is the control
+            experiment: the rounds are those of "weights", but the ticket's weights are then initialised anew, by the
+            ``reset_parameters`` of the modules.
+        rewind_to: The moment to go back to: an int counts optimizer steps, a float in [0, 1] is a fraction of the run.
+        frequency: T, the length of the first training, in intervals; None is the run divided by ``rounds + 1``.
+        interval: What ``frequency`` counts: optimizer "step"s or "epoch"s.
+        criterion: Scores the units; the lowest go first.
+        granularity: Which weights form a unit.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        seed: Of the weights for ``rewind="random"``; the same on every rank.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if the rounds do not fit into the run,
+            ``rewind_to`` lies behind the first of them, parameters are sharded, or stochastic weight averaging
+            replaces the schedulers.
+
+    Reference: Frankle and Carbin, 2019, arXiv:1803.03635; late rewinding: Frankle et al., 2020, arXiv:1912.05671;
+    learning-rate rewinding: Renda et al., 2020, arXiv:2003.02389.
+
+    >>> LotteryTicket(0.75, rounds=2).plan(10, 20)
+    [(10, 0.5), (20, 1.0)]
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float],
+        rounds: int = 5,
+        rewind: Literal["weights", "learning_rate", "random"] = "weights",
+        rewind_to: int | float = 0,
+        frequency: int | None = None,
+        interval: Literal["step", "epoch"] = "epoch",
+        criterion: Criterion = Magnitude(),
+        granularity: Granularity = Weight(),
+        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
+        seed: int = 0,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        log_layers: bool = False,
+    ) -> None:
+        goal.check(fractions("sparsity", sparsity), None, granularity)
+        self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+        self.rewind = choice("rewind", rewind, ("weights", "learning_rate", "random"))
+        self.rewind_to = position("rewind_to", rewind_to)
+        self.seed = integer("seed", seed)
+        first = 1 / (self.rounds + 1) if frequency is None else integer("frequency", frequency, 1, unit=interval)
+        horizon = Horizon(first, first * self.rounds, interval, frequency)
+        super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._memory: dict[str, Any] | None = None
+        self._moment: int | None = None  # the optimizer step to go back to, resolved once
+        self._back: int | None = None  # and by how many intervals trainings are shorter than the first
+        self._again: tuple[int, dict[str, Any]] | None = None  # at which step to go back once more, and to what
+        self._stop = math.inf  # in intervals
+
+    @override
+    def plan(self, first: int, last: int) -> list[tuple[int, float]]:
+        apart = (last - first) / max(1, self.rounds - 1)
+        back = self._back or 0
+        return [(round(first + i * apart) - i * back, (i + 1) / self.rounds) for i in range(self.rounds)]
+
+    @override
+    def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
+        what, told, updates = super().describe()
+        if isinstance(self.sparsity, float):
+            updates = [(at, after(done, self.sparsity)) for at, done in self._updates]
+        return f"{what} in {self.rounds} rounds", told, updates
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rewind == "random":
+            rewinding.check_resettable(pl_module)
+        if self.frequency is None and math.isinf(length(trainer, self.interval, self._epochs)):
+            raise ValueError("frequency must be given where the length of the run is unknown, got None")
+        if self._moment is None:
+            self._moment = self._resolve(trainer)
+            self._back = self._shorter(trainer)
+        super().begin(trainer, pl_module)
+        self._check_rounds(trainer)
+        if self._memory is None and self._moment <= self._steps and any(map(is_lazy, pl_module.parameters())):
+            raise ValueError(
+                "the model must have no uninitialised parameters to be rewound to its start: run a batch through it "
+                "before fit, or let rewind_to be at least 1"
+            )
+        self._stop = self._end(trainer)
+        self._stop_if_trained(trainer, self._clock(trainer))
+
+    def _end(self, trainer: Trainer) -> float:
+        """Return when the ticket is trained, in intervals; infinite where the run ends by itself."""
+        later = self.reached and self._clock(trainer) < self._updates[-1][0]  # another fit, which goes on with a ticket
+        if later or not self._back:
+            return math.inf
+        duration = length(trainer, self.interval, self._epochs)
+        whole = duration if self.frequency is None else self.frequency * (self.rounds + 1)
+        return math.inf if duration > whole else whole - self.rounds * self._back
+
+    def _check_rounds(self, trainer: Trainer) -> None:
+        positions = [0, *(position for position, _ in self._updates)]
+        first = in_steps(trainer, self.interval, positions[1])
+        if self._memory is None and self._moment is not None and self._moment >= first > 0:
+            raise ValueError(f"rewind_to must lie before the first round ends, got step {self._moment} of {first:g}")
+        if any(later <= earlier for earlier, later in pairwise(positions)):
+            raise ValueError(
+                f"rounds must fit into the run, with at least one {self.interval} for each of the {self.rounds + 1} "
+                f"trainings, got rounds={self.rounds} that end at the {self.interval}s {positions[1:]}"
+            )
+
+    def _clock(self, trainer: Trainer) -> int:
+        return trainer.current_epoch if self.interval == "epoch" else self._steps
+
+    def _stop_if_trained(self, trainer: Trainer, clock: int) -> None:
+        if clock >= self._stop:
+            trainer.should_stop = True
+
+    def _shorter(self, trainer: Trainer) -> int:
+        """Return by how many intervals trainings are shorter than the first."""
+        assert self._moment is not None
+        per_epoch = steps_per_epoch(trainer)
+        if self.interval == "step" or not self._moment:
+            return self._moment
+        if not per_epoch:
+            raise ValueError(
+                f"rewind_to must be 0 where the length of an epoch is unknown, got {self.rewind_to}: count in steps, "
+                f'with interval="step" and frequency'
+            )
+        return int(self._moment // per_epoch)
+
+    def _resolve(self, trainer: Trainer) -> int:
+        if isinstance(self.rewind_to, int):
+            return self.rewind_to
+        steps = length(trainer, "step", self._epochs)
+        if math.isinf(steps):
+            raise ValueError(f"rewind_to must be an int where the length of the run is unknown, got {self.rewind_to}")
+        return round(self.rewind_to * steps)
+
+    @override
+    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._moment is not None
+        # more than once, since schedulers may step between the end of a batch and the start of an epoch
+        if self._steps == self._moment or (self._memory is None and self._steps > self._moment):
+            if self._steps > self._moment:
+                rank_zero_warn(
+                    f"{type(self).__name__} was not there at step {self._moment}: it will rewind to step {self._steps}"
+                )
+                self._moment = self._steps
+            self._memory = rewinding.remember(trainer, pl_module, weights=self.rewind != "learning_rate")
+        if self._again is not None and self._steps >= self._again[0]:
+            rewinding.go_back(trainer, pl_module, self._again[1])
+            self._observation.reset()
+            self._again = None
+        if self.interval == "step":
+            self._stop_if_trained(trainer, self._steps)
+        super().advance(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.interval == "epoch":
+            self._stop_if_trained(trainer, trainer.current_epoch + 1)
+
+    @override
+    def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
+        level = self.sparsity
+        assert level is not None
+        return self.choose_for(model, goal.after(level, amount))
+
+    @override
+    def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
+        assert self._memory is not None
+        memory = self._memory
+        anew = self.rewind == "random" and amount == 1.0
+        if anew:  # what optimizers know of the weights that were rewound to is nothing to the new ones
+            memory = {**memory, "optimizers": [{**saved, "state": {}} for saved in memory["optimizers"]]}
+        rewinding.go_back(trainer, pl_module, memory)
+        self._observation.reset()  # of a training that is undone
+        if anew:
+            rewinding.reset(pl_module, self.seed)
+            rewinding.mask_all(trainer)
+        self._wait(trainer, pl_module)
+
+    def _wait(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back once more in the batch of an epoch that was remembered: only then epochs end where they ended."""
+        assert self._moment is not None
+        per_epoch = int(steps_per_epoch(trainer)) if self.interval == "epoch" else 0
+        ahead = (self._moment - self._steps) % per_epoch if per_epoch else 0
+        self._again = (self._steps + ahead, rewinding.remember(trainer, pl_module)) if ahead else None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        found = {"memory": self._memory, "moment": self._moment, "back": self._back, "again": self._again}
+        return {**super().state_dict(), **found}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._expect(state_dict, "memory", "moment")
+        super().load_state_dict(state_dict)
+        self._memory, self._moment = state_dict["memory"], state_dict["moment"]
+        # a run of an earlier version goes on as it began: with trainings of one length
+        self._back, self._again = state_dict.get("back", 0), state_dict.get("again")

@@ -1,0 +1,229 @@
+"""Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
+
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_prune.criteria import Magnitude
+from lightning_prune.granularities import NM
+from lightning_prune.masks import Masks
+from lightning_prune.models.parameters import find
+from lightning_prune.tensors.boolean import chunks
+from lightning_prune.tensors.distributed import local, piece
+from lightning_prune.training.enforcement import parameter_ids
+from lightning_prune.training.masked import MaskedTraining, gradient_scale, mask_averages
+from lightning_prune.units.units import Units, make_units
+from lightning_prune.updates.decision import score
+from lightning_prune.validation.arguments import number
+
+
+class SRSTE(MaskedTraining):
+    """Train N:M sparse weights from the first step, straight through the mask (SR-STE).
+
+    Of every m weights that follow each other along the inputs the n largest are used, and which these are is decided
+    anew after every step. The callback keeps the weights without zeros: their gradient is that of the masked ones,
+    and those that are pruned decay a little, so that the choice settles. Between two steps the model has the masked
+    weights only, as validation and checkpoints see them. The others are part of the callback's state, at one number for
+    each weight, and are what training goes on with when it is resumed.
+
+    Args:
+        n: How many of a group are kept, at least 1.
+        m: The size of a group, more than n.
+        decay: How strongly pruned weights decay: this times the weight is added to its gradient; 0 is the plain
+            straight-through estimator.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
+            is prunable; when an optimizer (LBFGS, SAM) runs the model inside its step, or a gradient is sparse.
+
+    Reference: Zhou et al., 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
+    arXiv:2102.04010.
+
+    >>> SRSTE(2, 4).granularity
+    NM(n=2, m=4)
+    """
+
+    def __init__(
+        self,
+        n: int = 2,
+        m: int = 4,
+        decay: float = 2e-4,
+        targets: tuple[str, ...] = (),
+        ignore: tuple[str, ...] = (),
+        log_layers: bool = False,
+    ) -> None:
+        self.granularity = NM(n, m)
+        self.n = self.granularity.n
+        self.m = self.granularity.m
+        self.decay = number("decay", decay, "[0, inf)")
+        super().__init__(targets, ignore, log_layers)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._units: list[Units] = []
+        self._dense: dict[str, Tensor] = {}  # the weights without zeros, of this rank's pieces
+        self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
+        self._open: set[str] = set()  # the targets that are without zeros in the model itself, during a step
+        self._guard: RemovableHandle | None = None  # refuses forward passes meanwhile
+
+    @property
+    @override
+    def settled(self) -> bool:
+        return not self._open
+
+    @override
+    def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin(trainer, pl_module)
+        super().rebuild(trainer, pl_module)
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
+        self._units = []
+        self.masks = Masks({**self.masks, **self._join(pl_module)})
+
+    def _join(self, pl_module: nn.Module) -> Masks:
+        """Take in the targets that are new, lazy or frozen until now, and return masks for those that have none."""
+        found = find(pl_module, self.targets, self.ignore)
+        known = {id(unit.parameter) for unit in self._units}
+        joined = make_units([t for t in found if id(t.parameter) not in known], pl_module, self.granularity)
+        for unit in joined:
+            weight = local(unit.parameter)
+            if unit.name in self._saved:
+                self._dense[unit.name] = piece(self._saved.pop(unit.name), unit.parameter).to(weight, copy=True)
+            dense = self._dense.get(unit.name)
+            if dense is None or dense.shape != weight.shape or not ((weight == dense) | (weight == 0)).all():
+                self._dense[unit.name] = weight.clone()  # there are none, or they are not those of this model
+        self._units += joined
+        return self._choose([unit for unit in joined if unit.name not in self.masks])
+
+    def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if masks := self._join(pl_module):
+            self.put_in_force(trainer, pl_module, Masks({**self.masks, **masks}))
+
+    def _choose(self, units: list[Units]) -> Masks:
+        if not units:
+            return Masks()
+        places = score(units, Magnitude(), dict.fromkeys(unit.name for unit in units))
+        return Masks({name: places.at_least(name, self.granularity.least) for name in places})
+
+    @override
+    def looks_at_pruned(self, trainer: Trainer) -> bool:
+        return True
+
+    @override
+    def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        self.before_step(trainer, optimizer)  # and no gradient is masked: those of pruned weights are the point
+
+    @override
+    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        scale = gradient_scale(trainer, optimizer)
+        if self._guard is None:
+            self._guard = register_module_forward_pre_hook(partial(self._refuse, trainer, type(optimizer).__name__))
+        for unit in self._of(optimizer):
+            if unit.name not in self._open and unit.parameter.grad is not None:
+                if unit.parameter.grad.is_sparse:
+                    raise ValueError(f"{unit.name!r} must have a dense gradient for SRSTE, got a sparse one: ignore it")
+                self._open.add(unit.name)
+                dense = self._dense[unit.name]
+                local(unit.parameter).copy_(dense)
+                _add_hidden(local(unit.parameter.grad), dense, self.masks[unit.name], self.decay * scale)
+
+    @override
+    def stepped(self, optimizer: Optimizer) -> None:
+        units = [unit for unit in self._of(optimizer) if unit.name in self._open]
+        self._open.difference_update(unit.name for unit in units)  # the hook of an optimizer may be called twice
+        self._take(units)
+        if not self._open:
+            self._shut()
+
+    def _take(self, units: list[Units]) -> None:
+        """Choose the masks of weights that are without zeros in the model, and keep a copy of them."""
+        for unit in units:
+            self._dense[unit.name].copy_(local(unit.parameter))
+        chosen = self._choose(units)
+        self._holding.change({unit.parameter: chosen[unit.name] for unit in units})
+        self.masks = Masks({**self.masks, **chosen})
+
+    def _refuse(self, trainer: Trainer, optimizer: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Let no forward pass of the model see the weights without zeros."""
+        if any(module is ours for ours in trainer.lightning_module.modules()):
+            if getattr(trainer.precision_plugin, "scaler", None) is None:
+                raise ValueError(f"optimizer must not run the model inside its step for SRSTE, got {optimizer}")
+            self._shut()  # a gradient scaler has skipped the step
+
+    def _shut(self) -> None:
+        """End a step: that it is open is no longer so, whether it was taken or not."""
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+        if self._open:  # it was not taken
+            self._open.clear()
+            self._holding.apply()
+
+    @override
+    def _let_go(self, pl_module: nn.Module) -> None:
+        self._shut()
+        super()._let_go(pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # what an epoch begins with may have been unfrozen
+            self._take_in(trainer, pl_module)
+
+    @override
+    def hidden(self) -> dict[str, Tensor]:
+        return self._dense
+
+    @override
+    def put_back(self) -> None:
+        self._take(self._units)
+        super().put_back()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._shut()
+        if batch_idx == 0:  # lazy layers exist after their first forward pass
+            self._take_in(trainer, pl_module)
+        mask_averages(trainer, self.masks)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _of(self, optimizer: Optimizer) -> list[Units]:
+        stepping = parameter_ids(optimizer)
+        return [unit for unit in self._units if id(unit.parameter) in stepping]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        dense = {name: self._whole(name, weight).to("cpu", copy=True) for name, weight in self._dense.items()}
+        return {**super().state_dict(), "dense": {**dense, **self._saved}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._expect(state_dict, "dense")
+        super().load_state_dict(state_dict)
+        self._saved = dict(state_dict["dense"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_units": [], "_open": set(), "_guard": None}
+
+
+def _add_hidden(gradient: Tensor, weight: Tensor, mask: Tensor, times: float) -> None:
+    """Add to a gradient, in place, so many times the weights that the mask prunes."""
+    parts = [(gradient, weight, mask)]
+    if all(tensor.is_contiguous() for tensor in parts[0]):  # pieces, which stay in the cache
+        parts = list(zip(*map(chunks, parts[0]), strict=True))
+    for grad, hidden, kept in parts:
+        grad.add_(hidden.masked_fill(kept, 0.0), alpha=times)

@@ -1,0 +1,138 @@
+"""Calling: runs a model on example inputs of any form, and compares what comes out."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.models.preserving import eager, evaluating
+from lightning_prune.validation.values import shown
+
+Inputs = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what the model puts out for a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    >>> call(nn.Identity(), (torch.ones(2),))
+    tensor([1., 1.])
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
+    """Return a nest of tensors on a device, those of floats in a type.
+
+    >>> convert([torch.zeros(1), torch.zeros(1, dtype=torch.int64)], torch.device("cpu"), torch.float64)
+    [tensor([0.], dtype=torch.float64), tensor([0])]
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype if inputs.is_floating_point() else None)
+    if hasattr(type(inputs), "to"):  # packed sequences, and others that know how
+        moved = inputs.to(device)
+        return inputs if moved is None else moved  # some move themselves and return nothing
+    if isinstance(inputs, tuple):
+        parts = [convert(part, device, dtype) for part in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    if isinstance(inputs, list | dict):  # a subclass keeps what else it has
+        copied = copy.copy(inputs)
+        for key, part in inputs.items() if isinstance(inputs, dict) else enumerate(inputs):
+            copied[key] = convert(part, device, dtype)
+        return copied
+    return inputs
+
+
+def inputs_of(batch: Any) -> Inputs:
+    """Return the inputs in a batch: its first part, where it is a tuple or list.
+
+    >>> inputs_of(["inputs", "labels"])
+    'inputs'
+    """
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def example_of(model: nn.Module, given: Inputs) -> Inputs:
+    """Return the example inputs that are given, or else those that a ``LightningModule`` states, or None."""
+    return getattr(model, "example_input_array", None) if given is None else given
+
+
+def needed_example_of(model: nn.Module, given: Inputs) -> Inputs:
+    """Return likewise example inputs that have to be there.
+
+    Raises:
+        ValueError: If they are not, or hold no data.
+    """
+    inputs = example_of(model, given)
+    if inputs is None:
+        raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
+    if any(tensor.is_meta for tensor in tensors(inputs)):
+        raise ValueError(f"example_inputs must hold data, got {shown(inputs)} on the meta device")
+    return inputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model, the CPU for one without parameters.
+
+    >>> device_of(nn.ReLU())
+    device(type='cpu')
+    """
+    return next(model.parameters(), torch.empty(0, device="cpu")).device
+
+
+def fitting(inputs: Inputs, model: nn.Module) -> Inputs:
+    """Return inputs on the device, and those of floats in the type, of the parameters of a model.
+
+    >>> fitting(torch.zeros(1), nn.Linear(1, 1).double()).dtype
+    torch.float64
+    """
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return inputs if first is None else convert(inputs, first.device, first.dtype)
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Yield every tensor of an output: of nested tuples, lists, dicts and dataclasses.
+
+    >>> [tensor.item() for tensor in tensors({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
+    [1, 2]
+    """
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors(value)
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from tensors(vars(output))
+
+
+def difference(output: Any, other: Any) -> float:
+    """Return the greatest difference of two outputs, relative to the greatest magnitude; infinite if shapes differ.
+
+    >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
+    0.25
+    """
+    pairs = list(zip(tensors(output), tensors(other), strict=False))
+    if not pairs or len(pairs) != len(list(tensors(other))) or any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    return max(_relative(a.detach().double(), b.detach().double()) for a, b in pairs)
+
+
+def _relative(tensor: Tensor, other: Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
+    apart, scale = (tensor - other).abs().max(), tensor.abs().max()
+    found = float(apart / scale) if scale else float(apart)
+    return found if found == found else float("inf")  # NaN
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what the model puts out in eval mode, without a trace of the run: modes, random state."""
+    with evaluating(model), torch.random.fork_rng(devices=[]), eager():
+        return call(model, inputs)

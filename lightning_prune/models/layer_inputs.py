@@ -1,0 +1,155 @@
+"""Features: the numbers that a layer multiplies its weights by, read from its input."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_prune.tensors.distributed import local, output_rows
+
+_PROJECTIONS = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Return whether ``windows`` knows how the layer meets its input: linear layers and convolutions.
+
+    >>> is_readable(nn.Linear(2, 2)), is_readable(nn.LSTM(2, 2))
+    (True, False)
+    """
+    return isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+
+def windows(module: nn.Module, values: Tensor) -> Tensor:
+    """Return the input of a linear layer or convolution as its weights meet it, a view where there is no padding.
+
+    Args:
+        module: The layer; groups, stride, dilation and every kind of padding count.
+        values: Its input, or a function of it, entry by entry, that leaves zeros zero.
+
+    Returns:
+        Of shape (samples, *positions, groups, inputs, *kernel): an output is the sum over inputs and kernel of such a
+        window times a row of the weight.
+
+    >>> conv = nn.Conv2d(4, 6, 3, groups=2, padding=1, bias=False)
+    >>> image = torch.randn(5, 4, 8, 8)
+    >>> seen = windows(conv, image)
+    >>> seen.shape
+    torch.Size([5, 8, 8, 2, 2, 3, 3])
+    >>> rows = conv.weight.view(2, 3, 2, 3, 3)
+    >>> out = torch.einsum("nhwgikl,goikl->ngohw", seen, rows).reshape(5, 6, 8, 8)
+    >>> torch.allclose(out, conv(image), atol=1e-6)
+    True
+    """
+    if isinstance(module, nn.Linear):
+        return values.reshape(-1, 1, values.shape[-1])
+    assert isinstance(module, _ConvNd)
+    spatial = len(module.kernel_size)
+    if values.ndim == spatial + 1:
+        values = values[None]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    values = nn.functional.pad(values, module._reversed_padding_repeated_twice, mode=mode)
+    for dim, (size, stride, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
+        values = values.unfold(dim, (size - 1) * gap + 1, stride)[..., ::gap]
+    values = values.unflatten(1, (module.groups, -1))  # samples, groups, inputs, positions, kernel
+    return values.movedim((1, 2), (spatial + 1, spatial + 2))
+
+
+def input_of(inputs: tuple[Any, ...], name: str) -> Tensor:
+    """Return the input of a layer, this rank's piece, at least float32, as a forward hook gets it.
+
+    Raises:
+        ValueError: If the layer was called without a tensor as its first positional argument.
+    """
+    if not inputs or not isinstance(inputs[0], Tensor):
+        raise ValueError(
+            f"the layer of {name!r} must be called with a tensor as its first positional argument, got "
+            f"{type(inputs[0]).__name__ if inputs else 'keywords only'}: ignore the parameter"
+        )
+    values = local(inputs[0])
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Return the type to sum up in: float64, where the device has it.
+
+    >>> wide(torch.device("cpu"))
+    torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, name: str) -> Tensor:
+    """Return, for each input that weights meet, the sum of its squares over a batch, and how many there were.
+
+    Args:
+        module: The layer: a linear one, a convolution, transposed or not, or multi-head attention.
+        inputs: What it was called with.
+        weight: The weight; of one that ranks hold in pieces, a rank may see a part of the inputs.
+        name: The weight's name.
+
+    Returns:
+        Of shape (2, groups, ...), to be read by ``per_weight``.
+
+    Raises:
+        ValueError: If it is another kind of layer, or was not called with tensors.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> squares(layer, (torch.tensor([[1.0, 2.0], [0.0, 2.0]]),), layer.weight, "weight").tolist()
+    [[[1.0, 8.0]], [[2.0, 2.0]]]
+    """
+    attribute = name.rpartition(".")[2]
+    if isinstance(module, nn.MultiheadAttention) and attribute in _PROJECTIONS:
+        found = [_sum(input_of(inputs[number:], name).square(), 1) for number in _PROJECTIONS[attribute]]
+        return torch.stack(found, 1)  # a group of rows each
+    if isinstance(module, _ConvTransposeNd):
+        values = input_of(inputs, name).movedim(1 - weight.ndim, -1).square()
+        return _sum(values, 1).view(2, -1, *[1] * (weight.ndim - 1))
+    if module is None or not is_readable(module):
+        raise ValueError(
+            f"the layer of {name!r} must be a linear one, a convolution or an attention's input projection, got "
+            f"{type(module).__name__}: ignore the parameter"
+        )
+    values = input_of(inputs, name).square()
+    if isinstance(module, _ConvNd) and values.ndim == weight.ndim:
+        # samples first: what is left to be summed for every place of the kernel is one of them
+        seen = _sum(windows(module, values.sum(0, keepdim=True, dtype=wide(values.device))), weight.ndim)
+        seen[1] *= len(values)
+    else:
+        seen = _sum(windows(module, values), weight.ndim)
+    mine = output_rows(weight, 1)
+    if seen.shape[2] == weight.shape[1]:
+        return seen
+    everything = seen.new_zeros(2, 1, weight.shape[1])
+    everything[..., mine] = seen
+    return everything
+
+
+def no_squares(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return what ``squares`` would of no input at all.
+
+    >>> no_squares(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
+    torch.Size([2, 2, 2, 3])
+    """
+    if isinstance(module, _ConvTransposeNd):
+        shape = [weight.shape[0], *[1] * (weight.ndim - 1)]
+    else:
+        attention = isinstance(module, nn.MultiheadAttention) and weight is module.in_proj_weight
+        shape = [3 if attention else getattr(module, "groups", 1), *weight.shape[1:]]
+    return torch.zeros(2, *shape, dtype=wide(weight.device), device=weight.device)
+
+
+def _sum(values: Tensor, ndim: int) -> Tensor:
+    """Return the sum over all but the last dimensions, and how many each one is of."""
+    values = values[None]
+    total = values.sum(list(range(values.ndim - ndim)), dtype=wide(values.device))
+    return torch.stack([total, torch.full_like(total, values.numel() // max(1, total.numel()))])
+
+
+def per_weight(features: Tensor, shape: torch.Size) -> Tensor:
+    """Return a number for each input that weights meet, of shape (groups, ...), as one for each weight.
+
+    >>> per_weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.Size([4, 2])).tolist()
+    [[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]
+    """
+    return features.repeat_interleave(shape[0] // len(features), 0).expand(shape)

@@ -1,0 +1,126 @@
+"""Dataflow: which norm stands behind a layer, read from a symbolic trace where the model allows one."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node, Tracer
+from typing_extensions import override
+
+from lightning_prune.models.preserving import keeping_entries
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+# a linear layer has its channels in the last dimension, all others in the second one
+_BEHIND_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_BEHIND_OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+# what may lie between a layer and its norm: zeros stay zeros, channels stay in their place
+_SAME = (nn.Identity, nn.modules.dropout._DropoutNd, nn.functional.dropout)
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
+_NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu")
+_TRANSPARENT = (*_SAME, *_ACTIVATIONS, *(getattr(nn.functional, name) for name in _NAMES))
+
+
+class _Quiet(Tracer):
+    """A tracer that runs no hooks and looks into no layer."""
+
+    @override
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not any(m.children()) or (m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential))
+
+    @override
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        # the module's own forward instead of its __call__: hooks of the user must not see a trace
+        inner = getattr(m, "_orig_mod", m)
+        return super().call_module(inner, inner.forward, args, kwargs)
+
+
+def norms_behind(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
+    """Return, for each layer whose output goes straight into a norm over its channels, that norm.
+
+    Parts that cannot be traced are searched child by child. Zero-preserving activations and dropout may lie between.
+    A layer or norm that is used twice is left out: it has other neighbours elsewhere.
+
+    Args:
+        model: Any module.
+        across: Whether activations may lie between.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    >>> {id(layer) for layer in norms_behind(model)} == {id(model[0])}
+    True
+    """
+    links: list[tuple[nn.Module, nn.Module]] = []
+    calls: Counter[nn.Module] = Counter()
+    if any(isinstance(module, _NORMS) for module in model.modules()):
+        _trace(model, _TRANSPARENT if across else _SAME, links, calls)
+    return {layer: norm for layer, norm in links if calls[layer] == calls[norm] == 1}
+
+
+def no_norms(across: bool = True) -> dict[nn.Module, nn.Module]:
+    """Return no norms, for units of which no model is known."""
+    return {}
+
+
+def _trace(
+    model: nn.Module,
+    between: tuple[Any, ...],
+    links: list[tuple[nn.Module, nn.Module]],
+    calls: Counter[nn.Module],
+) -> None:
+    """Add the links that a symbolic trace shows, and how often it calls each module."""
+    model = getattr(model, "_orig_mod", model)
+    try:
+        with _untouched(model):
+            graph = _Quiet().trace(model)
+    except Exception:  # a trace runs the user's forward on stand-ins and may fail in any way
+        for child in model.children():
+            _trace(child, between, links, calls)
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    calls.update([modules[str(node.target)] for node in nodes] or [model])
+    for node in nodes:
+        norm = modules[str(node.target)]
+        layer = _layer_before(node, modules, between) if isinstance(norm, _NORMS) else None
+        if layer is not None and isinstance(norm, _BEHIND_LINEAR if isinstance(layer, nn.Linear) else _BEHIND_OTHERS):
+            links.append((layer, norm))
+
+
+def _layer_before(node: Node, modules: dict[str, nn.Module], between: tuple[Any, ...]) -> nn.Module | None:
+    types = tuple(kind for kind in between if isinstance(kind, type))
+    source = node.args[0] if node.args else None
+    while isinstance(source, Node):
+        if source.op == "call_function" and source.target in between:
+            source = source.args[0] if source.args else None
+        elif source.op == "call_module" and isinstance(modules[str(source.target)], types):
+            source = source.args[0]
+        elif source.op == "call_module":
+            return modules[str(source.target)]
+        else:
+            return None
+    return None
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Undo what running a forward does to a model: attributes, containers in them, buffers, the random state."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    found = [value for saved in attributes.values() for value in saved.values()]
+    containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
+    python = random.getstate()
+    try:
+        with keeping_entries(model.buffers()), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        for container, saved in containers:
+            container.clear()
+            container.extend(saved) if isinstance(container, list) else container.update(saved)
+        for module, saved in attributes.items():
+            vars(module).clear()
+            vars(module).update(saved)

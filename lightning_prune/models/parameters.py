@@ -1,0 +1,180 @@
+"""Targets: which parameters of a model are pruned, found by name."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_prune.validation.arguments import patterns
+
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_forward_module\.")
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
+    *(nn.modules.batchnorm._NormBase,),  # batch and instance norms, lazy ones too
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter under all its names.
+
+    Args:
+        name: Its qualified name in the plain model, without the prefixes of wrappers.
+        parameter: The parameter itself.
+        modules: The modules that own it, more than one where weights are tied.
+        aliases: All its names.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    modules: tuple[nn.Module, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it is a weight that could be pruned: floating-point, two or more dimensions, no bias, no norm."""
+        return (
+            self.parameter.is_floating_point()
+            and (is_lazy(self.parameter) or self.parameter.ndim >= 2)
+            and "bias" not in self.name.rpartition(".")[2]
+            and not any(isinstance(module, _NORMS) for module in self.modules)
+        )
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is the table of an embedding."""
+        return any(isinstance(module, _EMBEDDINGS) for module in self.modules)
+
+
+def plain_name(name: str) -> str:
+    """Return a qualified name without the prefixes that wrappers put into it.
+
+    >>> plain_name("_orig_mod.fc._orig_mod.weight")
+    'fc.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter once, under its plain name.
+
+    >>> list(named_parameters(nn.Linear(2, 2)))
+    ['weight', 'bias']
+    """
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Return whether a glob, or a regular expression behind ``re:``, matches one of the names.
+
+    >>> matches("encoder.*.weight", ["encoder.0.weight"]), matches("re:encoder", ["decoder.weight"])
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        return any(re.match(pattern[3:], name) for name in names)
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def find(
+    model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), frozen: bool = False
+) -> list[Target]:
+    """Return the parameters to prune, in the order of the model; tied ones once, under their first name.
+
+    Without ``targets``: every trainable floating-point parameter with two or more dimensions, embeddings excepted.
+    Biases, norms and uninitialised parameters never, frozen ones only if asked for.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing is left to prune.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    >>> [target.name for target in find(model, ignore=["2.*"])]
+    ['0.weight']
+    """
+    targets, ignore = patterns("targets", targets), patterns("ignore", ignore)
+    entries = list(_entries(model))
+    weights = [entry for entry in entries if entry.weighs]
+    _check("targets", targets, weights)
+    _check("ignore", ignore, entries)
+    found = [
+        entry
+        for entry in weights
+        if (frozen or entry.parameter.requires_grad)
+        and not is_lazy(entry.parameter)
+        and entry.parameter.numel()
+        and (any(matches(p, entry.aliases) for p in targets) if targets else not entry.embeds)
+        and not any(matches(p, entry.aliases) for p in ignore)
+    ]
+    if not found and not any(is_lazy(entry.parameter) for entry in weights):
+        still = [entry.name for entry in weights if not entry.parameter.requires_grad]
+        why = f"frozen: {still[:5]}" if still else f"its parameters: {[entry.name for entry in entries[:5]]}"
+        raise ValueError(
+            f"the model must have a prunable parameter (trainable, floating-point, two or more dimensions, matched by "
+            f"targets and not by ignore), got none ({why})"
+        )
+    return found
+
+
+def _entries(model: nn.Module) -> Iterator[Target]:
+    names: dict[nn.Parameter, list[str]] = {}
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            names.setdefault(parameter, []).append(plain_name(f"{prefix}.{name}" if prefix else name))
+            if not any(module is owner for owner in owners.setdefault(parameter, [])):
+                owners[parameter].append(module)
+    for parameter, known in names.items():
+        yield Target(known[0], parameter, tuple(owners[parameter]), tuple(known))
+
+
+def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) -> None:
+    """Refuse a pattern that matches nothing, and name what it may have meant."""
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"{argument} must be a sequence of patterns, got the string {patterns!r}: write [{patterns!r}]"
+        )
+    names = [name for entry in entries for name in entry.aliases]
+    for pattern in patterns:
+        try:
+            found = matches(pattern, names)
+        except re.error as error:
+            raise ValueError(f"{argument} must match a parameter, got {pattern!r}: {error}") from error
+        if not found:
+            close = get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
+            raise ValueError(f"{argument} must match a parameter, got {pattern!r}; close names: {close}")
+
+
+def channel_dim(target: Target) -> int:
+    """Return the dimension of the output channels: 1 for transposed convolutions, else 0.
+
+    >>> up = nn.ConvTranspose1d(2, 3, 1)
+    >>> channel_dim(Target("up.weight", up.weight, (up,)))
+    1
+    """
+    return int(isinstance(target.modules[0], nn.modules.conv._ConvTransposeNd))
+
+
+def fractions(per_layer: Mapping[str, float], found: Sequence[Target]) -> dict[str, float]:
+    """Return the sparsity of each target by name, from ``{pattern: sparsity}``; the first pattern that matches decides.
+
+    Raises:
+        ValueError: If a pattern decides nothing.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> fractions({"0.*": 0.9, "*": 0.5}, find(model))
+    {'0.weight': 0.9, '1.weight': 0.5}
+    """
+    decided = {t.name: next((p for p in per_layer if matches(p, t.aliases)), None) for t in found}
+    for pattern in per_layer:
+        if pattern not in decided.values():
+            raise ValueError(
+                f"sparsity must map patterns that each decide over a target, got {pattern!r}, which matches nothing "
+                f"that an earlier pattern left: {list(decided)}"
+            )
+    return {name: per_layer[pattern] for name, pattern in decided.items() if pattern is not None}

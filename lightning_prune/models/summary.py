@@ -1,0 +1,141 @@
+"""Report: how sparse a model is, layer by layer, and what a pruning run is going to do, as text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from typing_extensions import override
+
+from lightning_prune.models.parameters import Target, find
+from lightning_prune.tensors.distributed import counts_here, is_sharded, local, over_ranks
+from lightning_prune.validation.instances import instance
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its name, shape, number of weights, number of zeros among them."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros, 0 to 1."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sparsity of the prunable weights of a model, a row each; as text a table.
+
+    Args:
+        rows: One row a parameter.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> Row:
+        """All rows together."""
+        return Row("total", (), sum(row.weights for row in self.rows), sum(row.zeros for row in self.rows))
+
+    @override
+    def __str__(self) -> str:
+        cells = [("name", "shape", "weights", "zeros", "sparsity")]
+        for row in (*self.rows, self.total):
+            shape = " x ".join(map(str, row.shape))
+            cells.append((row.name, shape, f"{row.weights:,}", f"{row.zeros:,}", f"{row.sparsity:.2%}"))
+        lines = table(cells)
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def table(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of cells as lines of equal length: the first two columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+
+
+def summary(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> Summary:
+    """Print and return the sparsity of every prunable weight and their total.
+
+    Args:
+        model: Any module.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out.
+
+    >>> model = nn.Linear(4, 2)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> result = summary(model)
+    name    shape  weights  zeros  sparsity
+    ---------------------------------------
+    weight  2 x 4        8      6    75.00%
+    ---------------------------------------
+    total                8      6    75.00%
+    """
+    instance("model", model, nn.Module)
+    result = Summary(tuple(rows(model, targets, ignore)))
+    print(result)
+    return result
+
+
+def sparsity(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> float:
+    """Return the fraction of zeros, 0 to 1, among the prunable weights.
+
+    Args:
+        model: Any module.
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out.
+
+    >>> model = nn.Linear(4, 2)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> sparsity(model)
+    0.75
+    """
+    instance("model", model, nn.Module)
+    return Summary(tuple(rows(model, targets, ignore))).total.sparsity
+
+
+def zeros(parameter: Tensor) -> int:
+    """Return the number of zeros, on all ranks.
+
+    >>> import torch
+    >>> zeros(torch.tensor([0.0, 1.0, -0.0]))
+    2
+    """
+    kept = _values(local(parameter)).count_nonzero()
+    if is_sharded(parameter):
+        kept = over_ranks(kept * counts_here(parameter))
+    return parameter.numel() - int(kept)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Return what a quantized tensor stands for; any other as it is."""
+    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor
+
+
+def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
+    """Return a row for every prunable weight; with sharded parameters all ranks must call it."""
+    return [
+        Row(target.name, tuple(target.parameter.shape), target.parameter.numel(), zeros(target.parameter))
+        for target in counted(model, targets, ignore)
+    ]
+
+
+def counted(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Target]:
+    """Return the weights whose zeros count: those that can be pruned, or could if they were not all frozen.
+
+    A model that is set up for inference has no others, nor has a quantized one, where biases alone are left to train.
+
+    >>> [target.name for target in counted(nn.Linear(4, 2).requires_grad_(False))]
+    ['weight']
+    """
+    frozen = not any(p.requires_grad and (is_lazy(p) or p.ndim >= 2) for p in model.parameters())
+    return find(model, targets, ignore, frozen)

@@ -1,0 +1,62 @@
+"""Recalibration: the statistics of batch norms, measured anew after the layers before them have changed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.models.preserving import evaluating
+from lightning_prune.posttraining.calibration import batch_norms, forward, take
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import batches as iterable
+from lightning_prune.validation.instances import instance
+from lightning_prune.validation.values import optional
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> None:
+    """Measure the running statistics of all batch norms anew: the plain average over these batches.
+
+    Pruning changes what a batch norm sees, while it goes on in eval mode with the statistics of before. No weight is
+    changed. Everything but the batch norms runs in eval mode.
+
+    Args:
+        model: Any module; one without batch norms is left as it is.
+        loader: Batches: inputs, or a tuple or list that begins with them.
+        batches: How many to take; None takes all.
+
+    Raises:
+        ValueError: If there is no batch, or an argument is out of range.
+
+    Reference: Li et al., 2020, "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning",
+        arXiv:2007.02491.
+
+    >>> model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    >>> _ = nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)
+    >>> recalibrate(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[3.0], [5.0]])])
+    >>> model[1].running_mean
+    tensor([3.])
+    """
+    instance("model", model, nn.Module)
+    iterable("loader", loader)
+    batches = optional(integer, "batches", batches, 1)
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
+    if not norms:
+        return
+    momenta, seen = [norm.momentum for norm in norms], 0
+    with evaluating(model, norms):
+        try:
+            for norm in norms:
+                norm.momentum = None  # a plain average
+            for batch in take(loader, batches, model):
+                if not seen:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                forward(model, batch)
+                seen += 1
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if not seen:
+        raise ValueError("loader must have a batch, got none")

@@ -1,0 +1,83 @@
+"""Trials: scores that took long to measure, kept in a file, so that nothing is measured twice."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.tensors.distributed import local, whole
+
+
+class Trials:
+    """Scores by layer and sparsity, and the JSON file that keeps them.
+
+    Args:
+        path: The file; None keeps nothing.
+        measured: What scores must have in common to belong together, as JSON has it.
+
+    Attributes:
+        scores: The known scores by (name of the layer, sparsity).
+
+    Raises:
+        ValueError: If the file holds scores of something else.
+
+    >>> trials = Trials(None, {})
+    >>> trials.add("0.weight", 0.5, 0.97)
+    >>> trials.scores
+    {('0.weight', 0.5): 0.97}
+    """
+
+    def __init__(self, path: str | Path | None, measured: dict[str, Any]) -> None:
+        self.scores: dict[tuple[str, float], float] = {}
+        self._path = None if path is None else Path(path)
+        self._measured = json.loads(json.dumps(measured))
+        if self._path is not None and self._path.exists():
+            held = json.loads(self._path.read_text())
+            other = [key for key in self._measured if held.get(key) != self._measured[key]]
+            if other:
+                raise ValueError(
+                    f"path must hold scores of this analysis, or nothing, got {path}, which differs in {other}"
+                )
+            self.scores = {(name, level): score for name, level, score in held["scores"]}
+
+    def add(self, name: str, level: float, score: float) -> None:
+        """Keep a score; the file is whole at every moment."""
+        self.scores[name, level] = score
+        if self._path is None or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
+            return
+        kept = {**self._measured, "scores": [[*trial, score] for trial, score in self.scores.items()]}
+        beside = self._path.with_name(self._path.name + ".part")
+        beside.write_text(json.dumps(kept, indent=1))
+        beside.replace(self._path)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of named tensors; with sharded ones all ranks must call it.
+
+    >>> fingerprint([("weight", torch.zeros(2))]) == fingerprint([("weight", torch.zeros(2))])
+    True
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        values = whole(local(tensor), tensor).cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def lasting_name(value: Any) -> str:
+    """Return a name of an argument that is the same in another process.
+
+    >>> lasting_name(len), lasting_name("val_acc")
+    ('len', 'val_acc')
+    """
+    if isinstance(value, str) or is_dataclass(value):
+        return str(value)
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return f"{type(value).__qualname__}{vars(value)}"

@@ -1,0 +1,1 @@
+"""What a run has done, for people: metrics, plots, a page."""

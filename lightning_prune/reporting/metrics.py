@@ -1,0 +1,232 @@
+"""Metrics: sparsity, movement and cost of a masked model, for any LightningModule that logs with torchmetrics.
+
+A ``MetricCollection`` of several takes ``compute_groups=False``: by default it merges metrics that count the same at
+first, such as the sparsities of two parts that are dense.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+from typing_extensions import override
+
+from lightning_prune.models import summary as report
+from lightning_prune.models.flops import dense_flops, sparse_flops
+from lightning_prune.models.forward import example_of
+from lightning_prune.models.parameters import named_parameters
+from lightning_prune.tensors.distributed import counts_here, is_sharded, local, over_ranks
+from lightning_prune.validation.arguments import flag, patterns
+from lightning_prune.validation.instances import by_name, instance
+
+
+class _Ratio(Metric):
+    """The abstract base of fractions that are counted layer by layer: a subclass calls ``count``."""
+
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    counts: list[Tensor]
+
+    def __init__(
+        self, targets: Sequence[str] = (), ignore: Sequence[str] = (), layers: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.targets = patterns("targets", targets)
+        self.ignore = patterns("ignore", ignore)
+        self.layers = flag("layers", layers)
+        self.names: list[str] = []
+        # a list, since how many layers there are is not known yet; every rank adds the counts of all pieces of a
+        # parameter, so that the fraction is the same with and without a reduction
+        self.add_state("counts", default=[], dist_reduce_fx="cat")
+
+    def count(self, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Add the parts and wholes of one update, by name."""
+        self.names = list(counts)
+        self.counts.append(torch.tensor(list(counts.values()), dtype=torch.int64, device=self.device))
+
+    @override
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        parts, wholes = dim_zero_cat(self.counts).view(-1, len(self.names), 2).sum(0).unbind(1)
+        total = _fraction(parts.sum(), wholes.sum())
+        if not self.layers:
+            return total
+        return {"total": total, **dict(zip(self.names, _fraction(parts, wholes), strict=True))}
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        return self._plot(val, ax)
+
+
+def _fraction(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole, 1.0)
+
+
+class Sparsity(_Ratio):
+    """The fraction of zeros, 0 to 1, among the prunable weights of a model; over several updates their mean.
+
+    Args:
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        layers: Whether ``compute`` returns a dict with the sparsity of every layer beside the "total".
+        **kwargs: Arguments of ``torchmetrics.Metric``.
+
+    >>> model = nn.Linear(4, 2)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> metric = Sparsity()
+    >>> metric.update(model)
+    >>> metric.compute()
+    tensor(0.7500)
+    """
+
+    @override
+    def update(self, model: nn.Module) -> None:
+        """Count the zeros of a model; with sharded parameters all ranks must call it."""
+        instance("model", model, nn.Module)
+        self.count({row.name: (row.zeros, row.weights) for row in report.rows(model, self.targets, self.ignore)})
+
+
+class MaskOverlap(_Ratio):
+    """How much of the masks stayed, 0 to 1, from one update to the next: the Jaccard index of the kept weights.
+
+    What two successive masks both keep, over what either keeps; over several updates their mean by weights, and 1 while
+    there is nothing to compare. The last masks outlive ``reset``, so that one update an epoch compares epochs; they
+    take a byte a weight.
+
+    Args:
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        layers: Whether ``compute`` returns a dict with the overlap of every layer beside the "total".
+        **kwargs: Arguments of ``torchmetrics.Metric``.
+
+    Reference: Paganini and Forde, 2020, "On Iterative Neural Network Pruning, Reinitialization, and the Similarity of
+    Masks", arXiv:2001.05050.
+
+    >>> metric = MaskOverlap()
+    >>> model = nn.Linear(2, 2)
+    >>> for weight in ([[1.0, 2.0], [3.0, 0.0]], [[1.0, 0.0], [3.0, 4.0]]):
+    ...     model.weight.data = torch.tensor(weight)
+    ...     metric.update(model)
+    >>> metric.compute()
+    tensor(0.5000)
+    """
+
+    def __init__(
+        self, targets: Sequence[str] = (), ignore: Sequence[str] = (), layers: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(targets, ignore, layers, **kwargs)
+        self._last: dict[str, Tensor] = {}
+
+    @override
+    def update(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Compare with the last masks; with sharded parameters all ranks must call it.
+
+        Args:
+            model: The masked model.
+            masks: Its masks, such as those of a callback; of a weight without a mask, what is not zero counts as kept.
+        """
+        instance("model", model, nn.Module)
+        masks = {} if masks is None else by_name("masks", masks, Tensor)
+        found = {target.name: target.parameter for target in report.counted(model, self.targets, self.ignore)}
+        kept = {name: masks[name].clone() if name in masks else local(p) != 0 for name, p in found.items()}
+        self.count({name: _both_and_either(mask, self._last.get(name), found[name]) for name, mask in kept.items()})
+        self._last = kept
+
+
+def _both_and_either(mask: Tensor, last: Tensor | None, parameter: Tensor) -> tuple[int, int]:
+    """Return how many entries two masks both keep and how many one of them keeps; nothing while there is but one."""
+    if last is None:
+        return 0, 0
+    last = last.to(mask.device)
+    counts = torch.stack([(mask & last).sum(), (mask | last).sum()])
+    both, either = (over_ranks(counts * counts_here(parameter)) if is_sharded(parameter) else counts).tolist()
+    return both, either
+
+
+class _Amount(Metric):
+    """The abstract base of amounts, of which every rank finds the whole: a subclass calls ``add``."""
+
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    total: Tensor
+    updates: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", default=torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("updates", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def add(self, amount: float) -> None:
+        """Add the amount of one update."""
+        self.total += amount
+        self.updates += 1
+
+    @override
+    def compute(self) -> Tensor:
+        return self.total / self.updates
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        return self._plot(val, ax)
+
+
+class ActiveParameters(_Amount):
+    """The number of parameters that are not zero, biases and norms among them; over several updates their mean.
+
+    Args:
+        **kwargs: Arguments of ``torchmetrics.Metric``.
+
+    >>> model = nn.Linear(4, 2, bias=False)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> int(ActiveParameters()(model))
+    2
+    """
+
+    @override
+    def update(self, model: nn.Module) -> None:
+        """Count the parameters of a model; with sharded parameters all ranks must call it."""
+        instance("model", model, nn.Module)
+        self.add(sum(p.numel() - report.zeros(p) for p in named_parameters(model).values()))
+
+
+class ActiveFLOPs(_Amount):
+    """The FLOPs of a forward pass that skips every product with a zero; over several updates their mean.
+
+    The dense FLOPs of each layer, as torch's ``flop_counter`` counts them (a multiplication with its addition is two),
+    times the density of its weight; what multiplies no weights counts in full. It is what a perfect sparse kernel
+    would do, and no promise of speed. Not to be updated inside a ``training_step``, whose forward passes criteria see.
+
+    Args:
+        inputs: An example: a tuple of positional arguments, a dict of keyword arguments, or the only argument; None is
+            the ``example_input_array`` of the LightningModule.
+        **kwargs: Arguments of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: At an update, if there is no example.
+
+    >>> model = nn.Linear(4, 2)
+    >>> _ = nn.init.eye_(model.weight)
+    >>> int(ActiveFLOPs(torch.zeros(1, 4))(model))
+    4
+    """
+
+    def __init__(self, inputs: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inputs = inputs
+
+    @override
+    def update(self, model: nn.Module) -> None:
+        """Run the example through a model and count; with sharded parameters all ranks must call it."""
+        instance("model", model, nn.Module)
+        inputs = example_of(model, self.inputs)
+        if inputs is None:
+            raise ValueError(f"inputs must be given, as {type(model).__name__} has no example_input_array, got None")
+        dense, parameters = dense_flops(model, inputs), named_parameters(model)
+        density = {name: 1 - report.zeros(parameters[name]) / parameters[name].numel() for name in dense if name}
+        self.add(sparse_flops(dense, density))

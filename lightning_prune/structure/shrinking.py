@@ -1,0 +1,180 @@
+"""Shrinking: takes dead channels and heads out of a model, once it is proven that its outputs stay the same."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_prune.masks import Masks
+from lightning_prune.models.copying import copied, scratch
+from lightning_prune.models.forward import Inputs, fitting, needed_example_of
+from lightning_prune.models.parameters import named_parameters, plain_name
+from lightning_prune.structure.checkpoints import travel_along
+from lightning_prune.structure.cut_record import Kept, remember
+from lightning_prune.structure.equivalence import agreeing
+from lightning_prune.structure.groups import Graph
+from lightning_prune.structure.surgery import Decision, cut, kept_by, named_tensors, zero_units
+from lightning_prune.structure.tracing import trace
+from lightning_prune.validation.arguments import flag, integer
+from lightning_prune.validation.instances import by_name, instance, several
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shrink(
+    model: Model,
+    example_inputs: Inputs = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    round_to: int = 1,
+    inplace: bool = False,
+    optimizers: Sequence[Optimizer] = (),
+    averages: Sequence[nn.Module] = (),
+) -> Model:
+    """Return the model without its dead channels and heads: smaller, faster, the same classes, the same outputs.
+
+    A channel is dead if everything that makes it is zero (its weights, bias and norm), or everything that reads it is.
+    The outputs of the model and of the smaller one are compared, in double precision and eval mode, before anything is
+    changed. What cannot be removed stays, as zeros, and is named in a warning.
+
+    Args:
+        model: Any module; a ``LightningModule`` keeps its ``load_from_checkpoint``.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the
+            ``example_input_array`` of a ``LightningModule``.
+        masks: Masks by parameter name that are applied first.
+        round_to: Keep a multiple of so many channels, as far as there are dead ones to keep.
+        inplace: Whether to shrink the model itself, rather than a copy. Parameters stay the same objects.
+        optimizers: The model's own, which go on with the smaller parameters; only in place.
+        averages: Copies of the model with averaged weights, also in an ``AveragedModel``, to shrink alike; only in
+            place.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model cannot be run or traced.
+        ImportError: If torch-pruning is not installed.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> _ = nn.init.zeros_(model[2].weight[:, 1:])
+    >>> shrink(model, torch.randn(2, 4))
+    Sequential(
+      (0): Linear(in_features=4, out_features=1, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=1, out_features=2, bias=True)
+    )
+    """
+    instance("model", model, nn.Module)
+    round_to = integer("round_to", round_to, 1)
+    inplace = flag("inplace", inplace)
+    optimizers = several("optimizers", optimizers, Optimizer)
+    averages = several("averages", averages, nn.Module)
+    masks = Masks({} if masks is None else by_name("masks", masks, Tensor))
+    if not inplace and (optimizers or averages):
+        raise ValueError(
+            f"inplace must be True where optimizers or averages are given: they hold the model itself, got {inplace}"
+        )
+    inputs = needed_example_of(model, example_inputs)
+    kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
+    shrunk = model if inplace else copied(model)
+    masks.apply(shrunk)
+    cut_all(shrunk, kept, optimizers, averages)
+    return shrunk
+
+
+def what_to_keep(
+    model: nn.Module,
+    inputs: Inputs,
+    masks: Masks,
+    round_to: int = 1,
+    averages: Sequence[nn.Module] = (),
+) -> Kept:
+    """Return what is kept of a model without its dead units; the model is left as it is, and what stays is named.
+
+    Args:
+        model: Any module.
+        inputs: Example inputs.
+        masks: Masks that are applied first.
+        round_to: Keep a multiple of so many units, as far as there are dead ones to keep.
+        averages: Models of the same parameters, in which units have to be dead as well.
+    """
+    proofs = [scratch(each) for each in (model, *averages)]
+    for proof in proofs:
+        masks.apply(proof)
+    first, *others = proofs
+    inputs = fitting(inputs, first)
+    graph = trace(first, inputs)
+    done = _removable(first, graph, inputs, round_to, others)
+    for other in (*others, first) if others else ():
+        done = agreeing(other, done, inputs)
+    _name_what_stays(first, graph, done)
+    return kept_by(first, done)
+
+
+def cut_all(
+    model: nn.Module, kept: Kept, optimizers: Sequence[Optimizer] = (), averages: Sequence[nn.Module] = ()
+) -> None:
+    """Cut a model, the states of its optimizers and its averages in place, and let them know what they have kept."""
+    for each in (model, *map(unwrapped, averages)):
+        cut(each, kept, optimizers)
+        remember(each, kept)
+        travel_along(each)
+
+
+def unwrapped(average: nn.Module) -> nn.Module:
+    """Return the model in an ``AveragedModel``; any other model as it is."""
+    return average.module if isinstance(average, AveragedModel) else average
+
+
+def _removable(
+    model: nn.Module, graph: Graph, inputs: Inputs, round_to: int, others: Sequence[nn.Module]
+) -> list[Decision]:
+    """Return what can be removed: units that neither make nor are read, or, failing that, those that are not read."""
+    parameters = [named_parameters(each) for each in (model, *others)]
+    unread = {group.name: zero_units(parameters, group.role("reads")) for group in graph.groups}
+    dead = {}
+    for group in graph.groups:
+        made = [m for m in (*group.role("makes"), *group.role("follows")) if m.name in parameters[0]]
+        dead[group.name] = zero_units(parameters, made) | unread[group.name]
+    first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
+    first = [decision for decision in first if not decision[1].all()]
+    done = agreeing(model, first, inputs)
+    kept = {group.name for group, _ in done}
+    again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
+    again = [decision for decision in again if not decision[1].all()]
+    return agreeing(model, [*done, *again], inputs) if again else done
+
+
+def _rounded(keep: Tensor, round_to: int) -> Tensor:
+    """Return a decision that keeps a multiple of units, at least one, by sparing the first ones that would go."""
+    wanted = min(len(keep), max(1, -(-int(keep.sum()) // round_to)) * round_to)
+    spared = (~keep).nonzero().squeeze(1)[: max(0, wanted - int(keep.sum()))]
+    return keep.index_fill(0, spared, True)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+
+
+def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
+    """Warn of weights with dead channels that are not removed."""
+    tensors = named_tensors(model)
+    modules = model.named_modules()  # of an embedding a row is a word, which may well be zero, as that of padding is
+    across = {plain_name(f"{n}.weight") for n, m in modules if isinstance(m, nn.Embedding) or _is_transposed(m)}
+    removed = {group.name for group, _ in done}
+    stays = {}
+    for group in graph.groups:
+        if group.name not in removed and (count := int(zero_units([tensors], group.role("makes")).sum())):
+            stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
+    for name, reason in graph.left_out.items():
+        weight = tensors[name].detach().movedim(1 if name in across else 0, 0)
+        if count := int((~weight.flatten(1).any(1)).sum()):
+            stays[name] = f"{count} of {len(weight)}: {reason}"
+    if stays:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in stays.items())
+        warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)
+    elif not done:
+        warnings.warn(
+            "nothing was removed: no channel is zero throughout, as after pruning by Channel or Head", stacklevel=3
+        )

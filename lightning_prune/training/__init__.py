@@ -1,0 +1,1 @@
+"""Pruning while a ``Trainer`` fits: the callback, its presets, and the enforcement of masks."""

@@ -1,0 +1,57 @@
+"""Agreement: whether the masks that are held fit the model, and whether what they prune is zero in it."""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_prune.masks import Masks
+from lightning_prune.models.parameters import named_parameters
+from lightning_prune.tensors.distributed import is_sharded, local, reshard
+from lightning_prune.tensors.masking import zero_pruned
+
+
+def fitting(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Masks:
+    """Return the masks whose parameters are still there, in the shape of the mask.
+
+    >>> list(fitting({"weight": torch.ones(1, 2).bool(), "gone": torch.ones(1).bool()}, {"weight": torch.ones(1, 2)}))
+    ['weight']
+    """
+    return Masks({n: m for n, m in masks.items() if n in parameters and local(parameters[n]).shape == m.shape})
+
+
+@torch.no_grad()
+def regrown(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the parameters in which a pruned entry is not zero; the host waits for the device once.
+
+    >>> regrown({"weight": torch.tensor([True, False])}, {"weight": torch.tensor([0.0, 1.0])})
+    ['weight']
+    """
+    found = [_regrows(local(parameters[name]), mask) for name, mask in masks.items()]
+    flags = torch.stack([flag.to(found[0].device) for flag in found]).tolist() if found else []
+    return [name for name, flag in zip(masks, flags, strict=True) if flag]
+
+
+def _regrows(weight: Tensor, mask: Tensor) -> Tensor:
+    return (weight != 0).logical_and_(~mask.to(weight.device)).any()
+
+
+def restore(owner: object, model: nn.Module, masks: Mapping[str, Tensor], moment: str) -> None:
+    """Zero what the masks prune and something else has changed, and warn of it."""
+    reshard(model)
+    parameters = named_parameters(model)
+    held = fitting(masks, parameters)
+    names = regrown(held, parameters)
+    if not names:
+        return
+    zero_pruned((local(parameters[name]), held[name].to(local(parameters[name]).device)) for name in names)
+    # of a parameter in pieces another rank may know nothing
+    warn = warnings.warn if any(is_sharded(parameters[name]) for name in names) else rank_zero_warn
+    warn(
+        f"{type(owner).__name__} found pruned weights that are not zero {moment}, in {names[:5]}, and has zeroed them "
+        f"again: something other than an optimizer step has written to them, such as load_state_dict or a callback "
+        f"that averages weights",
+        stacklevel=2,
+    )

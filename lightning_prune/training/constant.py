@@ -1,0 +1,31 @@
+"""Constant sparsity: the zeros that a model already has stay zeros."""
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_prune.masks import Masks
+from lightning_prune.models.parameters import find
+from lightning_prune.tensors.distributed import local
+from lightning_prune.training.masked import MaskedTraining
+
+
+class ConstantSparsity(MaskedTraining):
+    """Keep every zero that the targets have when training starts, while the rest is fine-tuned.
+
+    Args:
+        targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
+        ignore: Names to leave out, in the same form.
+        log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
+
+    Raises:
+        ValueError: When training starts, if a pattern matches nothing or no parameter is prunable.
+
+    >>> ConstantSparsity(ignore=("head.*",)).ignore
+    ('head.*',)
+    """
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.masks:
+            found = find(pl_module, self.targets, self.ignore)
+            self.masks = Masks({target.name: local(target.parameter) != 0 for target in found})

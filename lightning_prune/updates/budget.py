@@ -1,0 +1,110 @@
+"""Budget: what a model costs once so many units of each target are left, and how many may stay to meet a goal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_prune.models.copying import scratch
+from lightning_prune.models.flops import dense_flops
+from lightning_prune.models.forward import Inputs, fitting
+from lightning_prune.models.parameters import named_parameters
+from lightning_prune.scopes import Scope
+from lightning_prune.tensors.distributed import over_ranks
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.units.units import Units
+
+Measure = Literal["units", "parameters", "flops"]
+
+
+class Budget:
+    """The cost of a model as a function of how many units of each target stay.
+
+    Args:
+        units: The targets.
+        costs: What each part of the model costs as it is, by name.
+        shares: By name of a target: the share, 0 to 1, that one unit has of a dimension of a part.
+
+    >>> from lightning_prune.granularities import Channel
+    >>> from lightning_prune.models.parameters import find
+    >>> from lightning_prune.units.units import make_units
+    >>> layer = nn.Linear(4, 2)
+    >>> units = make_units(find(layer), layer, Channel())
+    >>> Budget(units, {"weight": 8.0, "bias": 2.0}, {"weight": units[0].shares}).left({"weight": 1})
+    0.5
+    """
+
+    def __init__(
+        self, units: Sequence[Units], costs: Mapping[str, float], shares: Mapping[str, Mapping[tuple[str, int], float]]
+    ) -> None:
+        self._units = {unit.name: unit for unit in units}
+        self._costs = dict(costs)
+        self._shares = shares
+        self._total = sum(costs.values())
+
+    def left(self, keep: Mapping[str, int]) -> float:
+        """Return the fraction of the cost, 0 to 1, that is left when so many units of each target stay."""
+        parts: dict[tuple[str, int], float] = {}
+        for name, unit in self._units.items():
+            for place, share in self._shares[name].items():
+                parts[place] = parts.get(place, 1.0) - share * (unit.size - keep[name])
+        left = dict(self._costs)
+        for (name, _), part in parts.items():
+            left[name] = left.get(name, 0.0) * part
+        return sum(left.values()) / self._total
+
+    @property
+    def reach(self) -> float:
+        """The greatest fraction of the cost, 0 to 1, that pruning can take away."""
+        return 1.0 - self.left({name: unit.bound(0) for name, unit in self._units.items()})
+
+    def keep(self, scores: Scores, scope: Scope, amount: float) -> dict[str, int]:
+        """Return how many units of each target stay: as many as the scope allows when this fraction has to go.
+
+        If it cannot be reached, as few stay as can.
+        """
+        total, pruned = sum(scores.sizes.values()), scores.pruned()
+
+        def at(count: int) -> dict[str, int]:
+            wanted = scope(scores, count / total)
+            return {n: min(self._units[n].bound(int(k)), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
+
+        low, high = 0, total  # the search is for the first count that is enough
+        while low < high:
+            middle = (low + high) // 2
+            enough = self.left(at(middle)) <= 1.0 - amount + 1e-9
+            low, high = (low, middle) if enough else (middle + 1, high)
+        return at(low)
+
+
+def make_budget(
+    measure: Measure, units: Sequence[Units], model: nn.Module, inputs: Inputs, several: bool = False
+) -> Budget:
+    """Return the budget of a model, in units, parameters or FLOPs.
+
+    Args:
+        measure: What counts.
+        units: The targets.
+        model: Their model; it is left as it is.
+        inputs: Example inputs, for FLOPs.
+        several: Whether other ranks count the same model, perhaps with other inputs.
+
+    Raises:
+        ValueError: If FLOPs are to be counted without example inputs, or there are none.
+    """
+    if measure == "units":
+        alone = {unit.name: {(unit.name, 0): 1.0 / unit.size} for unit in units}
+        return Budget(units, {unit.name: float(unit.size) for unit in units}, alone)
+    parameters, shares = named_parameters(model), {unit.name: unit.shares for unit in units}
+    if measure == "parameters":
+        return Budget(units, {name: float(parameter.numel()) for name, parameter in parameters.items()}, shares)
+    if inputs is None:
+        raise ValueError('of="flops" needs example inputs: example_input_array, or example_inputs of prune()')
+    counted = dense_flops(scratch(model), fitting(inputs, model))
+    names = [*parameters, *(name for name in counted if name not in parameters)]
+    flops = torch.tensor([counted.get(name, 0) for name in names], dtype=torch.float64)
+    found = over_ranks(flops) if several else flops
+    if not found.sum():
+        raise ValueError('of="flops" needs a model with products of matrices or convolutions, got none')
+    return Budget(units, dict(zip(names, found.tolist(), strict=True)), shares)

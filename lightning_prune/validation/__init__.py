@@ -1,0 +1,1 @@
+"""Arguments and states: what users and checkpoints give, checked by rules, as plain Python values."""

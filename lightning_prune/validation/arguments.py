@@ -1,0 +1,247 @@
+"""Arguments: numbers, names and patterns as plain Python values, or an error with the argument, its rule and the value.
+
+Every function takes the name of the argument and what was given for it, and returns what is to be used. Scalars of
+NumPy and PyTorch count as the numbers that they are, and come back as Python's own; bools are no numbers.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lightning_prune.validation.values import plain_number, scalar, shown
+
+Option = TypeVar("Option", bound=str)
+
+_TOO_LONG = 2**63
+_IN_WORDS = {
+    "[0, inf]": "at least 0",
+    "(-inf, inf)": "a finite number",
+    "[0, inf)": "at least 0",
+    "(0, inf)": "above 0",
+}
+
+
+def integer(argument: str, value: Any, least: int | None = None, most: int | None = None, unit: str = "") -> int:
+    """Return an int within bounds.
+
+    Raises:
+        TypeError: If the value is no int; a float never is one.
+        ValueError: If it is too small or too large.
+
+    >>> integer("window", 0, least=1)
+    Traceback (most recent call last):
+    ValueError: window must be at least 1, got 0
+    """
+    found = scalar(value)
+    if isinstance(found, bool) or not isinstance(found, int):
+        whole = isinstance(found, float) and found.is_integer()
+        raise TypeError(f"{argument} must be an int, got {shown(value)}{_suggest(int(found)) if whole else ''}")
+    if abs(found) >= _TOO_LONG:
+        raise ValueError(f"{argument} must fit into 64 bits, got {shown(found)}")
+    if least is not None and found < least:
+        raise ValueError(f"{argument} must be at least {f'{least} {unit}'.strip()}, got {found}")
+    if most is not None and found > most:
+        raise ValueError(f"{argument} must be at most {most}, got {found}")
+    return int(found)
+
+
+def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | float:
+    """Return a number in an interval, such as "[0, 1)"; NaN is in none.
+
+    Raises:
+        ValueError: If the value is no number, or outside of the interval.
+
+    >>> number("sparsity", 90, "[0, 1)")
+    Traceback (most recent call last):
+    ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
+    """
+    found = plain_number(value)
+    if found is not None and _lies_in(found, interval):
+        return found
+    rule = _IN_WORDS.get(interval, f"in {interval}")
+    if found is not None and interval in ("[0, inf)", "(0, inf)") and not math.isfinite(found):
+        rule += " and finite"
+    raise ValueError(f"{argument} must be {rule}, got {shown(value)}{_meant(value, interval)}")
+
+
+def real(argument: str, value: Any) -> int | float:
+    """Return any number, also NaN and infinity.
+
+    Raises:
+        TypeError: If the value is none.
+
+    >>> real("dense", "0.9")
+    Traceback (most recent call last):
+    TypeError: dense must be a number, got the string '0.9'
+    """
+    found = plain_number(value)
+    if found is None:
+        raise TypeError(f"{argument} must be a number, got {shown(value)}")
+    return found
+
+
+def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]:
+    """Return the numbers of a sequence, one at least, each in an interval.
+
+    Raises:
+        ValueError: If one is no number, or outside of the interval, or there is none.
+        TypeError: If the value is no sequence.
+
+    >>> numbers("levels", [0.5, 90], "(0, 1)")
+    Traceback (most recent call last):
+    ValueError: levels must be numbers in (0, 1), got 90: did you mean 0.9?
+    """
+    if (
+        not isinstance(value, Iterable)
+        or isinstance(value, str | bytes | Mapping | type)
+        or getattr(value, "ndim", 1) != 1
+    ):
+        raise TypeError(f"{argument} must be a sequence of numbers in {interval}, got {shown(value)}")
+    given = list(value)
+    if not given:
+        raise ValueError(f"{argument} must be numbers in {interval}, one at least, got {given}")
+    for entry in given:
+        found = plain_number(entry)
+        if found is None or not _lies_in(found, interval):
+            raise ValueError(f"{argument} must be numbers in {interval}, got {shown(entry)}{_meant(entry, interval)}")
+    return tuple(number(argument, entry, interval) for entry in given)
+
+
+def position(argument: str, value: Any) -> int | float:
+    """Return a moment of a run: an int that counts intervals, or a float that is a fraction of all.
+
+    Raises:
+        ValueError: If the value is neither.
+
+    >>> position("start", 2), position("start", 0.5)
+    (2, 0.5)
+    """
+    found = plain_number(value)
+    if found is None or found < 0 or (isinstance(found, float) and not found <= 1.0):
+        raise ValueError(f"{argument} must be an int of at least 0 or a float in [0, 1], got {shown(value)}")
+    return found
+
+
+def fractions(argument: str, value: Any) -> int | float | dict[str, float]:
+    """Return a fraction in [0, 1), or a dict from patterns to fractions.
+
+    Raises:
+        ValueError: If the value is neither.
+        TypeError: If a pattern is no string.
+
+    >>> fractions("sparsity", {"net.0.*": 1.5})
+    Traceback (most recent call last):
+    ValueError: sparsity['net.0.*'] must be in [0, 1), got 1.5
+    """
+    if not isinstance(value, Mapping):
+        return number(argument, value, "[0, 1)")
+    if not value:
+        raise ValueError(f"{argument} must map at least one pattern to a fraction, got {value}")
+    keys = patterns(argument, tuple(value))
+    return {
+        key: number(f"{argument}[{key!r}]", given, "[0, 1)") for key, given in zip(keys, value.values(), strict=True)
+    }
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Return a bool.
+
+    Raises:
+        TypeError: If the value is none.
+
+    >>> flag("log_layers", True)
+    True
+    """
+    found = scalar(value)
+    if not isinstance(found, bool):
+        raise TypeError(f"{argument} must be True or False, got {shown(value)}")
+    return found
+
+
+def text(argument: str, value: Any, what: str) -> str:
+    """Return a string.
+
+    Raises:
+        TypeError: If the value is none.
+
+    >>> text("monitor", 5, "the name of a metric")
+    Traceback (most recent call last):
+    TypeError: monitor must be the name of a metric, a string, got 5
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be {what}, a string, got {shown(value)}")
+    return str(value)
+
+
+def choice(argument: str, value: Any, options: Sequence[Option]) -> Option:
+    """Return the option that was chosen.
+
+    Raises:
+        ValueError: If the value is none of them.
+
+    >>> choice("interval", "batch", ("step", "epoch"))
+    Traceback (most recent call last):
+    ValueError: interval must be "step" or "epoch", got 'batch'
+    """
+    for option in options if isinstance(value, str) else ():
+        if option == value:
+            return option
+    *first, last = (f'"{option}"' for option in options)
+    given = repr(value) if isinstance(value, str) else shown(value)
+    raise ValueError(f"{argument} must be {', '.join(first)} or {last}, got {given}")
+
+
+def patterns(argument: str, value: Any) -> tuple[str, ...]:
+    """Return the patterns of names: globs, or regular expressions behind "re:".
+
+    Raises:
+        ValueError: If the value is a string, or a regular expression is none.
+        TypeError: If it is no sequence of strings.
+
+    >>> patterns("targets", ["net.*"])
+    ('net.*',)
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{argument} must be a sequence of patterns, got the string {value!r}: write [{value!r}]")
+    if not isinstance(value, Iterable) or isinstance(value, bytes | Mapping | type) or hasattr(value, "ndim"):
+        raise TypeError(f"{argument} must be a sequence of patterns, got {shown(value)}")
+    return tuple(_pattern(argument, entry) for entry in value)
+
+
+def _pattern(argument: str, entry: Any) -> str:
+    if not isinstance(entry, str):
+        raise TypeError(
+            f"{argument} must hold patterns of parameter names, strings, got {shown(entry)}: "
+            f'names are those of model.named_parameters(), and "*" stands for any part of one'
+        )
+    if entry.startswith("re:"):
+        try:
+            re.compile(entry[3:])
+        except re.error as error:
+            raise ValueError(f"{argument} must match a parameter, got {entry!r}: {error}") from error
+    return str(entry)
+
+
+def _lies_in(found: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = found > low or (interval[0] == "[" and found == low)
+    below = found < high or (interval[-1] == "]" and found == high)
+    return above and below
+
+
+def _meant(value: Any, interval: str) -> str:
+    """Return the fraction that a percentage, or a number in quotes, may have been meant for."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return ""
+        return _suggest(value) if _lies_in(value, interval) else ""
+    found = plain_number(value)
+    percent = found is not None and 2 <= found < 100 and interval in ("[0, 1)", "[0, 1]", "(0, 1)", "(0, 1]")
+    return _suggest(round(found / 100, 9)) if found is not None and percent else ""
+
+
+def _suggest(value: float) -> str:
+    return f": did you mean {value}?"
