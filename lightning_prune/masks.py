@@ -14,6 +14,7 @@ from lightning_prune.validation.instances import instance
 class Masks(dict[str, Tensor]):
     """Masks by qualified parameter name: bool, of the parameter's shape, True = kept.
 
+    >>> import torch
     >>> model = nn.Linear(2, 1)
     >>> masks = Masks(weight=torch.tensor([[True, False]]))
     >>> masks.apply(model)

@@ -270,7 +270,7 @@ def test_entropy_of_a_convolution_samples_all_positions(batch: int) -> None:
     images[..., 1:-1, 1:-1] = torch.randint(0, 2, (16, batch, 1, 6, 6))  # as digits: nothing at the border
     conv = nn.Conv2d(1, 1, 1)
     conv.weight.data.fill_(1.0)
-    scores = scores_of(conv, Entropy("low"), Channel(), data=images)["weight"]
+    scores = scores_of(conv, Entropy("low"), Channel(), data=list(images))["weight"]
     p = images.mean().item()  # about 0.28: 36 of 64 positions, half of the time
     assert scores.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=0.05)
 

@@ -45,6 +45,7 @@ class History:
 def as_json(value: Any) -> Any:
     """Return a value as JSON has it: null for what is not finite, and as text what it has no word for.
 
+    >>> import torch
     >>> as_json({"levels": (0.5, float("nan")), "device": torch.device("cpu"), "count": torch.tensor(3)})
     {'levels': [0.5, None], 'device': 'cpu', 'count': 3}
     """
