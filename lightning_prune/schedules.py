@@ -181,9 +181,13 @@ class Horizon:
         if math.isinf(length):
             raise ValueError(
                 f"{argument} must be an int where the length of the run is unknown, got the fraction {value} "
-                f"of an unlimited number of {self.interval}s"
+                f"of an unlimited number of {self.interval}s{_WAY_OUT[self.interval]}"
             )
         return round(value * length)
+
+
+# of a loader without a length, epochs are known where steps are not
+_WAY_OUT = {"step": ': count epochs with interval="epoch", or limit the run by max_steps', "epoch": ": set max_epochs"}
 
 
 def positions(first: int, last: int, every: int) -> range:

@@ -1,5 +1,6 @@
 """Averaged weights are as sparse as the model, and only a model at its target sparsity is judged."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -189,6 +190,7 @@ def sparse_from(epoch: int, **kwargs: Any) -> MagnitudePruning:
     return MagnitudePruning(0.5, start=0, end=epoch, interval="epoch", frequency=1, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint may take the model for the best")
 @pytest.mark.parametrize("monitor", ["metric", "val_metric"])
 @pytest.mark.parametrize(("saver", "best"), [(ModelCheckpoint, 0), (SparseModelCheckpoint, 2)])
 def test_the_best_checkpoint_is_at_the_target(
@@ -203,6 +205,7 @@ def test_the_best_checkpoint_is_at_the_target(
     assert (zeros == 72) == (saver.monitor is not None and type(saver) is SparseModelCheckpoint)
 
 
+@pytest.mark.filterwarnings("ignore:EarlyStopping may take the model for the best")
 @pytest.mark.parametrize("monitor", ["metric", "val_metric"])
 @pytest.mark.parametrize(("stopper", "epochs"), [(EarlyStopping, 3), (SparseEarlyStopping, 5)])
 def test_patience_begins_at_the_target(stopper: type[EarlyStopping], epochs: int, monitor: str) -> None:
@@ -216,6 +219,33 @@ def test_patience_begins_at_the_target(stopper: type[EarlyStopping], epochs: int
         assert_pruned(model, callback)
     assert trainer.current_epoch == epochs
     assert stop.best_score == epochs - 3
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [
+        (lambda: ModelCheckpoint(monitor="val_metric"), "ModelCheckpoint"),
+        (lambda: EarlyStopping("val_metric"), "EarlyStopping"),
+        (lambda: ModelCheckpoint(), None),
+        (lambda: ModelCheckpoint(monitor="val_metric", save_top_k=-1), None),
+        (lambda: SparseModelCheckpoint(monitor="val_metric"), None),
+        (lambda: SparseEarlyStopping("val_metric"), None),
+    ],
+)
+def test_what_may_take_the_dense_model_for_the_best_is_told_when_fit_starts(
+    judge: Callable[[], Any], told: str | None, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Worse(), sparse_from(1), judge(), max_epochs=1, enable_checkpointing=True, default_root_dir=tmp_path)
+        prune(model := Worse(), 0.5)
+        fit(model, ConstantSparsity(), judge(), max_epochs=1, enable_checkpointing=True, default_root_dir=tmp_path)
+    found = [str(warning.message) for warning in caught if "for the best" in str(warning.message)]
+    expected = (
+        f"{told} may take the model for the best before MagnitudePruning has reached its target: use "
+        f"SparseModelCheckpoint and SparseEarlyStopping, which wait for it"
+    )
+    assert found == [expected] * (told is not None)
 
 
 def test_all_callbacks_have_to_reach_their_targets(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,19 +11,27 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from models import MLP, On, fit, weights
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import (
+    APoZ,
     Channel,
     ConstantSparsity,
     Criterion,
     Entropy,
     EntropyPruning,
+    Granularity,
     MagnitudePruning,
     Pruning,
+    PruningAtInit,
     RandomPruning,
+    RigL,
     Sensitivity,
     SensitivityPruning,
+    Wanda,
+    Weight,
     prune,
+    sparsity,
 )
 
 # ------------------------------------------------------------------------------------------ when it is constructed
@@ -144,12 +153,37 @@ def test_fractions_of_an_endless_run_are_refused() -> None:
     refused(message, MLP(), MagnitudePruning(0.5), stop, max_epochs=-1)
 
 
-@pytest.mark.parametrize("callback", [MagnitudePruning(0.5), ConstantSparsity()], ids=["pruning", "constant"])
-def test_a_model_without_a_prunable_parameter_is_refused(callback: Any) -> None:
-    frozen = MLP()
-    for layer in (frozen.net[0], frozen.net[4], frozen.net[6]):
+def frozen() -> MLP:
+    model = MLP()
+    for layer in (model.net[0], model.net[4], model.net[6]):
         layer.requires_grad_(False)
-    refused(r"must have a prunable parameter .* got none \(frozen: \['net.0.weight'", frozen, callback)
+    return model
+
+
+def test_a_model_without_a_prunable_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have a prunable parameter .* got none \(frozen: \['net.0.weight'"):
+        prune(frozen(), 0.5)
+    refused(r"must have a prunable parameter .* got none \(frozen: ", frozen(), PruningAtInit(0.5))
+
+
+@pytest.mark.parametrize("callback", [MagnitudePruning(0.5), RigL(0.5), SensitivityPruning(0.5, window=1)])
+def test_targets_that_are_all_frozen_may_be_trained_later(callback: Any) -> None:
+    told = f"{type(callback).__name__} finds all its targets frozen: it prunes them once they are trained"
+    thaw = On(on_train_epoch_start=lambda trainer, model: model.requires_grad_() if trainer.current_epoch else None)
+    model = frozen()
+    with pytest.warns(UserWarning, match=told):
+        fit(model, thaw, callback, max_epochs=4)
+    assert sparsity(model) == pytest.approx(callback.sparsity_now) == pytest.approx(0.5, abs=0.05)
+    with pytest.warns(UserWarning, match=told), pytest.warns(UserWarning, match="pruned nothing: its targets were fro"):
+        fit(frozen(), callback)
+
+
+def test_zeros_of_frozen_layers_stay_when_they_are_trained_later() -> None:
+    model = MLP()
+    prune(model, 0.5)
+    model.net[4].requires_grad_(False)
+    fit(model, On(on_train_epoch_start=lambda *_: model.requires_grad_()), ConstantSparsity())
+    assert sparsity(model) == pytest.approx(0.5, abs=0.01)
 
 
 def test_ignoring_everything_is_refused() -> None:
@@ -222,30 +256,109 @@ class Idle(MLP):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "message"),
-    [
-        (Sensitivity(window=2), r"Sensitivity needs a gradient of 'spare.weight', got none in 2 steps: ignore"),
-        (Entropy(window=2), r"Entropy needs a forward pass of 'spare.weight', got none in 2 steps: ignore"),
-    ],
-    ids=["gradient", "forward"],
+    ("criterion", "what"),
+    [(Sensitivity(window=2), "gradient"), (Entropy(window=2), "forward pass"), (Wanda(window=2), "forward pass")],
 )
-def test_a_parameter_of_which_the_criterion_sees_nothing_is_named(criterion: Criterion, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fit(Idle(), Pruning(0.5, criterion=criterion, granularity=Channel(), start=2, schedule="one_shot"))
+def test_a_parameter_of_which_the_criterion_sees_nothing_is_left_out(criterion: Criterion, what: str) -> None:
+    model, name = Idle(), type(criterion).__name__
+    callback = Pruning(0.5, criterion=criterion, start=2, schedule="one_shot")
+    with pytest.warns(UserWarning, match=rf"leaves out \['spare.weight'\], of which {name} has seen no {what} in 2"):
+        fit(model, callback)
+    assert model.spare.weight.all()
+    assert "spare.weight" not in callback.masks
+    assert f"left out: spare.weight: {name} has seen no {what} of it" in callback.explain()
+    assert callback.sparsity_now == pytest.approx(0.5, abs=0.05)
     fit(Idle(), Pruning(0.5, criterion=criterion, ignore=("spare.*",), start=2, schedule="one_shot"))
 
 
-def test_a_module_that_puts_out_no_channels_is_named() -> None:
-    class Odd(MLP):
-        def build(self, dropout: float) -> nn.Sequential:
-            return nn.Sequential(nn.LSTM(6, 8), Last(), nn.Linear(8, 3))
+def test_what_was_left_out_stays_so_when_a_run_is_resumed(tmp_path: Path) -> None:
+    callback = Pruning(0.5, criterion=Wanda(window=2), start=2, schedule="one_shot")
+    with pytest.warns(UserWarning, match=r"leaves out \['spare.weight'\]"):
+        fit(Idle(), callback).save_checkpoint(tmp_path / "end.ckpt")
+    again = Pruning(0.5, criterion=Wanda(window=2), start=2, schedule="one_shot")
+    fit(Idle(), again, ckpt_path=str(tmp_path / "end.ckpt"), max_epochs=3)
+    assert again.sparsity_now == callback.sparsity_now
 
-    class Last(nn.Module):
-        def forward(self, output: tuple[Tensor, Any]) -> Tensor:
-            return output[0]
 
-    with pytest.raises(ValueError, match=r"module of 'net.0.weight_ih_l0' must put out .* each of its 32 rows"):
-        fit(Odd(), EntropyPruning(0.5, window=1))
+class Mixed(MLP):
+    """Attention and a recurrent layer between linear ones."""
+
+    def build(self, dropout: float) -> nn.Sequential:
+        attention = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.Linear(6, 8), Sequence(attention), Sequence(nn.LSTM(8, 8)), nn.Linear(8, 3))
+
+
+class Sequence(nn.Module):
+    """Takes every sample for a sequence of one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = self.layer(inputs[:, None])
+        return (output[0] if isinstance(output, tuple) else output)[:, 0]
+
+
+NEVER_CALLED = "net.1.layer.self_attn.out_proj.weight: its layer is never called"
+ONLY_LINEAR = "must be a linear one, a convolution or the input projection of an attention, got LSTM"
+ATTENTION = "in_proj_weight: its layer, a MultiheadAttention, "
+NO_CHANNELS = "does not put out a channel for each of its rows"
+GATES = "its rows are gates, several to a neuron"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "granularity", "told"),
+    [
+        (Wanda(window=1), Weight(), [NEVER_CALLED, f"weight_ih_l0: its layer {ONLY_LINEAR}"]),
+        (
+            Entropy(window=1),
+            Weight(),
+            [NEVER_CALLED, ATTENTION + NO_CHANNELS],
+        ),
+        (APoZ(window=1), Weight(), [NEVER_CALLED, f"weight_hh_l0: its layer, a LSTM, {NO_CHANNELS}"]),
+        (Sensitivity(window=1), Channel(), [f"net.2.layer.weight_ih_l0: {GATES}", f"weight_hh_l0: {GATES}"]),
+    ],
+    ids=str,
+)
+def test_what_a_criterion_cannot_score_is_left_out_before_the_first_step(
+    criterion: Criterion, granularity: Granularity, told: list[str]
+) -> None:
+    callback = Pruning(0.5, criterion=criterion, granularity=granularity)
+    plans: list[str] = []
+    fit(Mixed(), On(on_train_epoch_start=lambda *_: plans.append(callback.explain())), callback)
+    assert all(re.search(f"left out: .*{re.escape(line)}", plans[0]) for line in told), plans[0]
+    assert callback.sparsity_now == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_criterion_that_can_score_no_target_is_refused() -> None:
+    targets = ("*self_attn.out_proj.weight",)
+    refused(
+        f"criterion must be able to score a target, .*{NEVER_CALLED}", Mixed(), Pruning(0.5, Wanda(), targets=targets)
+    )
+    refused(
+        "got none: the rows of .* are gates, several to a neuron",
+        Mixed(),
+        RandomPruning(0.5, targets=("*.weight_hh_l0",)),
+    )
+
+
+class Endless(IterableDataset):
+    """Has no length."""
+
+    def __iter__(self) -> Any:
+        return iter(MLP().train_dataloader().dataset)
+
+
+def test_a_loader_without_a_length_is_counted_in_epochs() -> None:
+    class Streamed(MLP):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(Endless(), batch_size=8)
+
+    refused(r"of an unlimited number of steps: count epochs with interval=\"epoch\"", Streamed(), MagnitudePruning(0.5))
+    callback = MagnitudePruning(0.5, interval="epoch")
+    fit(Streamed(), callback, max_epochs=4)
+    assert callback.sparsity_now == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,7 @@ def test_no_forward_validation_or_checkpoint_sees_a_pruned_weight(
     ],
 )
 @pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint may take the model for the best")
 def test_masks_do_not_change_between_a_validation_and_the_save_after_it(
     saving: dict[str, Any], trainer: dict[str, Any], interval: str, tmp_path: Path
 ) -> None:

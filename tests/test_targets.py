@@ -12,6 +12,7 @@ from lightning_prune.models.parameters import (
     channel_dim,
     find,
     fractions,
+    left_out,
     matches,
     named_parameters,
     plain_name,
@@ -108,7 +109,98 @@ class Own(nn.Module):
 
 
 def test_parameters_of_the_root_and_in_lists() -> None:
-    assert names(Own()) == ["w", "heads.0", "by_name.key"]
+    assert names(Own(), "*") == ["w", "heads.0", "by_name.key"]
+    unknown = "it is the weight of no known kind of layer"
+    assert left_out(Own()) == dict.fromkeys(["w", "heads.0", "by_name.key"], unknown)
+    assert left_out(Own(), ["w"]) == {}
+    assert left_out(Own(), ignore=["heads.*"]) == dict.fromkeys(["w", "by_name.key"], unknown)
+    with pytest.raises(ValueError, match=rf"must have a prunable parameter .*got none \(w: {unknown}; heads.0"):
+        find(Own())
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its inputs first, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+
+
+class Embeddings(Conv1D):
+    """A table that is no nn.Embedding."""
+
+
+class MixtralExperts(nn.Module):
+    """Matrices of all experts in one, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(4, 6, 3)), nn.Parameter(torch.zeros(4, 3, 6))
+
+
+class Token(nn.Module):
+    """Parameters that are added, or exponents, or compared with: no weights of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("cls_token", "pos_embed", "W_pos", "A_log", "att", "comp"):
+            setattr(self, name, nn.Parameter(torch.zeros(1, 2, 3)))
+
+
+class LoRA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 2)}), nn.Parameter(torch.zeros(4, 2))
+        self.base = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (Conv1D(), ["weight"]),
+        (MixtralExperts(), ["gate_up_proj", "down_proj"]),
+        (LoRA(), ["base.weight"]),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3)), ["parametrizations.weight.original"]),
+        (Embeddings(), []),
+        (Token(), []),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), []),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(2, 3)), []),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_weights_of_known_kinds_of_layers_are_targets_and_others_are_named(
+    module: nn.Module, expected: list[str]
+) -> None:
+    model = nn.ModuleDict({"a": module, "b": nn.Linear(2, 2)})
+    found = [f"a.{name}" for name in expected]
+    assert names(model) == [*found, "b.weight"]
+    weights = [name for name, p in model.named_parameters() if p.ndim >= 2 and "bias" not in name]
+    assert [*left_out(model)] == [name for name in weights if name not in [*found, "b.weight"]]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.utils.parametrizations.weight_norm, "a row of zeros becomes NaN"),
+        (nn.utils.weight_norm, "a row of zeros becomes NaN"),
+        (nn.utils.parametrizations.orthogonal, "an orthogonal parametrization makes other weights of its zeros"),
+    ],
+)
+def test_weights_whose_zeros_would_be_lost_are_no_targets_even_if_they_are_named(
+    layer: Callable[[nn.Module], nn.Module], reason: str
+) -> None:
+    model = nn.Sequential(layer(nn.Linear(2, 3)), nn.Linear(3, 3))
+    assert names(model, "*") == ["1.weight"]
+    assert all(why.endswith(reason) for why in left_out(model, ["*"]).values())
+    assert left_out(model, ["*"]).keys() == {name for name, p in model[0].named_parameters(prefix="0") if p.ndim > 1}
+    with pytest.raises(ValueError, match=reason):
+        find(model, ["0.*"])
+
+
+def test_a_literal_bracket_is_found_by_the_name_itself() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a[1]": nn.Linear(2, 2)})
+    assert names(model, "a[0].weight") == ["a[0].weight"]
 
 
 @pytest.mark.parametrize("name", ["counts", "phases", "scale", "bias", "table", "nothing"])
@@ -379,6 +471,6 @@ def test_a_weight_of_a_module_of_ones_own_has_its_output_channels_first() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.w.T
 
-    (target,) = find(Mine())
+    (target,) = find(Mine(), ["w"])
     assert isinstance(target, Target)
     assert channel_dim(target) == 0

@@ -119,7 +119,8 @@ def adapted(encoder: nn.Module) -> nn.Module:
 def test_adapters_are_pruned_and_what_they_adapt_is_not() -> None:
     model = Classifier(adapted(bert()))
     before = copies(model)
-    callback = MagnitudePruning(0.5, ignore=("head.*",), **GRADUAL)
+    assert {row.name for row in summary(model).rows} == {"head.weight"}  # adapters are pruned if they are named
+    callback = MagnitudePruning(0.5, targets=("*.lora_*",), **GRADUAL)
     with Probe(model, callback) as probe:
         fit(model, callback, max_epochs=3)
     probe.assert_sparse()

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.models.layer_inputs import no_squares, per_weight, squares
+from lightning_prune.models.layer_inputs import no_squares, per_weight, squares, unreadable
 from lightning_prune.tensors.distributed import local, output_rows, piece
 from lightning_prune.tensors.ranking import sum_share
 from lightning_prune.units.units import Units
@@ -56,6 +57,21 @@ def channel_values(output: Any, units: Units, positions: int) -> Tensor:
     return everything
 
 
+def no_channels(modules: Sequence[nn.Module]) -> str | None:
+    """Return why layers put out no channel for each output channel of their weight; None if they may do so.
+
+    >>> from torch import nn
+    >>> no_channels([nn.LSTM(2, 2)])
+    'its layer, a LSTM, does not put out a channel for each of its rows'
+    """
+    for module in modules:
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "its layer is never called: the attention around it takes the weight itself"
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+            return f"its layer, a {type(module).__name__}, does not put out a channel for each of its rows"
+    return None
+
+
 def _spread(values: Tensor, room: int, turn: int) -> Tensor:
     """Return at most ``room`` entries of the last dimension, others at each turn.
 
@@ -99,6 +115,11 @@ class Wanda(Criterion):
         """Check the arguments."""
         window = None if self.window is None else integer("window", self.window, 1)
         settle(self, window=window, by_row=flag("by_row", self.by_row))
+
+    @override
+    def cannot_score(self, units: Units) -> str | None:
+        reasons = (unreadable(module, units.name) for module in units.modules)
+        return next((reason for reason in reasons if reason is not None), None)
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:
@@ -147,6 +168,10 @@ class APoZ(Criterion):
     def __post_init__(self) -> None:
         """Check the arguments."""
         settle(self, window=integer("window", self.window, 1))
+
+    @override
+    def cannot_score(self, units: Units) -> str | None:
+        return no_channels(units.modules)
 
     @override
     def watched(self, units: Units) -> Sequence[nn.Module]:

@@ -58,6 +58,15 @@ class Criterion:
         """How many optimizer steps it observes."""
         return _STEPS if self.window is None else self.window
 
+    @property
+    def what_it_sees(self) -> str:
+        """What it observes of a unit, in words."""
+        return "gradient" if self.needs == "gradients" else "forward pass"
+
+    def cannot_score(self, units: Units) -> str | None:
+        """Return why it never can score these units, as known before the first step; None if it may be able to."""
+        return None
+
     def scores(self, units: Units) -> Tensor:
         """Return a finite score for each unit: ``units.sum`` and ``units.mean`` pool values of single weights."""
         raise NotImplementedError

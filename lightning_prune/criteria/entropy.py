@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria import histogram as lattice
-from lightning_prune.criteria.activations import channel_values
+from lightning_prune.criteria.activations import channel_values, no_channels
 from lightning_prune.criteria.criterion import Criterion, OverRanks
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import choice, integer
@@ -51,6 +51,10 @@ class Entropy(Criterion):
         settle(self, prune=choice("prune", self.prune, ("high", "low")))
         settle(self, bins=integer("bins", self.bins, 2, most=_MOST_BINS), window=integer("window", self.window, 1))
         settle(self, positions=integer("positions", self.positions, 1))
+
+    @override
+    def cannot_score(self, units: Units) -> str | None:
+        return no_channels(units.modules)
 
     @override
     def observe(self, units: Units, inputs: tuple[Any, ...] = (), output: Any = None) -> Tensor:

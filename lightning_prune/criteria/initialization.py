@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_prune.criteria.criterion import Criterion, Loss
 from lightning_prune.criteria.gradients import GradientMean
 from lightning_prune.models.forward import inputs_of
-from lightning_prune.models.parameters import find
+from lightning_prune.models.parameters import weights_of
 from lightning_prune.units.gates import weight_times_gradient
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import number
@@ -61,7 +61,7 @@ class GraSP(GradientMean):
         for batch in batches:
             loss(model, batch).backward()
         average(model)
-        weights = [target.parameter for target in find(model) if target.parameter.grad is not None]
+        weights = [weight for weight in weights_of(model) if weight.grad is not None]
         direction = [(weight, weight.grad.div(len(batches))) for weight in weights if weight.grad is not None]
         yield from super().passes(model, batches, partial(_along, direction, loss), average)
 

@@ -144,6 +144,10 @@ class BatchNormScale(Criterion):
     by_channel: ClassVar[bool] = True
 
     @override
+    def cannot_score(self, units: Units) -> str | None:
+        return "no norm with factors stands behind its layer" if units.factors() is None else None
+
+    @override
     def scores(self, units: Units) -> Tensor:
         factors = units.factors()
         if factors is None:

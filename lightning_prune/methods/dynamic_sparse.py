@@ -146,7 +146,7 @@ class SET(ScheduledTraining):
         new = [unit for unit in self._units if unit.name not in self.masks]
         if self.sparsity is None or not new:
             return Masks({unit.name: local(unit.parameter) != 0 for unit in new})
-        found = goal.find_targets(model, self.sparsity, self.targets, self.ignore)
+        found = goal.find_targets(model, self.sparsity, self.targets, self.ignore, later=True)
         drawn = Random(self.seed)
         return make_masks(new, drawn, goal.allocation(found, self.sparsity, None, drawn, self._scope), {})
 

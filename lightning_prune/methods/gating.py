@@ -1,6 +1,6 @@
 """Gating: checkpoints and early stopping that judge only models at their target sparsity."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
@@ -24,6 +24,8 @@ class SparseModelCheckpoint(ModelCheckpoint):
     >>> SparseModelCheckpoint(monitor="val_loss").monitor
     'val_loss'
     """
+
+    waits_for_target: ClassVar[bool] = True
 
     @override
     def on_train_batch_end(
@@ -51,6 +53,8 @@ class SparseEarlyStopping(EarlyStopping):
     >>> SparseEarlyStopping(monitor="val_loss").patience
     3
     """
+
+    waits_for_target: ClassVar[bool] = True
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -95,7 +95,7 @@ class SRSTE(MaskedTraining):
 
     def _join(self, pl_module: nn.Module) -> Masks:
         """Take in the targets that are new, lazy or frozen until now, and return masks for those that have none."""
-        found = find(pl_module, self.targets, self.ignore)
+        found = find(pl_module, self.targets, self.ignore, later=True)
         known = {id(unit.parameter) for unit in self._units}
         joined = make_units([t for t in found if id(t.parameter) not in known], pl_module, self.granularity)
         for unit in joined:

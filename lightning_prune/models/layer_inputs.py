@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_prune.tensors.distributed import local, output_rows
 
@@ -18,6 +19,23 @@ def is_readable(module: nn.Module) -> bool:
     (True, False)
     """
     return isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+
+def unreadable(module: nn.Module, name: str) -> str | None:
+    """Return why ``squares`` cannot see the input of a layer; None if it can.
+
+    >>> unreadable(nn.LSTM(2, 2), "weight_ih_l0")
+    'its layer must be a linear one, a convolution or the input projection of an attention, got LSTM'
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its layer is never called: the attention around it takes the weight itself"
+    projects = isinstance(module, nn.MultiheadAttention) and name.rpartition(".")[2] in _PROJECTIONS
+    if projects or isinstance(module, _ConvTransposeNd) or is_readable(module):
+        return None
+    return (
+        f"its layer must be a linear one, a convolution or the input projection of an attention, got "
+        f"{type(module).__name__}"
+    )
 
 
 def windows(module: nn.Module, values: Tensor) -> Tensor:

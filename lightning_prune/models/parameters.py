@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.models import layer_kinds as kinds
 from lightning_prune.validation.arguments import patterns
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_forward_module\.")
@@ -46,6 +47,16 @@ class Target:
         )
 
     @property
+    def unfit(self) -> str | None:
+        """Why it must not be pruned, although it is a weight; None if it may be."""
+        return kinds.loses_zeros(self.name, self.modules)
+
+    @property
+    def unnamed(self) -> str | None:
+        """Why it has to be named to be pruned; None for weights of known kinds of layers."""
+        return kinds.no_layers_weight(self.name, self.parameter, self.modules)
+
+    @property
     def embeds(self) -> bool:
         """Whether it is the table of an embedding."""
         return any(isinstance(module, _EMBEDDINGS) for module in self.modules)
@@ -77,16 +88,27 @@ def matches(pattern: str, names: Sequence[str]) -> bool:
     """
     if pattern.startswith("re:"):
         return any(re.match(pattern[3:], name) for name in names)
-    return any(fnmatchcase(name, pattern) for name in names)
+    return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 
 def find(
-    model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), frozen: bool = False
+    model: nn.Module,
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    frozen: bool = False,
+    later: bool = False,
 ) -> list[Target]:
     """Return the parameters to prune, in the order of the model; tied ones once, under their first name.
 
-    Without ``targets``: every trainable floating-point parameter with two or more dimensions, embeddings excepted.
-    Biases, norms and uninitialised parameters never, frozen ones only if asked for.
+    Without ``targets``: the trainable floating-point weights, with two or more dimensions, of known kinds of layers,
+    embeddings excepted. Biases, norms and uninitialised parameters never, nor weights whose zeros would be lost.
+
+    Args:
+        model: The model.
+        targets: Globs (or "re:" and a regular expression) on parameter names.
+        ignore: Names to leave out.
+        frozen: Whether frozen parameters are found, too.
+        later: Whether frozen parameters may be trained later on, so that it is no error if there are no others.
 
     Raises:
         ValueError: If a pattern matches nothing, or nothing is left to prune.
@@ -100,23 +122,66 @@ def find(
     weights = [entry for entry in entries if entry.weighs]
     _check("targets", targets, weights)
     _check("ignore", ignore, entries)
+    wanted = [entry for entry in weights if _wanted(entry, targets, ignore)]
     found = [
         entry
-        for entry in weights
-        if (frozen or entry.parameter.requires_grad)
-        and not is_lazy(entry.parameter)
-        and entry.parameter.numel()
-        and (any(matches(p, entry.aliases) for p in targets) if targets else not entry.embeds)
-        and not any(matches(p, entry.aliases) for p in ignore)
+        for entry in wanted
+        if (frozen or entry.parameter.requires_grad) and not is_lazy(entry.parameter) and entry.parameter.numel()
     ]
-    if not found and not any(is_lazy(entry.parameter) for entry in weights):
-        still = [entry.name for entry in weights if not entry.parameter.requires_grad]
-        why = f"frozen: {still[:5]}" if still else f"its parameters: {[entry.name for entry in entries[:5]]}"
+    waits = any(is_lazy(entry.parameter) for entry in weights) or (later and wanted)
+    if not found and not waits:
         raise ValueError(
             f"the model must have a prunable parameter (trainable, floating-point, two or more dimensions, matched by "
-            f"targets and not by ignore), got none ({why})"
+            f"targets and not by ignore), got none ({_why(entries, weights, targets)})"
         )
     return found
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return all weights, of any kind of layer, but the tables of embeddings.
+
+    >>> [tuple(weight.shape) for weight in weights_of(nn.Sequential(nn.Linear(4, 3), nn.Embedding(5, 4)))]
+    [(3, 4)]
+    """
+    return [entry.parameter for entry in _entries(model) if entry.weighs and not entry.embeds]
+
+
+def left_out(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, str]:
+    """Return the trainable weights that are not pruned although they are not ignored, and the reasons, by name.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ParameterList([torch.zeros(2, 2)]))
+    >>> left_out(model)
+    {'1.0': 'it is the weight of no known kind of layer'}
+    """
+    found = {}
+    for entry in _entries(model):
+        named = any(matches(pattern, entry.aliases) for pattern in targets)
+        ignored = any(matches(pattern, entry.aliases) for pattern in ignore)
+        if entry.weighs and entry.parameter.requires_grad and not ignored and not entry.embeds:
+            why = entry.unfit if named or not targets else None
+            why = why or (entry.unnamed if not targets else None)
+            found.update({entry.name: why} if why else {})
+    return found
+
+
+def _wanted(entry: Target, targets: Sequence[str], ignore: Sequence[str]) -> bool:
+    """Return whether a weight is to be pruned, once it can be."""
+    if any(matches(pattern, entry.aliases) for pattern in ignore) or entry.unfit:
+        return False
+    if targets:
+        return any(matches(pattern, entry.aliases) for pattern in targets)
+    return not entry.embeds and not entry.unnamed
+
+
+def _why(entries: Sequence[Target], weights: Sequence[Target], targets: Sequence[str]) -> str:
+    """Return why there is nothing to prune."""
+    frozen = [entry.name for entry in weights if not entry.parameter.requires_grad]
+    trained = [entry for entry in weights if entry.parameter.requires_grad and not entry.embeds]
+    reasons = {entry.name: entry.unfit or ("" if targets else entry.unnamed) for entry in trained}
+    told = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+    if told:
+        return "; ".join(told[:5])
+    return f"frozen: {frozen[:5]}" if frozen else f"its parameters: {[entry.name for entry in entries[:5]]}"
 
 
 def _entries(model: nn.Module) -> Iterator[Target]:

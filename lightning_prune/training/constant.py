@@ -27,5 +27,6 @@ class ConstantSparsity(MaskedTraining):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:
-            found = find(pl_module, self.targets, self.ignore)
+            # frozen ones, too: they may be trained later on
+            found = find(pl_module, self.targets, self.ignore, frozen=True)
             self.masks = Masks({target.name: local(target.parameter) != 0 for target in found})

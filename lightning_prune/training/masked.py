@@ -23,6 +23,7 @@ from lightning_prune.training.compat import Callback
 from lightning_prune.training.consistency import fitting, restore
 from lightning_prune.training.enforcement import Holding, entrywise, forget_entries
 from lightning_prune.training.gradient_readers import reads_after_backward, reads_before_step
+from lightning_prune.training.judges import judges
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import flag, patterns
 
@@ -229,6 +230,7 @@ class MaskedTraining(Callback):
         if missed:
             self.after_step()
         self._refuse_overlap(trainer)
+        self._warn_of_judges(trainer)
         self._reads = reads_after_backward(trainer, pl_module), reads_before_step(trainer, pl_module)
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
@@ -294,6 +296,15 @@ class MaskedTraining(Callback):
     def _let_go(self, pl_module: nn.Module) -> None:
         reshard(pl_module)
         self._holding.release()
+
+    def _warn_of_judges(self, trainer: Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        waiting = next((c for c in callbacks if isinstance(c, MaskedTraining) and not c.reached), None)
+        if waiting is self and (found := judges(trainer)):
+            rank_zero_warn(
+                f"{', '.join(dict.fromkeys(found))} may take the model for the best before {type(self).__name__} has "
+                f"reached its target: use SparseModelCheckpoint and SparseEarlyStopping, which wait for it"
+            )
 
     def _refuse_overlap(self, trainer: Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
 from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
-from lightning_prune.models.parameters import named_parameters
+from lightning_prune.models.parameters import left_out, named_parameters
 from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.distributed import reshard
 from lightning_prune.training.consistency import fitting
@@ -29,7 +30,7 @@ from lightning_prune.units.units import Units
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Budget, Measure
 from lightning_prune.updates.decision import make_masks
-from lightning_prune.updates.statistics import Observation
+from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.validation.instances import instance
 
 
@@ -95,7 +96,7 @@ class ScheduledTraining(MaskedTraining):
 
     def choose_for(self, model: torch.nn.Module, sparsity: goal.Sparsity | None, due: float = 1.0) -> Masks:
         """Return masks, by the criterion, for a goal of which this fraction is due."""
-        found = goal.find_targets(model, sparsity, self.targets, self.ignore)
+        found = goal.find_targets(model, sparsity, self.targets, self.ignore, later=True)
         axes = (sparsity, self.threshold, self.criterion, self._scope)
         allocate = goal.allocation(found, *axes, due, self.min_density, self._budget)
         return make_masks(self._units, self.criterion, allocate, self.masks)
@@ -122,6 +123,7 @@ class ScheduledTraining(MaskedTraining):
         self._units: list[Units] = []
         self._found: list[int] = []  # ids of the parameters that the units were looked up for
         self._left_out: dict[str, str] = {}
+        self._unseen: list[str] = []  # names of targets that were left out since the criterion saw nothing of them
         self._inputs: Inputs = None
         self._budget: Budget | None = None
         self._observation = Observation(self.criterion, [])
@@ -205,7 +207,9 @@ class ScheduledTraining(MaskedTraining):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self._updates and not self.reached:
+        if not self._units and not self.masks:
+            rank_zero_warn(f"{type(self).__name__} pruned nothing: its targets were frozen in the whole run")
+        elif self._updates and not self.reached:
             rank_zero_warn(
                 f"{type(self).__name__} ended at a sparsity of {self.sparsity_now:.2%}: the run stopped before the "
                 f"last update, due at {self.interval} {self._updates[-1][0]}"
@@ -222,10 +226,13 @@ class ScheduledTraining(MaskedTraining):
             return
         reshard(pl_module)
         self._find_units(trainer, pl_module)
+        if not self._units:  # all are frozen: what is due now is due once they are trained
+            return
         if any(map(is_lazy, pl_module.parameters())):  # the first forward makes the rest of the targets
             return
         if not self._observation.full:  # parameters that have just joined are observed first
             return
+        self._leave_out_unseen(trainer, pl_module)
         self._observation.finish()
         masks = self.choose(pl_module, position, amount)
         held = fitting(self.masks, named_parameters(pl_module))  # of frozen parameters too, which keep their zeros
@@ -258,24 +265,47 @@ class ScheduledTraining(MaskedTraining):
 
     def _find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the targets up: lazy ones appear after the first forward, frozen ones once they are trained."""
-        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore, later=True)
         if [id(target.parameter) for target in found] == self._found or self._waits_for_a_batch:
             return
         self._observation.close()
         several = trainer.world_size > 1
-        self._units, self._left_out = find_units(found, pl_module, self.granularity, self._inputs, several)
+        looked_up = (found, pl_module, self.granularity, self._inputs, several)
+        self._units, without = find_units(*looked_up) if found else ([], {})
+        self._units, unscored = scorable(self._units, self.criterion, self._unseen)
+        patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
+        self._left_out = {**left_out(pl_module, patterns, self.ignore), **without, **unscored}
         self._found = [id(target.parameter) for target in found]
-        counted = (self.sparsity, self.of, self.granularity, self._units, pl_module, self._inputs, several)
-        self._budget = goal.budget_of(*counted)
+        self._count_what_it_is_of(pl_module, several)
         self._observation = Observation(self.criterion, self._units, self._observation.active, several)
         if self._observed is not None:
             self._observation.load_state_dict(self._observed)
             self._observed = None
 
+    def _count_what_it_is_of(self, pl_module: LightningModule, several: bool) -> None:
+        counted = (self.sparsity, self.of, self.granularity, self._units, pl_module, self._inputs, several)
+        self._budget = goal.budget_of(*counted) if self._units else None
+
+    def _leave_out_unseen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do without the targets of which the criterion has seen nothing: those of layers that are not in use."""
+        unseen = self._observation.leave_out_unseen()
+        if unseen:
+            self._unseen += unseen
+            self._units, reasons = scorable(self._units, self.criterion, self._unseen)
+            self._left_out.update(reasons)
+            self._count_what_it_is_of(pl_module, trainer.world_size > 1)
+            rank_zero_warn(
+                f"{type(self).__name__} leaves out {unseen[:5]}, of which {type(self.criterion).__name__} has seen no "
+                f"{self.criterion.what_it_sees} in {self._observation.steps} steps: ignore them, or use a criterion "
+                f"that needs less"
+            )
+
     def _announce(self, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         name = type(self).__name__
         tell(self.explain())
+        if not self._units and not self.target_names():
+            rank_zero_warn(f"{name} finds all its targets frozen: it prunes them once they are trained")
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
         if not self.reached and last > reachable:
@@ -290,6 +320,7 @@ class ScheduledTraining(MaskedTraining):
             **super().state_dict(),
             "applied": self._applied,
             "window": list(self._window) if self._window else None,
+            "unseen": list(self._unseen),
             "observed": self._observed or self._observation.state_dict(),
         }
 
@@ -300,6 +331,7 @@ class ScheduledTraining(MaskedTraining):
         self._applied = state_dict["applied"]
         self._window = tuple(state_dict["window"]) if state_dict["window"] else None
         self._observed = state_dict["observed"]
+        self._unseen = list(state_dict.get("unseen", ()))
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy may be made on one rank alone, which cannot ask the others

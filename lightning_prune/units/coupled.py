@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_prune.granularities import Channel, Granularity, Head
 from lightning_prune.models.forward import Inputs, fitting
+from lightning_prune.models.layer_kinds import rows_are_gates
 from lightning_prune.models.norms import norms_behind
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.equivalence import removable
@@ -217,7 +218,7 @@ def find_units(
         ImportError: If they have to be coupled, and torch-pruning is not installed.
     """
     if granularity.coupled is False or (granularity.coupled is None and inputs is None):
-        return make_units(found, model, granularity), {}
+        return _apart(found, model, granularity)
     assert isinstance(granularity, Channel | Head)
     try:
         _check_whole(model, granularity)
@@ -226,8 +227,20 @@ def find_units(
     except (ImportError, ValueError) as error:
         if granularity.coupled is None:
             warnings.warn(f"channels are pruned without what depends on them: {error}", stacklevel=2)
-            return make_units(found, model, granularity), {}
+            return _apart(found, model, granularity)
         raise
+
+
+def _apart(found: Sequence[Target], model: nn.Module, granularity: Granularity) -> tuple[list[Units], dict[str, str]]:
+    """Return units that do not depend on one another, and the reason for every target without any."""
+    gated = [t.name for t in found if granularity.follows and rows_are_gates(t.name, t.modules)]
+    left_out = dict.fromkeys(gated, "its rows are gates, several to a neuron")
+    left = [target for target in found if target.name not in left_out]
+    if not left:
+        raise ValueError(
+            f"{granularity} must find units to prune, got none: the rows of {gated[:5]} are gates, several to a neuron"
+        )
+    return make_units(left, model, granularity), left_out
 
 
 def _check_whole(model: nn.Module, granularity: Granularity) -> None:

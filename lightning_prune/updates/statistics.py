@@ -48,6 +48,30 @@ def _dense(units: Sequence[Units]) -> Iterator[None]:
             parameter.grad = gradient
 
 
+def scorable(
+    units: Sequence[Units], criterion: Criterion, unseen: Collection[str] = ()
+) -> tuple[list[Units], dict[str, str]]:
+    """Return the units that a criterion can score, and the reason for every other target.
+
+    Args:
+        units: The targets.
+        criterion: Scores them.
+        unseen: The names of those of which it has seen nothing in training.
+
+    Raises:
+        ValueError: If it can score none of them.
+    """
+    name = type(criterion).__name__
+    seen = f"{name} has seen no {criterion.what_it_sees} of it"
+    reasons = {unit.name: seen if unit.name in unseen else criterion.cannot_score(unit) for unit in units}
+    left_out = {target: why for target, why in reasons.items() if why is not None}
+    left = [unit for unit in units if unit.name not in left_out]
+    if units and not left:
+        why = "; ".join(f"{target}: {reason}" for target, reason in left_out.items())
+        raise ValueError(f"criterion must be able to score a target, got {criterion} ({why})")
+    return left, left_out
+
+
 class Observation:
     """What one criterion has seen of its units since the last update.
 
@@ -159,16 +183,26 @@ class Observation:
         """
         if not self.needed:
             return
+        for unit in self._unseen():
+            raise ValueError(
+                f"{type(self.criterion).__name__} needs a {self.criterion.what_it_sees} of {unit.name!r}, got none in "
+                f"{self.steps} steps: ignore the parameter, or use a criterion that needs less"
+            )
+        for unit in self.units:
+            unit.statistic = self.criterion.conclude(unit, over_ranks if self.several else _alone)
+
+    def _unseen(self) -> list[Units]:
         seen = torch.tensor([int(unit.statistic is not None) for unit in self.units])
-        reduce = over_ranks if self.several else _alone
-        for unit, ranks in zip(self.units, reduce(seen, "sum").tolist(), strict=True):
-            if not ranks:
-                what = "gradient" if self.criterion.needs == "gradients" else "forward pass"
-                raise ValueError(
-                    f"{type(self.criterion).__name__} needs a {what} of {unit.name!r}, got none in {self.steps} steps: "
-                    f"ignore the parameter, or use a criterion that needs less"
-                )
-            unit.statistic = self.criterion.conclude(unit, reduce)
+        ranks = (over_ranks(seen, "sum") if self.several else seen).tolist()
+        return [unit for unit, number in zip(self.units, ranks, strict=True) if not number]
+
+    def leave_out_unseen(self) -> list[str]:
+        """Observe no longer the units of which nothing was seen, unless these are all, and return their names."""
+        unseen = self._unseen() if self.needed else []
+        if len(unseen) == len(self.units):
+            return []
+        self.units = [unit for unit in self.units if unit not in unseen]
+        return [unit.name for unit in unseen]
 
     def reset(self) -> None:
         """Forget the statistics: an update has used them."""

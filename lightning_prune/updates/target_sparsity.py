@@ -123,21 +123,23 @@ def describe(sparsity: Sparsity | None, threshold: float | None) -> tuple[str, f
 
 
 def find_targets(
-    model: nn.Module, sparsity: Sparsity | None, targets: Sequence[str], ignore: Sequence[str]
+    model: nn.Module, sparsity: Sparsity | None, targets: Sequence[str], ignore: Sequence[str], later: bool = False
 ) -> list[Target]:
     """Return the parameters to prune; with a sparsity per layer, those that one of its patterns matches.
+
+    With ``later`` there may be none yet, since all are frozen.
 
     Raises:
         ValueError: If a pattern matches nothing, or nothing is left to prune.
     """
     if not isinstance(sparsity, Mapping):
-        return find(model, targets, ignore)
+        return find(model, targets, ignore, later=later)
     try:
-        found = find(model, targets or tuple(sparsity), ignore)
+        found = find(model, targets or tuple(sparsity), ignore, later=later)
     except ValueError as error:
         given = "targets" if targets else "sparsity"
         raise ValueError(f"{given} must hold patterns of what is to be pruned: {error}") from error
-    decided = decided_by(sparsity, found)
+    decided = decided_by(sparsity, found) if found else {}
     return [target for target in found if target.name in decided]
 
 

@@ -205,6 +205,7 @@ RULES: dict[str, Rule] = {
     "applied": whole(-1),
     "window": optional(every(row(whole(), whole()), IN_ORDER)),
     "observed": record(steps=whole(), seen=items(TEXT), statistics=table(items(optional(TENSOR)))),
+    "unseen": items(TEXT),
     "arguments": optional(table(TEXT)),
     # LotteryTicket
     "memory": optional(MEMORY),

@@ -1,0 +1,80 @@
+"""Kinds: which parameters are weights of layers, to be pruned without being named, and which must not have zeros."""
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
+
+# of layers of torch, and of others that follow its names; "_orig" is what torch.nn.utils.prune and spectral_norm make
+_WEIGHT = re.compile(r"weight(_orig|_(ih|hh|hr)(_l\d+)?(_reverse)?)?|(in|q|k|v)_proj_weight")
+_NO_LAYER = re.compile(r"Embed|Norm")  # in the name of a class
+_KEEPING_ZEROS = ("_SpectralNorm",)
+_LOSING_ZEROS = {
+    "_WeightNorm": "weight_norm divides its rows by their norms, so that a row of zeros becomes NaN",
+    "_Orthogonal": "an orthogonal parametrization makes other weights of its zeros",
+}
+_GATED = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
+
+
+def no_layers_weight(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> str | None:
+    """Return why a parameter is not pruned unless it is named; None for the weight of a known kind of layer.
+
+    Known are linear layers, convolutions, recurrent layers, attentions and experts, of torch or of anybody else who
+    names their weights like torch does.
+
+    Args:
+        name: Its qualified name.
+        parameter: The parameter.
+        modules: The modules that own it.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> no_layers_weight("0.weight", layer.weight, [layer])
+    >>> no_layers_weight("cls_token", layer.weight, [nn.Module()])
+    'it is the weight of no known kind of layer'
+    """
+    if "lora_" in name:
+        return "it is a low-rank adapter"
+    for module in modules:
+        if isinstance(module, ParametrizationList) and not _names(module).issubset(_KEEPING_ZEROS):
+            return "it is parametrized, so that its zeros need not be those of the weight"
+    parts = name.split(".")
+    own = parts[-2] if any(isinstance(module, ParametrizationList) for module in modules) else parts[-1]
+    classes = [type(module).__name__ for module in modules]
+    experts = parameter.ndim == 3 and any(cls.endswith("Experts") for cls in classes)
+    if experts or (_WEIGHT.fullmatch(own) and not any(map(_NO_LAYER.search, classes))):
+        return None
+    return "it is the weight of no known kind of layer"
+
+
+def loses_zeros(name: str, modules: Sequence[nn.Module]) -> str | None:
+    """Return why a parameter must not be pruned, whether it is named or not; None if it may be.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    >>> loses_zeros("parametrizations.weight.original1", [layer.parametrizations.weight])
+    'weight_norm divides its rows by their norms, so that a row of zeros becomes NaN'
+    """
+    for module in modules:
+        if isinstance(module, ParametrizationList):
+            found = sorted(_names(module).intersection(_LOSING_ZEROS))
+            if found:
+                return _LOSING_ZEROS[found[0]]
+        norms = [hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+        if name.rpartition(".")[2] in [f"{own}_{part}" for own in norms for part in "gv"]:
+            return _LOSING_ZEROS["_WeightNorm"]
+    return None
+
+
+def rows_are_gates(name: str, modules: Sequence[nn.Module]) -> bool:
+    """Return whether the rows of a weight are gates of a recurrent layer, several to a neuron.
+
+    >>> rows_are_gates("weight_ih_l0", [nn.LSTM(2, 2)]), rows_are_gates("weight_ih_l0", [nn.RNN(2, 2)])
+    (True, False)
+    """
+    gate = name.rpartition(".")[2].startswith(("weight_ih", "weight_hh"))
+    return gate and any(isinstance(module, _GATED) for module in modules)
+
+
+def _names(parametrizations: ParametrizationList) -> set[str]:
+    return {type(parametrization).__name__ for parametrization in parametrizations}
