@@ -830,9 +830,10 @@ def test_frozen_weights_under_a_low_rank_correction_are_left_alone() -> None:
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
 
 
-def test_frozen_weights_are_refused_by_name() -> None:
+def test_frozen_weights_are_told_and_left_alone() -> None:
     model = Regression(adapted())
-    with pytest.raises(ValueError, match=r"frozen: \['net\.0\.base\.weight', 'net\.2\.base\.weight'\]"):
+    finds, pruned = "finds all its targets frozen", "pruned nothing: its targets were frozen in the whole run"
+    with pytest.warns(UserWarning, match=finds), pytest.warns(UserWarning, match=pruned):
         train(model, MagnitudePruning(**GRADUAL, targets=("*.base.weight",)))
     assert leftovers(model) == []
 

@@ -78,7 +78,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     for method in STATEFUL:
         path = tmp_path_factory.mktemp("states") / f"{method}.ckpt"
         _, callbacks = callbacks_of(method)
-        fit(Net(), Saver(path), *callbacks, max_epochs=3)
+        fit(Net(), Saver(path), *callbacks, max_epochs=3, default_root_dir=path.parent)
         found[method] = torch.load(path, weights_only=True)
     return found
 
@@ -133,7 +133,7 @@ def test_a_damaged_state_is_refused_by_its_key_or_does_no_harm(
         callback, callbacks = callbacks_of(method)
         file, model = tmp_path / "damaged.ckpt", Net(seed=1)
         torch.save({**checkpoint, "callbacks": {**checkpoint["callbacks"], callback.state_key: broken}}, file)
-        error = refusal(fit, model, *callbacks, ckpt_path=str(file), max_epochs=3)
+        error = refusal(fit, model, *callbacks, ckpt_path=str(file), max_epochs=3, default_root_dir=tmp_path)
         assert error is None or any(str(key) in error for key in path), (path, error)
         assert not leftovers(model), path
 

@@ -78,6 +78,13 @@ def test_two_callbacks_have_a_name_each(tmp_path: Path) -> None:
     assert rows[-1]["pruning/sparsity/net.4.*"] == pytest.approx(0.8)
 
 
+def test_callbacks_of_one_class_are_logged_apart_by_what_they_ignore() -> None:
+    callbacks = [MagnitudePruning(0.5, ignore=("net.0.*",)), MagnitudePruning(0.8, ignore=("net.4.*", "net.6.*"))]
+    found = fit(MLP(), *callbacks).logged_metrics
+    assert found["pruning/sparsity/MagnitudePruning but net.0.*"] == pytest.approx(0.5)
+    assert found["pruning/sparsity/MagnitudePruning but net.4.*,net.6.*"] == pytest.approx(0.8, abs=0.01)
+
+
 def test_the_metric_is_there_for_callbacks_and_progress_bars() -> None:
     callback, seen = MagnitudePruning(0.8, start=1, end=6), []
     note = On(

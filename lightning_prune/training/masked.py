@@ -319,9 +319,9 @@ class MaskedTraining(Callback):
         if news == self._shown:
             return
         self._shown = news
-        alone = sum(isinstance(callback, MaskedTraining) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]
-        name = "pruning/sparsity" if alone else f"pruning/sparsity/{','.join(self.targets) or type(self).__name__}"
-        pl_module.log(name, self.sparsity_now, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        pl_module.log(
+            _metric(self, trainer), self.sparsity_now, prog_bar=True, on_step=True, on_epoch=False, batch_size=1
+        )
         if self.log_layers:
             layers = {f"pruning/sparsity/{layer}": level for layer, level in self._levels.items()}
             pl_module.log_dict(layers, on_step=True, on_epoch=False, batch_size=1)
@@ -370,6 +370,15 @@ class MaskedTraining(Callback):
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {**state, "_holding": Holding(), "_model": None, "_running": None, "_before": None}
+
+
+def _metric(callback: MaskedTraining, trainer: Trainer) -> str:
+    """Return the name by which the sparsity of a callback is logged, another one for each."""
+    others = [c for c in trainer.callbacks if isinstance(c, MaskedTraining) and c is not callback]  # type: ignore[attr-defined]
+    if not others:
+        return "pruning/sparsity"
+    name, *taken = (",".join(c.targets) or type(c).__name__ for c in (callback, *others))
+    return f"pruning/sparsity/{name}" + (f" but {','.join(callback.ignore)}" if name in taken else "")
 
 
 def _trains_elsewhere(trainer: Trainer) -> bool:

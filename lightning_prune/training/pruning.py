@@ -45,7 +45,7 @@ class Pruning(ScheduledTraining):
         interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
         frequency: Intervals from one update to the next; None spreads about 100 updates over the window.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight: trainable,
-            floating-point, two or more dimensions, no embedding.
+            floating-point, two or more dimensions, of a known kind of layer, no embedding and no low-rank adapter.
         ignore: Names to leave out, in the same form.
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.

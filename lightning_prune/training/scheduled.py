@@ -160,7 +160,7 @@ class ScheduledTraining(MaskedTraining):
         self._window = self._window or self._horizon.window(duration)
         self._updates = self.plan(*self._window)
         if not self._waits_for_a_batch:
-            self._announce(duration)
+            self._announce(pl_module, duration)
 
     @property
     def _waits_for_a_batch(self) -> bool:
@@ -173,7 +173,7 @@ class ScheduledTraining(MaskedTraining):
             self._inputs = inputs_of_step(pl_module, batch)
             self._find_units(trainer, pl_module)
             self._refuse_overlap(trainer)
-            self._announce(length(trainer, self.interval, self._epochs))
+            self._announce(pl_module, length(trainer, self.interval, self._epochs))
             self.put_in_force(trainer, pl_module, self.masks)
             self.advance(trainer, pl_module)
 
@@ -300,11 +300,12 @@ class ScheduledTraining(MaskedTraining):
                 f"that needs less"
             )
 
-    def _announce(self, length: float) -> None:
+    def _announce(self, pl_module: LightningModule, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         name = type(self).__name__
         tell(self.explain())
-        if not self._units and not self.target_names():
+        lazy = any(map(is_lazy, pl_module.parameters()))
+        if not self._units and not self.target_names() and not lazy:
             rank_zero_warn(f"{name} finds all its targets frozen: it prunes them once they are trained")
         last = self._updates[-1][0] if self._updates else 0
         reachable = length - 1 if self.interval == "epoch" else length
