@@ -133,15 +133,16 @@ def test_a_callback_from_the_command_line() -> None:
     assert zeros(cli.model) == round(0.9 * size(cli.model))
 
 
+@pytest.mark.filterwarnings("ignore:EarlyStopping may take the model for the best")
 def test_the_command_line_changes_and_extends_the_yaml(tmp_path: Path) -> None:
-    other = entry("lightning_prune.SparseEarlyStopping", monitor="val_loss")
+    other = entry("lightning.pytorch.callbacks.EarlyStopping", monitor="val_loss")
     config = yaml_file(tmp_path, other, entry("RandomPruning", sparsity=0.5))
     cli = run("--config", config, "--trainer.callbacks.sparsity=0.7", "--trainer.callbacks.seed=4", train=False)
     assert (callback_of(cli).sparsity, callback_of(cli).seed) == (0.7, 4)
 
     typed = ["--trainer.callbacks+=EntropyPruning", "--trainer.callbacks.sparsity=0.5", "--trainer.callbacks.window=2"]
     cli = run("--config", yaml_file(tmp_path, other), *typed)
-    assert [type(c).__name__ for c in cli.trainer.callbacks[:2]] == ["SparseEarlyStopping", "EntropyPruning"]
+    assert [type(c).__name__ for c in cli.trainer.callbacks[:2]] == ["EarlyStopping", "EntropyPruning"]
     assert sum(int((~w.any(1)).sum()) for w in weights(cli.model).values()) == round(0.5 * 21)
 
 
