@@ -149,7 +149,7 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
 def left_out(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, str]:
     """Return the trainable weights that are not pruned although they are not ignored, and the reasons, by name.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ParameterList([torch.zeros(2, 2)]))
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ParameterList([nn.Linear(2, 2).weight]))
     >>> left_out(model)
     {'1.0': 'it is the weight of no known kind of layer'}
     """
