@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_prune.models.orientation import is_linear, is_transposed
 from lightning_prune.tensors.distributed import local, output_rows
 
 _PROJECTIONS = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weight": (1,), "v_proj_weight": (2,)}
@@ -18,7 +19,7 @@ def is_readable(module: nn.Module) -> bool:
     >>> is_readable(nn.Linear(2, 2)), is_readable(nn.LSTM(2, 2))
     (True, False)
     """
-    return isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+    return is_linear(module) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd))
 
 
 def unreadable(module: nn.Module, name: str) -> str | None:
@@ -59,7 +60,7 @@ def windows(module: nn.Module, values: Tensor) -> Tensor:
     >>> torch.allclose(out, conv(image), atol=1e-6)
     True
     """
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return values.reshape(-1, 1, values.shape[-1])
     assert isinstance(module, _ConvNd)
     spatial = len(module.kernel_size)
@@ -120,7 +121,7 @@ def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, n
     if isinstance(module, nn.MultiheadAttention) and attribute in _PROJECTIONS:
         found = [_sum(input_of(inputs[number:], name).square(), 1) for number in _PROJECTIONS[attribute]]
         return torch.stack(found, 1)  # a group of rows each
-    if isinstance(module, _ConvTransposeNd):
+    if module is not None and _meets_rows(module):
         values = input_of(inputs, name).movedim(1 - weight.ndim, -1).square()
         return _sum(values, 1).view(2, -1, *[1] * (weight.ndim - 1))
     if module is None or not is_readable(module):
@@ -149,12 +150,17 @@ def no_squares(module: nn.Module, weight: Tensor) -> Tensor:
     >>> no_squares(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
     torch.Size([2, 2, 2, 3])
     """
-    if isinstance(module, _ConvTransposeNd):
+    if _meets_rows(module):
         shape = [weight.shape[0], *[1] * (weight.ndim - 1)]
     else:
         attention = isinstance(module, nn.MultiheadAttention) and weight is module.in_proj_weight
         shape = [3 if attention else getattr(module, "groups", 1), *weight.shape[1:]]
     return torch.zeros(2, *shape, dtype=wide(weight.device), device=weight.device)
+
+
+def _meets_rows(module: nn.Module) -> bool:
+    """Return whether every row of the weight has one input, which its output channels share."""
+    return isinstance(module, _ConvTransposeNd) or is_transposed(module)
 
 
 def _sum(values: Tensor, ndim: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node, Tracer
 from typing_extensions import override
 
+from lightning_prune.models.orientation import is_linear
 from lightning_prune.models.preserving import keeping_entries
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -87,7 +88,7 @@ def _trace(
     for node in nodes:
         norm = modules[str(node.target)]
         layer = _layer_before(node, modules, between) if isinstance(norm, _NORMS) else None
-        if layer is not None and isinstance(norm, _BEHIND_LINEAR if isinstance(layer, nn.Linear) else _BEHIND_OTHERS):
+        if layer is not None and isinstance(norm, _BEHIND_LINEAR if is_linear(layer) else _BEHIND_OTHERS):
             links.append((layer, norm))
 
 

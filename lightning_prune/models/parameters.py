@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.models import layer_kinds as kinds
+from lightning_prune.models.orientation import is_transposed
 from lightning_prune.validation.arguments import patterns
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_forward_module\.")
@@ -216,13 +217,15 @@ def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) ->
 
 
 def channel_dim(target: Target) -> int:
-    """Return the dimension of the output channels: 1 for transposed convolutions, else 0.
+    """Return the dimension of the output channels: 1 for transposed convolutions and weights, else 0.
 
     >>> up = nn.ConvTranspose1d(2, 3, 1)
     >>> channel_dim(Target("up.weight", up.weight, (up,)))
     1
     """
-    return int(isinstance(target.modules[0], nn.modules.conv._ConvTransposeNd))
+    module = target.modules[0]
+    transposed = is_transposed(module) and target.parameter is module.weight
+    return int(transposed or isinstance(module, nn.modules.conv._ConvTransposeNd))
 
 
 def fractions(per_layer: Mapping[str, float], found: Sequence[Target]) -> dict[str, float]:

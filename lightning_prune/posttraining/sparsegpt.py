@@ -12,6 +12,7 @@ from lightning_prune.criteria import Wanda
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.layer_inputs import input_of, is_readable, windows
+from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import Target, fractions
 from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.posttraining.prune import observed_units
@@ -149,7 +150,8 @@ def _moments(found: Sequence[Target], stage: Stage) -> dict[str, Tensor]:
 
 def _prune(target: Target, moments: Tensor, choice: Choice, damping: float) -> Tensor:
     """Prune and reconstruct one target in place; return its mask."""
-    weight = target.parameter.detach()
+    module = target.modules[0]
+    weight = as_rows(target.parameter.detach(), module)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = weight.reshape(len(moments), -1, moments.shape[1]).to(dtype)
     order, spans = choice.order(weight.shape[1], weight.shape[2:].numel())
@@ -158,4 +160,4 @@ def _prune(target: Target, moments: Tensor, choice: Choice, damping: float) -> T
     new, pruned = reconstruct(rows[..., order], inner, choice, spans, choice.blocksize, damping)
     back = order.argsort()
     weight.copy_(new[..., back].reshape(weight.shape))
-    return ~pruned[..., back].reshape(weight.shape)
+    return as_rows(~pruned[..., back].reshape(weight.shape), module).contiguous()

@@ -12,7 +12,7 @@ Role = Literal["makes", "follows", "reads"]
 HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")
 
 
-WIDTHS = ("all_head_size", "inner_dim", "inner_features", "attn_dim")
+WIDTHS = ("all_head_size", "inner_dim", "inner_features", "attn_dim", "split_size")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.masks import Masks
 from lightning_prune.models.copying import copied, scratch
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
+from lightning_prune.models.orientation import is_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.cut_record import Kept, remember
@@ -153,15 +154,16 @@ def _rounded(keep: Tensor, round_to: int) -> Tensor:
     return keep.index_fill(0, spared, True)
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+def _is_across(module: nn.Module) -> bool:
+    convolution = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+    return convolution or is_transposed(module) or isinstance(module, nn.Embedding)
 
 
 def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
     """Warn of weights with dead channels that are not removed."""
     tensors = named_tensors(model)
     modules = model.named_modules()  # of an embedding a row is a word, which may well be zero, as that of padding is
-    across = {plain_name(f"{n}.weight") for n, m in modules if isinstance(m, nn.Embedding) or _is_transposed(m)}
+    across = {plain_name(f"{n}.weight") for n, m in modules if _is_across(m)}
     removed = {group.name for group, _ in done}
     stays = {}
     for group in graph.groups:

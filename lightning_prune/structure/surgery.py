@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import Kept, select
 from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
@@ -107,7 +108,9 @@ def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor
 
 def tell(module: nn.Module) -> None:
     """Set the sizes that a layer states to those that its parameters have."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if is_transposed(module):
+        tell_transposed(module)
+    elif isinstance(module, nn.modules.conv._ConvNd):
         _tell_convolution(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, call, convert, tensors
+from lightning_prune.models.orientation import UntransposedLinear, untransposed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import eager
 from lightning_prune.structure.groups import HEADS, Direction, Graph, Group, Item, Member, Role
@@ -66,11 +68,13 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
             result.append(reader.group(items))
         except UnsupportedError as reason:
             left_out.update({name: str(reason) for name in reader.made(items)})
+    result = [reader.back(group) for group in result]
     return Graph(tuple(sorted(result, key=lambda group: reader.order[group.name])), left_out)
 
 
 def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]]:
     """Return the model, whose parameters it lets be trained, its dependency graph, and the groups of that."""
+    model = untransposed(model)
     model.requires_grad_()
     for module in model.modules():
         module._forward_hooks.clear()
@@ -145,6 +149,12 @@ class _Reader:
             self.names.setdefault(tensor, plain_name(name))
         self.order = {name: place for place, name in enumerate(self.names.values())}
         self.owners = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
+
+    def back(self, group: Group) -> Group:
+        """Return a group as it lies in the model, some of whose layers hold their weight transposed."""
+        across = {self.names[m.weight] for m in self.modules if isinstance(m, UntransposedLinear)}
+        members = (replace(m, dim=1 - m.dim) if m.name in across else m for m in group.members)
+        return replace(group, members=tuple(members))
 
     def made(self, items: Iterable[Item]) -> list[str]:
         """Return the weights whose output channels the items cut."""
