@@ -220,7 +220,9 @@ def test_every_criterion_at_initialisation(criterion: Criterion, tmp_path: Path)
     assert zeros(cli.model) == round(0.6 * size(cli.model))
 
 
-@pytest.mark.parametrize("scope", [ERK(), ERK(power=0.5, kernel=False, dense=("net.0.*",))], ids=str)
+@pytest.mark.parametrize(
+    "scope", [ERK(), ERK(power=0.5, kernel=False, dense=("net.0.*",), overrides={"net.4.*": 0.9})], ids=str
+)
 def test_erk_with_its_arguments(scope: ERK, tmp_path: Path) -> None:
     given = entry("lightning_prune.ERK", **{**vars(scope), "dense": list(scope.dense)})
     cli = run("--config", yaml_file(tmp_path, entry("MagnitudePruning", sparsity=0.6, initial=0.3, scope=given)))

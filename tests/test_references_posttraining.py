@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from itertools import pairwise
 from typing import Any
 
@@ -414,6 +415,36 @@ def test_erk_is_that_of_rigl(power: float, dense: tuple[str, ...], sparsity: flo
     assert sum(keep.values()) == sum(scores.sizes.values()) - round(sparsity * sum(scores.sizes.values()))
 
 
+# google-research/rigl, custom_sparsity_map: the others are as if these were not there, with what is left for them
+@pytest.mark.parametrize("overrides", [{"c1": 0.3}, {"c*": 0.7, "c1": 0.1}, {"fc": 0.0, "c1": 0.2, "*1": 0.9}], ids=str)
+def test_erk_shares_out_what_targets_with_a_sparsity_of_their_own_leave(overrides: dict[str, float]) -> None:
+    shapes = {"c1": (16, 1, 3, 3), "c2": (32, 16, 3, 3), "c3": (64, 32, 3, 3), "fc": (100, 64), "out": (90, 100)}
+    scores = Scores.of({name: torch.rand(shape) for name, shape in shapes.items()})
+    keep, sizes = ERK(overrides=overrides)(scores, 0.8), scores.sizes
+    own = {name: next((s for p, s in overrides.items() if fnmatch(name, p)), None) for name in shapes}
+    given = {name: (1 - s) * sizes[name] for name, s in own.items() if s is not None}
+    others = {name: shape for name, shape in shapes.items() if name not in given}
+    left = (0.2 * sum(sizes.values()) - sum(given.values())) / sum(sizes[name] for name in others)
+    expected = {**given, **{name: d * sizes[name] for name, d in erdos_renyi(others, 1 - left, 1.0, set()).items()}}
+    assert all(keep[name] == pytest.approx(count, abs=1.0) for name, count in expected.items())
+    assert sum(keep.values()) == sum(sizes.values()) - round(0.8 * sum(sizes.values()))
+
+
+def test_targets_with_a_sparsity_of_their_own_have_no_more_than_is_due() -> None:
+    scores = Scores.of({"a": torch.rand(40, 10), "b": torch.rand(40, 10), "c": torch.rand(20, 10)})
+    scope = ERK(overrides={"a": 0.9, "b": 0.3})
+    assert scope(scores, 0.0) == {"a": 400, "b": 400, "c": 200}
+    assert scope(scores, 0.24) == {"a": 400 - 180, "b": 400 - 60, "c": 200}
+    assert scope(scores, 0.5) == {"a": 40, "b": 280, "c": 180}
+    assert hash(scope) == hash(ERK())
+
+
+def test_a_floor_holds_targets_with_a_sparsity_of_their_own_too() -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 20))
+    masks = prune(model, 0.5, scope=ERK(overrides={"0.*": 0.99}), min_density=0.2)
+    assert [int(mask.sum()) for mask in masks.values()] == [20, 130]
+
+
 def test_er_leaves_the_kernel_out() -> None:
     scores = Scores.of({"conv": torch.rand(32, 16, 3, 3), "fc": torch.rand(32, 16)})
     assert ERK(kernel=False)(scores, 0.9) == {"conv": 461, "fc": 51}  # both have 32 outputs and 16 inputs
@@ -428,6 +459,13 @@ def test_erk_refuses_what_cannot_be() -> None:
         ERK(dense=("c",))(scores, 0.5)
     with pytest.raises(ValueError, match=r"dense must leave room .* which keeps 16 units of 12"):
         ERK(dense=("a",))(scores, 0.5)
+    with pytest.raises(ValueError, match=r"overrides must match targets, got 'c', which matches none of"):
+        ERK(overrides={"a": 0.1, "c": 0.5})(scores, 0.5)
+    with pytest.raises(ValueError, match=r"overrides must leave room .* got \{.*\}, which keeps 18 units of 12"):
+        ERK(overrides={"*": 0.25})(scores, 0.5)
+    for wrong in (0.5, ["a"], {"a": 1.0}, {"a": True}):
+        with pytest.raises(ValueError, match="overrides"):
+            ERK(overrides=wrong)
 
 
 # ------------------------------------------------------------------------------------------------ schedules

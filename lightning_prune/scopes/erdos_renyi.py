@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_prune.models.parameters import matches
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.validation.arguments import flag, number, patterns
+from lightning_prune.validation.arguments import flag, fractions, number, patterns
 from lightning_prune.validation.instances import settle
+from lightning_prune.validation.values import shown
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,13 @@ class ERK:
         power: 1 is the paper's; 0 keeps the same fraction of every target that is not dense.
         kernel: Whether the shape includes the kernel of a convolution. If not, it is Erdos-Renyi (ER), as in SET.
         dense: Globs (or "re:" and a regular expression) on the names of targets that stay dense.
+        overrides: ``{pattern: fraction}``: targets with a sparsity of their own; the first pattern that matches
+            decides. The others share what these leave of the sparsity in all. Before so much is due, as along a
+            schedule, these targets have all that is.
 
     Raises:
-        ValueError: If the power is negative or not finite; when it shares out, if a pattern matches no target, or the
-            others are too small for the sparsity.
+        ValueError: If an argument is out of range; when it shares out, if a pattern matches no target, or targets of
+            which ``dense`` and ``overrides`` say the sparsity keep more than is to be left in all.
 
     Reference: Evci et al., 2020, "Rigging the Lottery" (Erdos-Renyi-Kernel), arXiv:1911.11134; Mocanu et al., 2018
     (Erdos-Renyi), arXiv:1707.04780.
@@ -35,44 +39,57 @@ class ERK:
     power: float = 1.0
     kernel: bool = True
     dense: tuple[str, ...] = ()
+    overrides: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         settle(self, power=number("power", self.power, "[0, inf)"), kernel=flag("kernel", self.kernel))
         settle(self, dense=patterns("dense", self.dense))
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides must map patterns to fractions, got {shown(self.overrides)}")
+        settle(self, overrides=fractions("overrides", self.overrides) if self.overrides else {})
 
     def __call__(self, scores: Scores, sparsity: float) -> dict[str, int]:
         """Return how many units each target keeps."""
         sizes = scores.sizes
         density = {name: self._density(shape) for name, shape in scores.shapes.items()}
         wanted = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
-        full = self._dense(sizes, wanted)
+        keep = self._held(scores, wanted)
         while True:  # a target that would be more than dense is left dense, and the others share what remains
-            free = wanted - sum(sizes[name] for name in full)
-            scale = free / max(1e-12, sum(density[name] * sizes[name] for name in sizes if name not in full))
-            over = {name for name in sizes if name not in full and density[name] * scale > 1.0}
+            others = [name for name in sizes if name not in keep]
+            scale = (wanted - sum(keep.values())) / max(1e-12, sum(density[name] * sizes[name] for name in others))
+            over = [name for name in others if density[name] * scale > 1.0]
             if not over:
                 break
-            full |= over
-        keep = {name: float(size) if name in full else density[name] * scale * size for name, size in sizes.items()}
-        return whole(keep, wanted)
+            keep.update({name: float(sizes[name]) for name in over})
+        keep.update({name: density[name] * scale * sizes[name] for name in others})
+        return whole({name: keep[name] for name in sizes}, wanted)
 
     def _density(self, shape: tuple[int, ...]) -> float:
         shape = shape if self.kernel else shape[:2]
         return float((sum(shape) / math.prod(shape)) ** self.power)
 
-    def _dense(self, sizes: Mapping[str, int], wanted: int) -> set[str]:
-        for pattern in self.dense:
-            if not any(matches(pattern, [name]) for name in sizes):
-                raise ValueError(f"dense must match targets, got {pattern!r}, which matches none of {list(sizes)[:5]}")
-        found = {name for name in sizes if any(matches(pattern, [name]) for pattern in self.dense)}
-        held = sum(sizes[name] for name in found)
-        if held > wanted:
+    def _held(self, scores: Scores, wanted: int) -> dict[str, float]:
+        """Return how many units those targets keep whose sparsity is given, 0 for dense ones."""
+        sizes = scores.sizes
+        given = {**dict.fromkeys(self.dense, 0.0), **{p: s for p, s in self.overrides.items() if p not in self.dense}}
+        for pattern in given:
+            if not matches(pattern, scores.names):
+                argument = "dense" if pattern in self.dense else "overrides"
+                raise ValueError(
+                    f"{argument} must match targets, got {pattern!r}, which matches none of {scores.names[:5]}"
+                )
+        first = {name: next((p for p in given if matches(p, [name])), None) for name in sizes}
+        zeros = {name: given[pattern] * sizes[name] for name, pattern in first.items() if pattern is not None}
+        due = min(1.0, (sum(sizes.values()) - wanted) / max(1e-12, sum(zeros.values())))
+        keep = {name: sizes[name] - due * count for name, count in zeros.items()}
+        if (held := sum(keep.values())) > wanted + 1e-6:
+            argument, value = ("overrides", self.overrides) if self.overrides else ("dense", self.dense)
             raise ValueError(
-                f"dense must leave room for the sparsity, got {self.dense}, which keeps {held} units of {wanted} that "
-                f"are to be left"
+                f"{argument} must leave room for the sparsity, got {value}, which keeps {held:g} units of {wanted} "
+                f"that are to be left"
             )
-        return found
+        return keep
 
 
 def whole(keep: Mapping[str, float], total: int) -> dict[str, int]:

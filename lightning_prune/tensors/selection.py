@@ -116,6 +116,9 @@ class Scores(Mapping[str, Tensor]):
         reduce: Sums a vector of counters over the ranks.
         bits: 64 to tell float64 scores apart, 32 for all others.
 
+    Attributes:
+        names: Of all targets, also those that ``only`` has left out.
+
     >>> scores = Scores.of({"a": torch.tensor([0.1, 0.9]), "b": torch.tensor([0.2, 0.3])})
     >>> scores.counts(3)
     {'a': 1, 'b': 2}
@@ -130,6 +133,7 @@ class Scores(Mapping[str, Tensor]):
         self._selected: dict[tuple[str, int], tuple[_Found, _Cut, int]] = {}  # by name and number, ties not yet broken
         self.sizes = {name: source.size for name, source in self._sources.items()}
         self.shapes = {name: source.shape for name, source in self._sources.items()}
+        self.names = list(self._sources)
 
     @classmethod
     def of(cls, scores: Mapping[str, Tensor]) -> "Scores":
@@ -139,7 +143,9 @@ class Scores(Mapping[str, Tensor]):
 
     def only(self, names: Iterable[str]) -> "Scores":
         """Return the scores of these targets alone."""
-        return Scores({name: self._sources[name] for name in names}, self._reduce, self._bits)
+        found = Scores({name: self._sources[name] for name in names}, self._reduce, self._bits)
+        found.names = self.names
+        return found
 
     def raw(self, name: str) -> Tensor:
         """Return what the criterion gave to all units of a target, 0 to those that are pruned; all ranks call it."""
