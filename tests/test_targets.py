@@ -397,6 +397,8 @@ def test_ignoring_everything_is_refused() -> None:
         ("_fsdp_wrapped_module.a._fsdp_wrapped_module.weight", "a.weight"),
         ("_orig_mod._orig_mod.weight", "weight"),
         ("my_orig_model.weight", "my_orig_model.weight"),
+        ("feed_forward_module.weight", "feed_forward_module.weight"),
+        ("a.my_orig_mod.weight", "a.my_orig_mod.weight"),
     ],
 )
 def test_plain_names(name: str, plain: str) -> None:

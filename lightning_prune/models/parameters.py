@@ -13,7 +13,8 @@ from lightning_prune.models import layer_kinds as kinds
 from lightning_prune.models.orientation import is_transposed
 from lightning_prune.validation.arguments import patterns
 
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_forward_module\.")
+# whole parts of a name only: a layer may be called feed_forward_module
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
