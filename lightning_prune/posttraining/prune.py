@@ -24,6 +24,7 @@ from lightning_prune.units.units import Units
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, joined, make_masks, score
+from lightning_prune.updates.remaining import scarce, told
 from lightning_prune.updates.statistics import Observation
 from lightning_prune.validation.arguments import flag, integer, text
 from lightning_prune.validation.instances import batches as iterable
@@ -123,6 +124,8 @@ def prune(
             _prune(model, units, criterion, allocate, parts(sequential), masks, distributed)
     if data is not None and recalibrate:
         recalibrate_norms(model, data, recalibrate)
+    if few := scarce(units, masks):
+        warnings.warn(told("prune", few), stacklevel=2)
     return masks
 
 

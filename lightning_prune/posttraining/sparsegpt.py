@@ -1,5 +1,6 @@
 """SparseGPT: prune a trained model layer by layer, and let the weights that stay make up for those that go."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,8 +19,10 @@ from lightning_prune.posttraining.calibration import Stage, forward, stages, tak
 from lightning_prune.posttraining.prune import observed_units
 from lightning_prune.posttraining.reconstruction import Choice, reconstruct, second_moments
 from lightning_prune.tensors.distributed import is_sharded
+from lightning_prune.units.units import make_units
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.decision import score
+from lightning_prune.updates.remaining import scarce, told
 from lightning_prune.validation.arguments import fractions as fractions_in
 from lightning_prune.validation.arguments import integer, number, text
 from lightning_prune.validation.instances import batches, instance
@@ -97,6 +100,8 @@ def sparsegpt(
             for target in now:
                 choice = Choice(shares[target.name], granularity.group, blocksize)
                 masks[target.name] = _prune(target, moments.pop(target.name), choice, damping)
+    if few := scarce(make_units(found, model, granularity), masks):
+        warnings.warn(told("sparsegpt", few), stacklevel=2)
     return masks
 
 

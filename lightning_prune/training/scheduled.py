@@ -30,6 +30,7 @@ from lightning_prune.units.units import Units
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Budget, Measure
 from lightning_prune.updates.decision import make_masks
+from lightning_prune.updates.remaining import scarce, told
 from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.validation.instances import instance
 
@@ -108,8 +109,8 @@ class ScheduledTraining(MaskedTraining):
         """Return the goal in words, what is told of each update, and that for each position."""
         what, final = goal.describe(self.sparsity, self.threshold)
         what += "" if self.of == "units" else f" of the {self.of}"
-        told = "level" if isinstance(self.sparsity, float | int) else "part of that"
-        return what, told, [(position, amount * final) for position, amount in self._updates]
+        label = "level" if isinstance(self.sparsity, float | int) else "part of that"
+        return what, label, [(position, amount * final) for position, amount in self._updates]
 
     @override
     def explain(self) -> str:
@@ -132,6 +133,7 @@ class ScheduledTraining(MaskedTraining):
         self._updates: list[tuple[int, float]] = []
         self._applied = -1  # position of the last update
         self._epochs: int | None = None  # as the user has set them
+        self._scarce: dict[str, int] = {}  # targets of which a warning has said how few units are left
 
     @property
     @override
@@ -257,6 +259,14 @@ class ScheduledTraining(MaskedTraining):
         if self.criterion.accumulates and self._observation.steps:
             return True
         return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.steps
+
+    @override
+    def put_in_force(self, trainer: Trainer, pl_module: torch.nn.Module, masks: Masks) -> None:
+        super().put_in_force(trainer, pl_module, masks)
+        found = scarce(self._units, masks)
+        if new := {name: left for name, left in found.items() if left < self._scarce.get(name, 2)}:
+            self._scarce.update(new)
+            rank_zero_warn(told(type(self).__name__, new))
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
