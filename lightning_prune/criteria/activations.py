@@ -34,7 +34,7 @@ def channel_values(output: Any, units: Units, positions: int) -> Tensor:
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
     >>> layer = nn.Conv1d(1, 2, 1)
-    >>> channel_values(torch.zeros(3, 2, 100), Units(find(layer)[0], Channel()), positions=16).shape
+    >>> channel_values(torch.zeros(3, 2, 100), Channel().units(find(layer)[0]), positions=16).shape
     torch.Size([2, 48])
     """
     dim = -max(1, units.parameter.ndim - 1)  # linear: last; convolution: in front of the spatial ones
@@ -135,11 +135,11 @@ class Wanda(Criterion):
         total, count = units.statistic
         norms = per_weight((total / count.clamp(min=1)).sqrt().float(), units.parameter.shape)
         found = units.mean(lambda weight: weight.abs() * piece(norms, units.parameter))
-        if self.by_row or units.granularity.spans:
+        if self.by_row or not units.single:
             return found
-        whole = units.whole(found).view(units.parameter.shape).movedim(units.dim, 0)
+        whole = units.full(found).view(units.parameter.shape).movedim(units.dim, 0)
         shares = sum_share(whole.flatten(1)).view(whole.shape).movedim(0, units.dim)
-        return units.piece(shares.contiguous())
+        return units.local(shares.contiguous())
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Criterion:
             gradients (``observe`` is called once a step), or forward passes (once a forward of what it has ``watched``,
             the weight's module).
         window: How many optimizer steps it observes, or batches in ``prune``; None is 16 steps, and all batches.
-        entrywise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
+        elementwise: Whether the score of a single weight follows from that weight and its entry of the statistic, so
             that ``scores`` may be asked for a piece of them at a time.
         accumulates: Whether what it observes adds up from ``window`` steps before the first update to the last one, and
             does not begin anew after each; for gradients.
@@ -40,7 +40,7 @@ class Criterion:
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "weights"
-    entrywise: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     window: int | None = 0
     accumulates: ClassVar[bool] = False
     batch_statistics: ClassVar[bool] = False
@@ -48,10 +48,11 @@ class Criterion:
     by_row: bool = False
 
     def __init_subclass__(cls) -> None:
-        """Let a subclass with scores of its own say anew whether they are entrywise."""
+        """Let a subclass with scores of its own say anew whether they are elementwise."""
         super().__init_subclass__()
         if "scores" in vars(cls):
-            cls.entrywise = vars(cls).get("entrywise", False)
+            own = vars(cls)
+            cls.elementwise = own.get("elementwise", own.get("entrywise", False))
 
     @property
     def steps(self) -> int:

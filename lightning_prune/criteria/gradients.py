@@ -26,7 +26,7 @@ class GradientMean(Criterion):
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     window: int = 16
 
@@ -123,7 +123,7 @@ class SNIP(GradientMean):
     Reference: Lee et al., 2019, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", arXiv:1810.02340.
     """
 
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     batch_statistics: ClassVar[bool] = True
 
     window: int = 1
@@ -155,7 +155,7 @@ class Fisher(GradientMean):
     Reference: LeCun et al., 1990, "Optimal Brain Damage"; Theis et al., 2018, arXiv:1801.05787.
     """
 
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     window: int = 16
 

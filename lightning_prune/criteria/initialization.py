@@ -124,7 +124,7 @@ class SynFlow(Criterion):
     """
 
     needs: ClassVar[Literal["weights", "gradients", "forwards"]] = "gradients"
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     window = 1
 

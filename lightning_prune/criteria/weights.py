@@ -13,8 +13,8 @@ from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import whole
 from lightning_prune.tensors.ranking import tail_share
-from lightning_prune.units.gates import weight_of
 from lightning_prune.units.units import Units
+from lightning_prune.units.weights import weight_of
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import settle
 from lightning_prune.validation.values import scalar, shown
@@ -42,7 +42,7 @@ class Magnitude(Criterion):
     [[False, False, True, True]]
     """
 
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     p: float = 1
 
@@ -55,7 +55,7 @@ class Magnitude(Criterion):
 
     @override
     def scores(self, units: Units) -> Tensor:
-        if self.p == 1 or not units.granularity.spans:
+        if self.p == 1 or units.single:
             return units.mean(torch.abs)
         return units.mean(torch.square).sqrt() if self.p == 2 else units.maximum(torch.abs)
 
@@ -105,7 +105,7 @@ class LAMP(Criterion):
 
     @override
     def scores(self, units: Units) -> Tensor:
-        return units.piece(tail_share(units.whole(units.mean(torch.abs))))
+        return units.local(tail_share(units.full(units.mean(torch.abs))))
 
 
 @dataclass(frozen=True)

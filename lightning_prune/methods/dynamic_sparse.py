@@ -19,7 +19,7 @@ from lightning_prune.tensors.distributed import local
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.units.units import Units
 from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.updates.decision import decide
 from lightning_prune.validation.arguments import choice, flag, integer, number
 from lightning_prune.validation.instances import named
 
@@ -148,7 +148,7 @@ class SET(ScheduledTraining):
             return Masks({unit.name: local(unit.parameter) != 0 for unit in new})
         found = goal.find_targets(model, self.sparsity, self.targets, self.ignore, later=True)
         drawn = Random(self.seed)
-        return make_masks(new, drawn, goal.allocation(found, self.sparsity, None, drawn, self._scope), {})
+        return decide(new, drawn, goal.allocation(found, self.sparsity, None, drawn, self._scope), {}).masks
 
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._find_units(trainer, pl_module)

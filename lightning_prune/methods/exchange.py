@@ -29,7 +29,7 @@ def exchange(
     >>> from lightning_prune.criteria import Random
     >>> from lightning_prune.granularities import Weight
     >>> from lightning_prune.models.parameters import find
-    >>> from lightning_prune.units.units import make_units
+    >>> from lightning_prune.units.finding import make_units
     >>> layer = torch.nn.Linear(4, 1)
     >>> layer.weight.data = torch.tensor([[0.1, 0.2, 0.0, 0.0]])
     >>> units = make_units(find(layer), layer, Weight())

@@ -18,7 +18,8 @@ from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, piece
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.masked import MaskedTraining, gradient_scale, mask_averages
-from lightning_prune.units.units import Units, make_units
+from lightning_prune.units.finding import make_units
+from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import score
 from lightning_prune.validation.arguments import number
 

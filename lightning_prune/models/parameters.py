@@ -1,7 +1,7 @@
 """Targets: which parameters of a model are pruned, found by name."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ from lightning_prune.validation.arguments import patterns
 # whole parts of a name only: a layer may be called feed_forward_module
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
     *(nn.modules.batchnorm._NormBase,),  # batch and instance norms, lazy ones too
@@ -45,7 +46,7 @@ class Target:
             self.parameter.is_floating_point()
             and (is_lazy(self.parameter) or self.parameter.ndim >= 2)
             and "bias" not in self.name.rpartition(".")[2]
-            and not any(isinstance(module, _NORMS) for module in self.modules)
+            and not self._is_of(_NORMS)
         )
 
     @property
@@ -61,7 +62,17 @@ class Target:
     @property
     def embeds(self) -> bool:
         """Whether it is the table of an embedding."""
-        return any(isinstance(module, _EMBEDDINGS) for module in self.modules)
+        return self._is_of(_EMBEDDINGS)
+
+    @property
+    def is_plain_layers(self) -> bool:
+        """Whether it is the weight of an ordinary linear layer or convolution, which needs no closer look."""
+        module = self.modules[0]
+        plain = type(module) in _PLAIN_LAYERS and not module._forward_pre_hooks and len(self.modules) == 1
+        return plain and self.parameter is module.weight and "lora_" not in self.name
+
+    def _is_of(self, kinds: tuple[type, ...]) -> bool:
+        return any(isinstance(module, kinds) for module in self.modules)
 
 
 def plain_name(name: str) -> str:
@@ -120,17 +131,18 @@ def find(
     ['0.weight']
     """
     targets, ignore = patterns("targets", targets), patterns("ignore", ignore)
-    entries = list(_entries(model))
+    entries = _entries(model)
     weights = [entry for entry in entries if entry.weighs]
-    _check("targets", targets, weights)
-    _check("ignore", ignore, entries)
-    wanted = [entry for entry in weights if _wanted(entry, targets, ignore)]
-    found = [
-        entry
-        for entry in wanted
-        if (frozen or entry.parameter.requires_grad) and not is_lazy(entry.parameter) and entry.parameter.numel()
-    ]
-    waits = any(is_lazy(entry.parameter) for entry in weights) or (later and wanted)
+    if targets or ignore:
+        _check("targets", targets, weights)
+        _check("ignore", ignore, entries)
+    found, waits = [], False
+    for entry in weights:
+        wanted = (entry.is_plain_layers and not (targets or ignore)) or _wanted(entry, targets, ignore)
+        waits = waits or is_lazy(entry.parameter) or (later and wanted)
+        ready = (frozen or entry.parameter.requires_grad) and not is_lazy(entry.parameter) and entry.parameter.numel()
+        if wanted and ready:
+            found.append(entry)
     if not found and not waits:
         raise ValueError(
             f"the model must have a prunable parameter (trainable, floating-point, two or more dimensions, matched by "
@@ -186,18 +198,16 @@ def _why(entries: Sequence[Target], weights: Sequence[Target], targets: Sequence
     return f"frozen: {frozen[:5]}" if frozen else f"its parameters: {[entry.name for entry in entries[:5]]}"
 
 
-def _entries(model: nn.Module) -> Iterator[Target]:
+def _entries(model: nn.Module) -> list[Target]:
     names: dict[nn.Parameter, list[str]] = {}
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    owners: dict[nn.Parameter, dict[int, nn.Module]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             names.setdefault(parameter, []).append(plain_name(f"{prefix}.{name}" if prefix else name))
-            if not any(module is owner for owner in owners.setdefault(parameter, [])):
-                owners[parameter].append(module)
-    for parameter, known in names.items():
-        yield Target(known[0], parameter, tuple(owners[parameter]), tuple(known))
+            owners.setdefault(parameter, {})[id(module)] = module
+    return [Target(known[0], p, tuple(owners[p].values()), tuple(known)) for p, known in names.items()]
 
 
 def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) -> None:
@@ -225,6 +235,8 @@ def channel_dim(target: Target) -> int:
     1
     """
     module = target.modules[0]
+    if type(module) in _PLAIN_LAYERS and "fan_in_fan_out" not in vars(module):
+        return 0
     transposed = is_transposed(module) and target.parameter is module.weight
     return int(transposed or isinstance(module, nn.modules.conv._ConvTransposeNd))
 

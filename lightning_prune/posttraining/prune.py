@@ -1,40 +1,37 @@
 """Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import length_hint
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lightning_prune import schedules, scopes
+from lightning_prune import scopes
 from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
-from lightning_prune.models.forward import Inputs, example_of
-from lightning_prune.models.parameters import Target
+from lightning_prune.models.forward import Inputs
+from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
-from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
+from lightning_prune.posttraining.calibration import Stage, undisturbed
+from lightning_prune.posttraining.observing import batches_of, check_data, observed, stages_of
 from lightning_prune.scopes import Scope
-from lightning_prune.tensors.distributed import average_gradients
-from lightning_prune.units.coupled import find_units
+from lightning_prune.tensors.distributed import local
 from lightning_prune.units.units import Units
-from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Measure
-from lightning_prune.updates.decision import Allocate, joined, make_masks, score
-from lightning_prune.updates.remaining import scarce, told
-from lightning_prune.updates.statistics import Observation
-from lightning_prune.validation.arguments import flag, integer, text
-from lightning_prune.validation.instances import batches as iterable
-from lightning_prune.validation.instances import function, instance
-from lightning_prune.validation.values import optional, shown
+from lightning_prune.updates.decision import Allocate, Decision, decide, score
+from lightning_prune.updates.remaining import told
+from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import instance
 
 
 def prune(
     model: nn.Module,
-    sparsity: goal.Sparsity | None = None,
+    sparsity: Sparsity | None = None,
     *,
     criterion: Criterion = Magnitude(),
     granularity: Granularity = Weight(),
@@ -91,185 +88,98 @@ def prune(
     >>> int((model.weight == 0).sum())
     75
     """
-    _check_arguments(model, criterion, data, loss, sequential, distributed)
-    goal.check(sparsity, threshold, granularity, min_density, of)
-    sparsity, threshold, min_density = goal.amount(sparsity), goal.level(threshold), goal.density(min_density)
-    rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+    instance("model", model, nn.Module)
+    instance("criterion", criterion, Criterion)
+    instance("granularity", granularity, Granularity)
+    target = SparsityTarget(sparsity, threshold, min_density, of)
+    target.check_granularity(granularity)
+    rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
     recalibrate = integer("recalibrate", recalibrate, 0)
-    _check_data(criterion, data, sequential, recalibrate)
-    allocator = scopes.resolve(scope)
-    found = goal.find_targets(model, sparsity, targets, ignore)
+    if (
+        distributed is not False
+        or criterion.needs != "weights"
+        or any(given is not None for given in (data, loss, sequential))
+        or recalibrate
+    ):
+        check_data(criterion, data, loss, sequential, recalibrate, distributed)
+    share_out = scopes.resolve(scope)
+
+    found = target.find(model, targets, ignore)
     if not found:
         raise ValueError(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
-    inputs = example_of(model, example_inputs)
-    units, _ = find_units(found, model, granularity, inputs, distributed)
-    budget = goal.budget_of(sparsity, of, granularity, units, model, inputs, distributed)
+    inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    units, _ = granularity.find_units(found, model, inputs, distributed)
+    budget = target.budget(granularity, units, model, inputs, distributed)
     if sequential is not None and budget is not None:
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
-    masks = Masks()
-    # also while a loader is asked for batches, which may draw random numbers
-    with undisturbed(model, criterion.batch_statistics):
-        batches = _batches(criterion, data, model)
-        batches = list(batches) if rounds > 1 or sequential else batches
-        parts = partial(_stages, criterion, model, batches, loss, distributed)
-        for done in (number / rounds for number in range(1, rounds + 1)):
-            part = None if sparsity is None else goal.after(sparsity, done)
-            due = schedules.exponential(done) if sparsity is None else 1.0
-            allocate = goal.allocation(found, part, threshold, criterion, allocator, due, min_density, budget)
-            if sequential and getattr(allocator, "compares_blocks", False):
-                (whole,) = parts()
-                allocate = _settled(units, criterion, allocate, whole, masks, distributed)
-            _prune(model, units, criterion, allocate, parts(sequential), masks, distributed)
-    if data is not None and recalibrate:
+
+    rounds_of = (target.round(number / rounds) for number in range(1, rounds + 1))
+    allocations = [
+        partial(part.allocate, found=found, criterion=criterion, scope=share_out, due=due, budget=budget)
+        for part, due in rounds_of
+    ]
+    masks, keep = Masks(), dict[str, int]()
+    ready: Iterable[tuple[Sequence[Units], Allocate]] = [(units, allocate) for allocate in allocations]
+    if criterion.needs != "weights":
+        ready = _observed(model, units, criterion, allocations, data, loss, sequential, distributed, masks)
+    for now, allocate in ready:  # all units, or those of one block after another
+        decision = decide(now, criterion, allocate, masks)
+        keep.update(decision.keep)
+        _enforce(model, masks, decision.masks)
+    if recalibrate and data is not None:
         recalibrate_norms(model, data, recalibrate)
-    if few := scarce(units, masks):
+    if few := Decision(masks, keep).scarce(units):
         warnings.warn(told("prune", few), stacklevel=2)
     return masks
 
 
-def _prune(
+def _observed(
     model: nn.Module,
     units: Sequence[Units],
     criterion: Criterion,
-    allocate: Allocate,
-    parts: Iterable[Stage],
-    masks: Masks,
+    allocations: Sequence[partial[Mapping[str, int]]],
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    sequential: str | None,
     distributed: bool,
-) -> None:
-    """Prune the units that each part has, one part after the other, and write down the masks."""
-    left = list(units)
-    for stage in parts:
-        inside = set(stage.part.parameters())
-        now = [unit for unit in left if unit.parameter in inside]
-        left = [unit for unit in left if unit.parameter not in inside]
-        if now:
-            _observe(now, criterion, stage, distributed)
-            masks.update(joined(masks, make_masks(now, criterion, allocate, masks)))
-            masks.apply(model)
+    masks: Masks,
+) -> Iterator[tuple[Sequence[Units], Allocate]]:
+    """Yield units when the criterion has observed them, with how many of them to keep, for each round."""
+    # also while a loader is asked for batches, which may draw random numbers
+    with undisturbed(model, criterion.batch_statistics):
+        batches = batches_of(criterion, data, model)
+        batches = list(batches) if len(allocations) > 1 or sequential else batches
+        stages = partial(stages_of, criterion, model, batches, loss, distributed)
+        for allocate in allocations:
+            keep: Allocate = allocate
+            if sequential and getattr(allocate.keywords["scope"], "compares_blocks", False):
+                keep = _settled(units, criterion, allocate, stages(), masks, distributed)
+            for now in observed(units, criterion, stages(sequential), distributed):
+                yield now, keep
+
+
+@torch.no_grad()
+def _enforce(model: nn.Module, masks: Masks, new: Masks) -> None:
+    """Zero what new masks prune, and add them to those until now; units may share a parameter."""
+    parameters = named_parameters(model)
+    for name, mask in new.items():
+        masks[name] = masks[name] & mask if name in masks else mask
+        parameter = parameters[name]
+        shard = local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
+        shard.masked_fill_(~masks[name], 0.0)
 
 
 def _settled(
-    units: Sequence[Units], criterion: Criterion, allocate: Allocate, whole: Stage, masks: Masks, distributed: bool
+    units: Sequence[Units],
+    criterion: Criterion,
+    allocate: Allocate,
+    stages: Iterable[Stage],
+    masks: Masks,
+    distributed: bool,
 ) -> Allocate:
-    """Return how many units each target keeps by the scores of all, before any part is pruned."""
-    _observe(units, criterion, whole, distributed)
-    keep = allocate(score(units, criterion, {unit.name: unit.kept(masks) for unit in units}))
+    """Return how many units each target keeps by the scores of all, before any block is pruned."""
+    for _ in observed(units, criterion, stages, distributed):
+        keep = allocate(score(units, criterion, {unit.name: unit.kept(masks) for unit in units}))
     return lambda scores: {name: keep[name] for name in scores}
-
-
-def observed_units(
-    model: nn.Module,
-    found: Sequence[Target],
-    criterion: Criterion,
-    granularity: Granularity,
-    data: Iterable[Any] | None,
-    loss: Loss | None,
-) -> list[Units]:
-    """Return the units of every target, ready to be scored: the criterion has observed what it needs.
-
-    Raises:
-        ValueError: If the criterion needs data, and there are none.
-    """
-    _check_data(criterion, data)
-    units, _ = find_units(found, model, granularity, example_of(model, None))
-    with undisturbed(model, criterion.batch_statistics):
-        (stage,) = _stages(criterion, model, _batches(criterion, data, model), loss)
-        _observe(units, criterion, stage)
-    return units
-
-
-def _check_arguments(
-    model: Any, criterion: Any, data: Any, loss: Any, sequential: Any = None, distributed: Any = False
-) -> None:
-    instance("model", model, nn.Module)
-    instance("criterion", criterion, Criterion)
-    optional(iterable, "data", data)
-    optional(function, "loss", loss, "model", "batch")
-    optional(text, "sequential", sequential, "the name of a container of blocks")
-    if flag("distributed", distributed) and not torch.distributed.is_initialized():
-        raise ValueError(f"distributed must be False where there is no process group, got {distributed}")
-
-
-def _check_data(
-    criterion: Criterion, data: Iterable[Any] | None, sequential: str | None = None, recalibrate: int = 0
-) -> None:
-    if recalibrate and data is None:
-        raise ValueError(f"data must be given to recalibrate batch norms, got recalibrate={recalibrate} and data=None")
-    name, needs = type(criterion).__name__, criterion.needs
-    if data is None and needs != "weights":
-        raise ValueError(f"data must be given: {name} needs {needs}, got None")
-    if sequential is not None and needs != "forwards":
-        raise ValueError(f"sequential must go with a criterion that needs forwards, got {name}, which needs {needs}")
-
-
-def _batches(criterion: Criterion, data: Iterable[Any] | None, model: nn.Module) -> Iterable[Any]:
-    """Return as many batches as the criterion looks at."""
-    field, window = getattr(type(criterion), "__dataclass_fields__", {}).get("window"), criterion.window
-    given = 0 if data is None else length_hint(data)
-    if window is not None and field is not None and field.default == window < given:
-        name = type(criterion).__name__
-        warnings.warn(
-            f"{name} takes {window} of the {given} batches of data: say {name}(window={given}) for all of them",
-            stacklevel=3,
-        )
-    return take(data, window, model)
-
-
-def _stages(
-    criterion: Criterion,
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Loss | None,
-    distributed: bool = False,
-    sequential: str | None = None,
-) -> Iterator[Stage]:
-    """Yield the parts of a model, with the passes that the criterion observes."""
-    if criterion.needs == "gradients":
-        average = average_gradients if distributed else _alone
-        yield Stage(model, partial(criterion.passes, model, batches, partial(_loss_of, loss or _default_loss), average))
-    else:
-        run = partial(forward, model) if loss is None else torch.no_grad()(partial(loss, model))
-        yield from stages(model, batches, run, sequential)
-
-
-def _alone(model: nn.Module) -> None:
-    """Leave the gradients, which are those of all ranks."""
-
-
-def _observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distributed: bool = False) -> None:
-    """Let the criterion observe these units while a stage is run."""
-    observation = Observation(criterion, units, several=distributed)
-    if not observation.needed:
-        return
-    observation.reset()
-    ids = {id(unit.parameter) for unit in units}
-    observation.open()
-    try:
-        for _ in stage.passes():
-            observation.gradients(ids)
-            observation.step()
-        if not observation.steps:
-            raise ValueError("data, or samples, must have a batch, got none")
-        observation.finish()
-    finally:
-        observation.close()
-
-
-def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
-    found: Any = loss(model, batch)
-    if not isinstance(found, Tensor) or found.numel() != 1:
-        raise TypeError(f"loss must return one number, a tensor, got {shown(found)}")
-    return found
-
-
-def _default_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError(f"loss must be given where a batch is not (inputs, targets), got a {type(batch).__name__}")
-    output, target = model(batch[0]), batch[1]
-    return (
-        nn.functional.mse_loss(output, target)
-        if target.is_floating_point()
-        else nn.functional.cross_entropy(output, target)
-    )

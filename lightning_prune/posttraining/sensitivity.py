@@ -18,11 +18,11 @@ from lightning_prune import scopes
 from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.models import summary as report
+from lightning_prune.models.parameters import find
 from lightning_prune.models.preserving import keeping_gradients, keeping_modes
-from lightning_prune.posttraining.prune import observed_units
+from lightning_prune.posttraining.observing import observed_units
 from lightning_prune.posttraining.score_cache import Trials, fingerprint, lasting_name
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.updates.decision import decide
 from lightning_prune.validation.arguments import choice, flag, number, numbers, real, text
 from lightning_prune.validation.instances import batches, function, instance, settle
 from lightning_prune.validation.instances import path as as_path
@@ -165,7 +165,7 @@ def sensitivity(
     optional(function, "loss", loss, "model", "batch")
     optional(as_path, "path", path)
     evaluate = _evaluation(model, data, metric, dataloaders)
-    found = goal.find_targets(model, None, targets, ignore)
+    found = find(model, targets, ignore)
     units = observed_units(
         model, found, criterion, granularity, samples if samples is not None else _loader(data), loss
     )
@@ -185,7 +185,7 @@ def sensitivity(
         for name, level in _bar([trial for trial in trials if trial not in store.scores], progress):
             if name:
                 allocate = partial(scopes.local, sparsity=level)
-                make_masks([by_name[name]], criterion, allocate, {}).apply(model)
+                decide([by_name[name]], criterion, allocate, {}).masks.apply(model)
             store.add(name, level, evaluate())
             restore()
     scores = {unit.name: {level: store.scores[unit.name, level] for level in levels} for unit in units}

@@ -16,13 +16,13 @@ from lightning_prune.models.layer_inputs import input_of, is_readable, windows
 from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import Target, fractions
 from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
-from lightning_prune.posttraining.prune import observed_units
+from lightning_prune.posttraining.observing import observed_units
 from lightning_prune.posttraining.reconstruction import Choice, reconstruct, second_moments
 from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.units.units import make_units
-from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.units.finding import make_units
 from lightning_prune.updates.decision import score
 from lightning_prune.updates.remaining import scarce, told
+from lightning_prune.updates.target_sparsity import Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import fractions as fractions_in
 from lightning_prune.validation.arguments import integer, number, text
 from lightning_prune.validation.instances import batches, instance
@@ -31,7 +31,7 @@ from lightning_prune.validation.values import optional
 
 def sparsegpt(
     model: nn.Module,
-    sparsity: goal.Sparsity,
+    sparsity: Sparsity,
     *,
     data: Iterable[Any],
     granularity: Granularity = Weight(),
@@ -78,19 +78,20 @@ def sparsegpt(
     instance("model", model, nn.Module)
     batches("data", data)
     optional(text, "sequential", sequential, "the name of a container of blocks")
-    sparsity = fractions_in("sparsity", sparsity)
-    goal.check(sparsity, None, granularity)
-    if not isinstance(granularity, Weight):
+    instance("granularity", granularity, Granularity)
+    goal = SparsityTarget(fractions_in("sparsity", sparsity))
+    goal.check_granularity(granularity)
+    if not granularity.single:
         raise ValueError(f"granularity must be Weight() or NM(n, m), got {granularity}")
     allocate = scopes.resolve(scope)
     if granularity.group is not None and allocate is not scopes.local:
         raise ValueError(f'scope must be "local" for {granularity}, which leaves nothing to share out, got {scope!r}')
     blocksize = integer("blocksize", blocksize, 1)
     damping = number("damping", damping, "[0, inf)")
-    found = goal.find_targets(model, sparsity, targets, ignore)
+    found = goal.find(model, targets, ignore)
     _check_layers(found)
     data = data if allocate is scopes.local else list(data)
-    shares = _shares(model, found, sparsity, allocate, data)
+    shares = _shares(model, found, goal, allocate, data)
     masks = Masks()
     with undisturbed(model):
         for stage in stages(model, take(data, None, model), partial(forward, model), sequential):
@@ -106,14 +107,14 @@ def sparsegpt(
 
 
 def _shares(
-    model: nn.Module, found: Sequence[Target], sparsity: goal.Sparsity, scope: scopes.Scope, data: Iterable[Any]
+    model: nn.Module, found: Sequence[Target], target: SparsityTarget, scope: scopes.Scope, data: Iterable[Any]
 ) -> dict[str, float]:
     """Return the fraction of each target that goes."""
-    if isinstance(sparsity, Mapping) or scope is scopes.local:
-        return fractions(sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}, found)
+    if isinstance(target.sparsity, Mapping) or scope is scopes.local:
+        return fractions(target.sparsity if isinstance(target.sparsity, Mapping) else {"*": target.final}, found)
     units = observed_units(model, found, Wanda(), Weight(), data, None)
     scores = score(units, Wanda(), {unit.name: None for unit in units})
-    keep = scope(scores, sparsity)
+    keep = scope(scores, target.final)
     return {name: 1.0 - keep[name] / size for name, size in scores.sizes.items()}
 
 

@@ -25,11 +25,10 @@ from lightning_prune.training.masked import MaskedTraining, gradient_scale, tell
 from lightning_prune.training.plan_text import plan
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.step_inputs import inputs_of_step
-from lightning_prune.units.coupled import find_units
 from lightning_prune.units.units import Units
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Budget, Measure
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.updates.decision import decide
 from lightning_prune.updates.remaining import scarce, told
 from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.validation.instances import instance
@@ -100,7 +99,7 @@ class ScheduledTraining(MaskedTraining):
         found = goal.find_targets(model, sparsity, self.targets, self.ignore, later=True)
         axes = (sparsity, self.threshold, self.criterion, self._scope)
         allocate = goal.allocation(found, *axes, due, self.min_density, self._budget)
-        return make_masks(self._units, self.criterion, allocate, self.masks)
+        return decide(self._units, self.criterion, allocate, self.masks).masks
 
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         """Do what has to follow an update of this amount, when its masks are in force."""
@@ -280,8 +279,8 @@ class ScheduledTraining(MaskedTraining):
             return
         self._observation.close()
         several = trainer.world_size > 1
-        looked_up = (found, pl_module, self.granularity, self._inputs, several)
-        self._units, without = find_units(*looked_up) if found else ([], {})
+        looked_up = (found, pl_module, self._inputs, several)
+        self._units, without = self.granularity.find_units(*looked_up) if found else ([], {})
         self._units, unscored = scorable(self._units, self.criterion, self._unseen)
         patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
         self._left_out = {**left_out(pl_module, patterns, self.ignore), **without, **unscored}

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_prune.tensors.distributed import local
-
 
 def affine_of(norm: nn.Module, trainable: Collection[nn.Parameter], name: str) -> list[nn.Parameter]:
     """Return the factor and shift of a norm, as far as they are trainable; none without a trainable factor.
@@ -45,16 +43,3 @@ def among(parameter: nn.Parameter, others: Collection[nn.Parameter]) -> bool:
 def weight_times_gradient(weight: Tensor) -> Tensor:
     """Return ``w * dL/dw``: minus the first-order change of the loss when the weight becomes zero."""
     return torch.zeros_like(weight) if weight.grad is None else weight * weight.grad
-
-
-def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
-    """Return this rank's piece of a parameter, detached, at least float32, with its gradient divided by a scale."""
-    weight = _at_least_float32(local(parameter))
-    if parameter.grad is not None:
-        grad = _at_least_float32(local(parameter.grad))
-        weight.grad = grad if grad_scale == 1.0 else grad / grad_scale
-    return weight
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -14,6 +14,7 @@ from lightning_prune.scopes import Scope
 from lightning_prune.tensors.distributed import over_ranks
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
+from lightning_prune.updates.decision import round_keep
 
 Measure = Literal["units", "parameters", "flops"]
 
@@ -28,7 +29,7 @@ class Budget:
 
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
-    >>> from lightning_prune.units.units import make_units
+    >>> from lightning_prune.units.finding import make_units
     >>> layer = nn.Linear(4, 2)
     >>> units = make_units(find(layer), layer, Channel())
     >>> Budget(units, {"weight": 8.0, "bias": 2.0}, {"weight": units[0].shares}).left({"weight": 1})
@@ -55,9 +56,9 @@ class Budget:
         return sum(left.values()) / self._total
 
     @property
-    def reach(self) -> float:
+    def max_sparsity(self) -> float:
         """The greatest fraction of the cost, 0 to 1, that pruning can take away."""
-        return 1.0 - self.left({name: unit.bound(0) for name, unit in self._units.items()})
+        return 1.0 - self.left({name: round_keep(unit, 0) for name, unit in self._units.items()})
 
     def keep(self, scores: Scores, scope: Scope, amount: float) -> dict[str, int]:
         """Return how many units of each target stay: as many as the scope allows when this fraction has to go.
@@ -68,7 +69,7 @@ class Budget:
 
         def at(count: int) -> dict[str, int]:
             wanted = scope(scores, count / total)
-            return {n: min(self._units[n].bound(int(k)), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
+            return {n: min(round_keep(self._units[n], int(k)), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
 
         low, high = 0, total  # the search is for the first count that is enough
         while low < high:
@@ -79,7 +80,7 @@ class Budget:
 
 
 def make_budget(
-    measure: Measure, units: Sequence[Units], model: nn.Module, inputs: Inputs, several: bool = False
+    measure: Measure, units: Sequence[Units], model: nn.Module, inputs: Inputs, distributed: bool = False
 ) -> Budget:
     """Return the budget of a model, in units, parameters or FLOPs.
 
@@ -88,7 +89,7 @@ def make_budget(
         units: The targets.
         model: Their model; it is left as it is.
         inputs: Example inputs, for FLOPs.
-        several: Whether other ranks count the same model, perhaps with other inputs.
+        distributed: Whether other ranks count the same model, perhaps with other inputs.
 
     Raises:
         ValueError: If FLOPs are to be counted without example inputs, or there are none.
@@ -104,7 +105,7 @@ def make_budget(
     counted = dense_flops(scratch(model), fitting(inputs, model))
     names = [*parameters, *(name for name in counted if name not in parameters)]
     flops = torch.tensor([counted.get(name, 0) for name in names], dtype=torch.float64)
-    found = over_ranks(flops) if several else flops
+    found = over_ranks(flops) if distributed else flops
     if not found.sum():
         raise ValueError('of="flops" needs a model with products of matrices or convolutions, got none')
     return Budget(units, dict(zip(names, found.tolist(), strict=True)), shares)

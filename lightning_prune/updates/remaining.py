@@ -18,7 +18,7 @@ def scarce(units: Sequence[Units], masks: Mapping[str, Tensor]) -> dict[str, int
     >>> from torch import nn
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
-    >>> from lightning_prune.units.units import make_units
+    >>> from lightning_prune.units.finding import make_units
     >>> layer = nn.Linear(2, 3)
     >>> scarce(make_units(find(layer), layer, Channel()), {"weight": torch.zeros(3, 2).bool()})
     {'weight': 0}

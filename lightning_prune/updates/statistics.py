@@ -96,10 +96,10 @@ class Observation:
         several: bool = False,
     ) -> None:
         for unit in units:
-            if criterion.by_channel and unit.granularity.crosses:
+            if criterion.by_channel and unit.crosses:
                 raise ValueError(
                     f"granularity must have units of output channels, which {type(criterion).__name__} scores, got "
-                    f"{unit.granularity} for {unit.name!r}"
+                    f"{unit.label} for {unit.name!r}"
                 )
         self.criterion = criterion
         self.units = list(units)
@@ -224,7 +224,7 @@ class Observation:
     def _saved(self, unit: Units) -> list[Tensor | None]:
         if self.several:
             return gather(unit.statistic)
-        return [None if unit.statistic is None else unit.whole(unit.statistic).to("cpu", copy=True)]
+        return [None if unit.statistic is None else unit.full(unit.statistic).to("cpu", copy=True)]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the statistics of a run that is resumed; the ranks share out those of more ranks."""
@@ -233,7 +233,7 @@ class Observation:
         for unit in self.units:
             parts = [part for part in state["statistics"].get(unit.name, [])[rank::ranks] if part is not None]
             found = self.criterion.merge(unit, parts) if len(parts) > 1 else parts[0] if parts else None
-            found = found if found is None or self.several else unit.piece(found)
+            found = found if found is None or self.several else unit.local(found)
             unit.statistic = None if found is None else found.to(unit.parameter.device, copy=True)
             unit.steps = self.steps
 

@@ -1,21 +1,22 @@
-"""Goal: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
+"""Sparsity target: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from lightning_prune import schedules, scopes
 from lightning_prune.criteria import Criterion
-from lightning_prune.granularities import NM, Block, Granularity, Weight
+from lightning_prune.granularities import Granularity
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import Target, find
 from lightning_prune.models.parameters import fractions as decided_by
 from lightning_prune.scopes import Scope
+from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Budget, Measure, make_budget
-from lightning_prune.updates.decision import Allocate
 from lightning_prune.validation.arguments import choice, fractions, number
-from lightning_prune.validation.instances import instance
 from lightning_prune.validation.values import shown
 
 Sparsity = float | Mapping[str, float]
@@ -24,123 +25,182 @@ Sparsity = float | Mapping[str, float]
 MOST_ROUNDS = 10_000
 
 
-def check(
-    sparsity: Sparsity | None,
-    threshold: float | None,
-    granularity: Granularity = Weight(),
-    min_density: float = 0.0,
-    of: Measure = "units",
-) -> None:
-    """Refuse a goal that is none, or that the granularity cannot serve.
+@dataclass(frozen=True)
+class SparsityTarget:
+    """What is to be reached: a sparsity, a sparsity per layer, or a threshold on the scores.
+
+    Args:
+        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
+        threshold: Instead of a sparsity: every unit that scores below it is pruned.
+        min_density: Fraction of every target that is kept at least.
+        of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model.
 
     Raises:
-        ValueError: If both or neither are given, a sparsity is outside [0, 1), or lower than N:M needs, or the density
-            that every target is to keep leaves no room for it, or it cannot be counted in what ``of`` says.
+        ValueError: If both or neither of sparsity and threshold are given, or an argument is out of range.
 
-    >>> check(90, None)
+    >>> SparsityTarget(90)
     Traceback (most recent call last):
     ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
     """
-    instance("granularity", granularity, Granularity)
-    if (sparsity is None) == (threshold is None):
-        given = f"sparsity={shown(sparsity)} and threshold={shown(threshold)}"
-        raise ValueError(f"give either sparsity or threshold, got {given}")
-    sparsity, threshold = amount(sparsity), level(threshold)
-    for pattern, fraction in sparsity.items() if isinstance(sparsity, Mapping) else ():
-        _check_least(f"sparsity[{pattern!r}]", fraction, granularity)
-    if isinstance(sparsity, int | float):
-        _check_least("sparsity", sparsity, granularity)
-    if threshold is not None and granularity.group is not None:
-        raise ValueError(f"threshold must be None for {granularity}, which compares within groups, got {threshold}")
-    min_density = density(min_density)
-    _check_density(sparsity, min_density)
-    _check_measure(sparsity, granularity, min_density, of)
 
+    sparsity: Sparsity | None = None
+    threshold: float | None = None
+    min_density: float = 0.0
+    of: Measure = "units"
 
-def amount(sparsity: Sparsity | None) -> Sparsity | None:
-    """Return a sparsity in plain numbers.
+    def __post_init__(self) -> None:
+        """Check the arguments, and keep them as plain numbers."""
+        if (self.sparsity is None) == (self.threshold is None):
+            given = f"sparsity={shown(self.sparsity)} and threshold={shown(self.threshold)}"
+            raise ValueError(f"give either sparsity or threshold, got {given}")
+        plain: dict[str, Any] = {"min_density": number("min_density", self.min_density, "[0, 1]")}
+        if self.sparsity is not None:
+            plain["sparsity"] = fractions("sparsity", self.sparsity)
+        if self.threshold is not None:
+            plain["threshold"] = number("threshold", self.threshold)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        choice("of", self.of, ("units", "parameters", "flops"))
+        if self.min_density and not self.is_single:
+            raise ValueError(
+                f"min_density must go with one sparsity for all targets, got min_density={self.min_density}"
+            )
+        if self.of != "units" and not self.is_single:
+            raise ValueError(f'of must be "units" for a threshold or a sparsity per layer, got {self.of!r}')
+        if self.min_density > 1.0 - self.final + 1e-9 and self.is_single:
+            raise ValueError(
+                f"min_density must be at most 1 - sparsity, got {self.min_density} for a sparsity of {self.sparsity}"
+            )
 
-    Raises:
-        ValueError: If it is neither a fraction nor a mapping to fractions.
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one sparsity for all targets."""
+        return isinstance(self.sparsity, int | float)
 
-    >>> import torch
-    >>> amount(torch.tensor(0.5))
-    0.5
-    """
-    return None if sparsity is None else fractions("sparsity", sparsity)
+    @property
+    def final(self) -> float:
+        """The sparsity that masks reach in the end; 1 where that is no single one."""
+        return self.sparsity if isinstance(self.sparsity, int | float) else 1.0
 
+    def check_granularity(self, granularity: Granularity) -> None:
+        """Reject a granularity that cannot serve it.
 
-def level(threshold: float | None) -> float | None:
-    """Return a threshold as a plain number.
+        Raises:
+            ValueError: If a sparsity is lower than N:M needs, or it cannot be counted in what ``of`` says.
+        """
+        levels = self.sparsity.items() if isinstance(self.sparsity, Mapping) else [("", self.sparsity)]
+        for pattern, level in levels:
+            if level is not None and 0.0 < level < granularity.least - 1e-9:
+                argument = f"sparsity[{pattern!r}]" if pattern else "sparsity"
+                raise ValueError(f"{argument} must be at least {granularity.least:g} for {granularity}, got {level}")
+        if self.threshold is not None and granularity.group is not None:
+            raise ValueError(
+                f"threshold must be None for {granularity}, which compares within groups, got {self.threshold}"
+            )
+        if self.of != "units" and not granularity.measures:
+            raise ValueError(f'of must be "units" for {granularity}, got {self.of!r}')
+        if self.min_density and (self.of != "units" or granularity.round_to > 1):
+            raise ValueError(f"min_density must be 0 for {granularity} and of={self.of!r}, got {self.min_density}")
 
-    Raises:
-        ValueError: If it is not finite.
-    """
-    return None if threshold is None else number("threshold", threshold)
+    def find(
+        self, model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), later: bool = False
+    ) -> list[Target]:
+        """Return the parameters to prune; with a sparsity per layer, those that one of its patterns matches.
 
+        Args:
+            model: The model.
+            targets: Globs (or "re:" and a regular expression) on parameter names.
+            ignore: Names to leave out.
+            later: Whether frozen parameters may be trained later on, so that it is no error if there are no others.
 
-def density(min_density: float) -> float:
-    """Return the fraction that every target is to keep as a plain number.
+        Raises:
+            ValueError: If a pattern matches nothing, or nothing is left to prune.
+        """
+        if not isinstance(self.sparsity, Mapping):
+            return find(model, targets, ignore, later=later)
+        try:
+            found = find(model, targets or tuple(self.sparsity), ignore, later=later)
+        except ValueError as error:
+            given = "targets" if targets else "sparsity"
+            raise ValueError(f"{given} must hold patterns of what is to be pruned: {error}") from error
+        decided = decided_by(self.sparsity, found) if found else {}
+        return [target for target in found if target.name in decided]
 
-    Raises:
-        ValueError: If it is outside [0, 1].
-    """
-    return number("min_density", min_density, "[0, 1]")
+    def round(self, done: float) -> tuple["SparsityTarget", float]:
+        """Return the target when a fraction of the rounds is done, and which fraction of it is due.
 
+        Each round keeps the same part of what is left; of a threshold, rounds prune more and more units below it.
 
-def _check_density(sparsity: Sparsity | None, min_density: float) -> None:
-    if min_density and not isinstance(sparsity, int | float):
-        raise ValueError(f"min_density must go with one sparsity for all targets, got min_density={min_density}")
-    if isinstance(sparsity, int | float) and min_density > 1.0 - sparsity + 1e-9:
-        raise ValueError(f"min_density must be at most 1 - sparsity, got {min_density} for a sparsity of {sparsity}")
+        >>> SparsityTarget(0.75).round(0.5)
+        (SparsityTarget(sparsity=0.5, threshold=None, min_density=0.0, of='units'), 1.0)
+        """
+        if done == 1.0:
+            return self, 1.0
+        if self.sparsity is None:
+            return self, schedules.exponential(done)
+        return replace(self, sparsity=after(self.sparsity, done)), 1.0
 
+    def budget(
+        self,
+        granularity: Granularity,
+        units: Sequence[Units],
+        model: nn.Module,
+        inputs: Inputs,
+        distributed: bool = False,
+    ) -> Budget | None:
+        """Return what it is counted in; None where it is a count of units that a scope can share out exactly.
 
-def _check_measure(sparsity: Sparsity | None, granularity: Granularity, min_density: float, of: Measure) -> None:
-    choice("of", of, ("units", "parameters", "flops"))
-    if of != "units" and not isinstance(sparsity, int | float):
-        raise ValueError(f'of must be "units" for a threshold or a sparsity per layer, got {of!r}')
-    if of != "units" and isinstance(granularity, NM | Block):
-        raise ValueError(f'of must be "units" for {granularity}, got {of!r}')
-    if min_density and (of != "units" or granularity.round_to > 1):
-        raise ValueError(f"min_density must be 0 for {granularity} and of={of!r}, got {min_density}")
+        Raises:
+            ValueError: If the units cannot reach it.
+        """
+        if not self.is_single or (self.of == "units" and granularity.round_to == 1):
+            return None
+        budget = make_budget(self.of, units, model, inputs, distributed)
+        if budget.max_sparsity < self.final - 1e-9:
+            raise ValueError(
+                f"sparsity must be at most {budget.max_sparsity:.4f} of the {self.of}, since {granularity} leaves some "
+                f"units in each target and others are not targets, got {self.sparsity}"
+            )
+        return budget
 
+    def allocate(
+        self,
+        scores: Scores,
+        found: Sequence[Target],
+        criterion: Criterion,
+        scope: Scope,
+        due: float = 1.0,
+        budget: Budget | None = None,
+    ) -> Mapping[str, int]:
+        """Return how many units each target keeps when this fraction of the target is due.
 
-def _check_least(argument: str, value: float, granularity: Granularity) -> None:
-    if 0.0 < value < granularity.least - 1e-9:
-        raise ValueError(f"{argument} must be at least {granularity.least:g} for {granularity}, got {value}")
+        Args:
+            scores: Those of all units.
+            found: The targets.
+            criterion: Says what a threshold means.
+            scope: Shares the sparsity out.
+            due: The fraction, 0 to 1.
+            budget: What the sparsity is a fraction of, where that is not the number of units.
+        """
+        if self.threshold is not None:
+            return scopes.below(scores, criterion.level(self.threshold), due)
+        if isinstance(self.sparsity, Mapping):
+            return scopes.per_layer(scores, decided_by(self.sparsity, found), due)
+        amount = self.final * due
+        if budget is not None:
+            return budget.keep(scores, scope, amount)
+        if self.min_density:
+            return scopes.at_least(scores, amount, scope, self.min_density)
+        return scope(scores, amount)
 
-
-def describe(sparsity: Sparsity | None, threshold: float | None) -> tuple[str, float]:
-    """Return the goal in words, and the level that masks reach in the end: 1 where that is no single sparsity.
-
-    >>> describe(0.9, None), describe(None, 0.1)
-    (('sparsity 0.9', 0.9), ('threshold 0.1', 1.0))
-    """
-    what = f"sparsity {sparsity}" if threshold is None else f"threshold {threshold}"
-    if isinstance(sparsity, Mapping):
-        what = "sparsity " + ", ".join(f"{fraction} of {pattern!r}" for pattern, fraction in sparsity.items())
-    return what, sparsity if isinstance(sparsity, float | int) else 1.0
-
-
-def find_targets(
-    model: nn.Module, sparsity: Sparsity | None, targets: Sequence[str], ignore: Sequence[str], later: bool = False
-) -> list[Target]:
-    """Return the parameters to prune; with a sparsity per layer, those that one of its patterns matches.
-
-    With ``later`` there may be none yet, since all are frozen.
-
-    Raises:
-        ValueError: If a pattern matches nothing, or nothing is left to prune.
-    """
-    if not isinstance(sparsity, Mapping):
-        return find(model, targets, ignore, later=later)
-    try:
-        found = find(model, targets or tuple(sparsity), ignore, later=later)
-    except ValueError as error:
-        given = "targets" if targets else "sparsity"
-        raise ValueError(f"{given} must hold patterns of what is to be pruned: {error}") from error
-    decided = decided_by(sparsity, found) if found else {}
-    return [target for target in found if target.name in decided]
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.threshold is not None:
+            return f"threshold {self.threshold}"
+        of = "" if self.of == "units" else f" of the {self.of}"
+        if isinstance(self.sparsity, Mapping):
+            return "sparsity " + ", ".join(f"{part} of {pattern!r}" for pattern, part in self.sparsity.items())
+        return f"sparsity {self.sparsity}{of}"
 
 
 def after(sparsity: Sparsity, done: float) -> Sparsity:
@@ -154,55 +214,40 @@ def after(sparsity: Sparsity, done: float) -> Sparsity:
     return schedules.after(done, sparsity)
 
 
-def allocation(
-    found: Sequence[Target],
-    sparsity: Sparsity | None,
-    threshold: float | None,
-    criterion: Criterion,
-    scope: Scope,
-    due: float = 1.0,
-    min_density: float = 0.0,
-    budget: Budget | None = None,
-) -> Allocate:
-    """Return the function from scores to the units that each target keeps when this fraction of the goal is due.
-
-    With a budget the goal is a fraction of what that counts.
-    """
-    if threshold is not None:
-        level = criterion.level(threshold)
-        return lambda scores: scopes.below(scores, level, due)
-    if isinstance(sparsity, Mapping):
-        decided = decided_by(sparsity, found)
-        return lambda scores: scopes.per_layer(scores, decided, due)
-    assert sparsity is not None
-    amount = sparsity * due
-    if budget is not None:
-        return lambda scores: budget.keep(scores, scope, amount)
-    if min_density:
-        return lambda scores: scopes.at_least(scores, amount, scope, min_density)
-    return lambda scores: scope(scores, amount)
+# TEMPORARY until training and methods use the object
+def check(sparsity, threshold, granularity=None, min_density=0.0, of="units"):  # type: ignore[no-untyped-def] # noqa: D103
+    target = SparsityTarget(sparsity, threshold, min_density, of)
+    if granularity is not None:
+        target.check_granularity(granularity)
 
 
-def budget_of(
-    sparsity: Sparsity | None,
-    of: Measure,
-    granularity: Granularity,
-    units: Sequence[Units],
-    model: nn.Module,
-    inputs: Inputs,
-    several: bool = False,
-) -> Budget | None:
-    """Return what the goal is counted in; None where it is a count of units that a scope can share out exactly.
+def amount(sparsity):  # type: ignore[no-untyped-def] # noqa: D103
+    return None if sparsity is None else fractions("sparsity", sparsity)
 
-    Raises:
-        ValueError: If the units cannot reach the goal.
-    """
-    if not isinstance(sparsity, float | int) or (of == "units" and granularity.round_to == 1):
+
+def level(threshold):  # type: ignore[no-untyped-def] # noqa: D103
+    return None if threshold is None else number("threshold", threshold)
+
+
+def density(min_density):  # type: ignore[no-untyped-def] # noqa: D103
+    return number("min_density", min_density, "[0, 1]")
+
+
+def describe(sparsity, threshold):  # type: ignore[no-untyped-def] # noqa: D103
+    target = SparsityTarget(sparsity, threshold)
+    return str(target), target.final
+
+
+def find_targets(model, sparsity, targets, ignore, later=False):  # type: ignore[no-untyped-def] # noqa: D103
+    return SparsityTarget(0.5 if sparsity is None else sparsity).find(model, targets, ignore, later)
+
+
+def allocation(found, sparsity, threshold, criterion, scope, due=1.0, min_density=0.0, budget=None):  # type: ignore[no-untyped-def] # noqa: D103
+    target = SparsityTarget(sparsity, threshold, min_density)
+    return lambda scores: target.allocate(scores, found, criterion, scope, due, budget)
+
+
+def budget_of(sparsity, of, granularity, units, model, inputs, several=False):  # type: ignore[no-untyped-def] # noqa: D103
+    if not isinstance(sparsity, float | int):
         return None
-    budget = make_budget(of, units, model, inputs, several)
-    if budget.reach < sparsity - 1e-9:
-        raise ValueError(
-            f"sparsity must be at most {budget.reach:.4f} of the {of}, since {granularity} leaves some units in each "
-            f"target and others are no targets, got {sparsity}"
-        )
-    return budget
+    return SparsityTarget(sparsity, of=of).budget(granularity, units, model, inputs, several)

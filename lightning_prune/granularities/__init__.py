@@ -1,0 +1,8 @@
+"""Granularities: which weights form a unit, so that they are scored and pruned together."""
+
+from lightning_prune.granularities.base import Granularity
+from lightning_prune.granularities.blocks import Block
+from lightning_prune.granularities.channels import Channel, Head, InputChannel, shrinkable
+from lightning_prune.granularities.weights import NM, Weight
+
+__all__ = ["NM", "Block", "Channel", "Granularity", "Head", "InputChannel", "Weight", "shrinkable"]

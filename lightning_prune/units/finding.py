@@ -1,0 +1,176 @@
+"""Finding units: every target as units of a granularity, on its own or coupled with what depends on it."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_prune.models.forward import Inputs, fitting
+from lightning_prune.models.layer_kinds import rows_are_gates
+from lightning_prune.models.norms import norms_behind
+from lightning_prune.models.parameters import Target, channel_dim, named_parameters
+from lightning_prune.structure.equivalence import removable
+from lightning_prune.structure.groups import Graph, Group
+from lightning_prune.structure.tracing import packed_heads, trace
+from lightning_prune.tensors.distributed import is_sharded, over_ranks
+from lightning_prune.units.coupled import Coupling, units_of_group
+from lightning_prune.units.units import Norms, Units
+
+
+class MakesUnits(Protocol):
+    """What a granularity says about units that do not depend on one another."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether bias and norm entries of the same channel are pruned with a unit."""
+
+    def units(self, target: Target, followers: Mapping[str, nn.Parameter] | None = None, norms: Norms = ...) -> Units:
+        """Return the units of one target."""
+
+
+def make_units(found: Sequence[Target], model: nn.Module, granularity: MakesUnits) -> list[Units]:
+    """Return the units of every target, with the parameters of the model that follow them."""
+    norms = cache(partial(norms_behind, model))  # traces the model: only if somebody asks
+    if not granularity.follows:
+        return [granularity.units(target, norms=norms) for target in found]
+    names = {parameter: name for name, parameter in named_parameters(model).items()}
+    return [granularity.units(target, _followers(target, norms(), names), norms) for target in found]
+
+
+def _followers(
+    target: Target, norms: Mapping[nn.Module, nn.Module], names: Mapping[nn.Parameter, str]
+) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters with one entry for each output channel: the layer's bias, its norm's affine."""
+    attribute = target.name.rpartition(".")[2]
+    candidates = []
+    for owner in target.modules:
+        if "weight" in attribute:
+            candidates.append(getattr(owner, attribute.replace("weight", "bias"), None))
+        if norm := norms.get(owner):
+            candidates += [norm.weight, getattr(norm, "bias", None)]
+    length = target.parameter.shape[channel_dim(target)]
+    return {
+        names[parameter]: parameter
+        for parameter in candidates
+        if isinstance(parameter, nn.Parameter) and parameter.requires_grad and tuple(parameter.shape) == (length,)
+    }
+
+
+def separate_units(
+    found: Sequence[Target], model: nn.Module, granularity: MakesUnits
+) -> tuple[list[Units], dict[str, str]]:
+    """Return units that do not depend on one another, and the reason for every target without any.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    gated = [t.name for t in found if granularity.follows and rows_are_gates(t.name, t.modules)]
+    left_out = dict.fromkeys(gated, "its rows are gates, several to a neuron")
+    left = [target for target in found if target.name not in left_out]
+    if not left:
+        raise ValueError(
+            f"{granularity} must find units to prune, got none: the rows of {gated[:5]} are gates, several to a neuron"
+        )
+    return make_units(left, model, granularity), left_out
+
+
+def coupled_units(
+    found: Sequence[Target], model: nn.Module, coupling: Coupling, inputs: Inputs, distributed: bool
+) -> tuple[list[Units], dict[str, str]]:
+    """Return coupled units of the targets, and the reason for every target without any.
+
+    Args:
+        found: The targets.
+        model: The model that they are of; it is left as it is.
+        coupling: The granularity.
+        inputs: Example inputs of the model; None if there are none.
+        distributed: Whether other ranks look at the same model, perhaps with other inputs.
+
+    Raises:
+        ValueError: If the units cannot be coupled.
+        ImportError: If torch-pruning is not installed.
+    """
+    _check_complete(model, coupling)
+    inputs = fitting(inputs, model)
+    graph = _graph(model, coupling, inputs)
+    targets, parameters = {target.name: target for target in found}, named_parameters(model)
+    candidates, reasons = _candidates(graph, coupling, targets, parameters)
+    proven = _proven(model, candidates, inputs, distributed)
+    made = {member.name for group in proven for member in group.role("makes")}
+    for group in candidates:
+        reason = "the outputs of the model change without some of its units"
+        reasons.update({member.name: reason for member in group.role("makes")})
+    left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}
+    if not proven:
+        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        if coupling.by_head and not why:
+            why = f"no attention with {coupling.heads or 'a stated number of'} heads is known"
+        raise ValueError(f"{coupling} must find units to prune, got none ({why})")
+    norms = cache(partial(norms_behind, model))
+    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
+    names = list(targets)
+    units = [units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in proven]
+    return list(units), left_out
+
+
+def _check_complete(model: nn.Module, coupling: Coupling) -> None:
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError(f"{coupling} needs whole parameters, got uninitialised ones: run a batch through the model")
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(f"{coupling} needs whole parameters, got sharded ones: use Channel(coupled=False)")
+
+
+def _graph(model: nn.Module, coupling: Coupling, inputs: Inputs) -> Graph:
+    if inputs is not None:
+        return trace(model, inputs, coupling.heads)
+    if not coupling.by_head:
+        raise ValueError("coupled channels need example inputs: example_input_array, or example_inputs of prune()")
+    return Graph(tuple(packed_heads(model)))
+
+
+def _candidates(
+    graph: Graph, coupling: Coupling, targets: Mapping[str, Target], parameters: Mapping[str, nn.Parameter]
+) -> tuple[list[Group], dict[str, str]]:
+    """Return the groups whose units may be pruned, and why other targets have none."""
+    heads = coupling.by_head
+    reasons = dict.fromkeys(targets, "no layer is known to make its channels") if not heads else {}
+    reasons.update({} if heads else graph.left_out)
+    candidates = []
+    for group in graph.groups:
+        reason = _unfit(group, heads, targets, parameters)
+        if reason is None and (group.owner is not None) == heads:
+            candidates.append(group)
+        elif reason is not None:
+            reasons.update({member.name: reason for member in group.role("makes")})
+    return candidates, reasons
+
+
+def _unfit(
+    group: Group, heads: bool, targets: Mapping[str, Target], parameters: Mapping[str, nn.Parameter]
+) -> str | None:
+    """Return why a group has no units, if there is more to say than that it is no group of heads."""
+    if heads and group.owner is None:
+        return None
+    if group.owner is not None and not heads:
+        return f"the channels of the attention {group.owner} go by heads: use Head()"
+    others = [member.name for member in group.role("makes") if member.name not in targets]
+    if others:
+        return f"its channels are those of {others[0]} too, which is not among the targets"
+    fixed = [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]
+    return f"what depends on it is frozen: {fixed[0]}" if fixed else None
+
+
+def _proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, distributed: bool) -> list[Group]:
+    """Return the groups of which units can be removed.
+
+    ``nn.MultiheadAttention`` computes with all of its heads whatever happens, so there is nothing to try.
+    """
+    known = {group.name for group in packed_heads(model)}
+    tried = [group for group in groups if group.name not in known]
+    agree = removable(model, tried, inputs) if tried else set()
+    votes = torch.tensor([int(group.name in agree or group.name in known) for group in groups])
+    votes = over_ranks(votes, "min") if distributed else votes
+    return [group for group, vote in zip(groups, votes.tolist(), strict=True) if vote]

@@ -1,0 +1,183 @@
+"""Pooled units: several weights of one parameter form a unit: a channel, an input channel, a block."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from lightning_prune.models.norms import no_norms
+from lightning_prune.models.parameters import Target, channel_dim
+from lightning_prune.tensors.distributed import counts_here, local, over_ranks
+from lightning_prune.tensors.distributed import piece as local_shard
+from lightning_prune.tensors.distributed import whole as full_tensor
+from lightning_prune.tensors.sources import Placement
+from lightning_prune.units.gates import affine_of, among, weight_times_gradient
+from lightning_prune.units.units import Norms, Units, Values
+from lightning_prune.units.weights import PART, weight_of
+from lightning_prune.validation.instances import by_name
+
+
+class Pooling(Protocol):
+    """What a granularity says about units of several weights; ``dim`` is the dimension of the output channels."""
+
+    @property
+    def crosses(self) -> bool:
+        """Whether a unit has weights of every output channel."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether a unit is an output channel, whose bias and norm entries follow it."""
+
+    def pool(self, values: Tensor, dim: int) -> Tensor:
+        """Return the sum of the values over each unit."""
+
+    def expand(self, keep: Tensor, shape: torch.Size, dim: int) -> Tensor:
+        """Return the values of units as values of weights of that shape; it may be a view."""
+
+    def count(self, shape: torch.Size, dim: int) -> int:
+        """Return the number of units of a weight of that shape."""
+
+
+@final
+class PooledUnits(Units):
+    """Units of several weights of one parameter.
+
+    Args:
+        target: The parameter to prune.
+        pooling: Which weights form a unit.
+        followers: Parameters with one entry per output channel that are pruned with it (bias, norm), by name.
+        norms: Finds the norm behind every layer of the model that has one.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        pooling: Pooling,
+        followers: Mapping[str, nn.Parameter] | None = None,
+        norms: Norms = no_norms,
+    ) -> None:
+        dim, sharded = channel_dim(target), isinstance(target.parameter, DTensor)
+        size = pooling.count(target.parameter.shape, dim)
+        super().__init__(target.name, target.parameter, target.modules, dim, size, sharded, norms)
+        self.pooling = pooling
+        self.crosses = pooling.crosses
+        self.label = str(pooling)
+        self.followers = by_name("followers", {} if followers is None else followers, nn.Parameter)
+        self._rows_here = slice(None)  # which of the channels these are
+
+    @override
+    def weight(self) -> Tensor:
+        return weight_of(self.parameter, self.grad_scale)
+
+    @override
+    def sum(self, values: Values) -> Tensor:
+        return self._pool(values(self.weight()))
+
+    @override
+    def per_weight(self, total: Tensor) -> Tensor:
+        return total if self.size == self.parameter.numel() else total / self._weights_per_unit
+
+    @override
+    def maximum(self, values: Values) -> Tensor:
+        found = values(self.weight())
+        most = found.new_zeros(self.size).scatter_reduce_(0, self._numbers().reshape(-1), found.reshape(-1), "amax")
+        return over_ranks(most, "max") if self.sharded else most
+
+    @cached_property
+    def _weights_per_unit(self) -> Tensor:
+        one = torch.ones((), device=self.parameter.device).expand(self.parameter.shape)
+        return self.pooling.pool(one, self.dim)
+
+    def _numbers(self) -> Tensor:
+        """Return for each element of the local shard of the weight which unit it belongs to."""
+        number = torch.arange(self.size, device=self.parameter.device)
+        return local_shard(self.pooling.expand(number, self.parameter.shape, self.dim), self.parameter)
+
+    def _pool(self, values: Tensor) -> Tensor:
+        """Pool the values of the local shard; units that may lie on several ranks are summed, and complete on each."""
+        if not self.sharded:
+            return self.pooling.pool(values, self.dim)
+        total = values.new_zeros(self.size)
+        if counts_here(self.parameter):
+            total.scatter_add_(0, self._numbers().reshape(-1), values.reshape(-1))
+        return over_ranks(total)
+
+    @override
+    def contribution(self) -> Tensor:
+        gates, behind = self._gates()
+        found = [self._of_gate(gate)[self._rows_here] for gate in gates]
+        first = found.pop() if behind else self.sum(weight_times_gradient)
+        return sum(found, start=first)
+
+    def _gates(self) -> tuple[list[nn.Parameter], bool]:
+        """Return parameters with an entry per channel that belong to its gate, and whether a norm has all of it."""
+        if not self.pooling.follows:
+            return [], False
+        found, followers = self.find_norms(), list(self.followers.values())
+        norms = [found.get(module) for module in self.modules]
+        gates = [affine_of(norm, followers, self.name) if norm else [] for norm in norms]
+        owned = [own for norm in norms if norm for own in norm.parameters(recurse=False)]
+        behind = bool(gates) and all(gates)
+        biases = [] if behind else [follower for follower in followers if not among(follower, owned)]
+        return [own for affine in gates for own in affine] + biases, behind
+
+    def _of_gate(self, gate: nn.Parameter) -> Tensor:
+        """Return ``p * dL/dp`` of a full parameter, on the device of the weight."""
+        found = weight_times_gradient(weight_of(gate, self.grad_scale))
+        return full_tensor(found, gate).to(self.parameter.device)
+
+    @override
+    def parts(self) -> Iterator[Units]:
+        weight = local(self.parameter)
+        by_rows = self.pooling.follows and self.dim == 0
+        if not by_rows or self.sharded or weight.device.type != "cpu" or weight.numel() <= PART:
+            yield self
+            return
+        rows = max(1, PART * len(weight) // weight.numel())
+        for begin in range(0, len(weight), rows):
+            yield self._rows(slice(begin, begin + rows))
+
+    def _rows(self, at: slice) -> "PooledUnits":
+        """Return some channels as units of their own, with their gradients."""
+        some = copy.copy(self)
+        some._rows_here = at
+        some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
+        some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
+        some.statistic = None if self.statistic is None else self.statistic[at]
+        some.size = self.pooling.count(some.parameter.shape, self.dim)
+        if some.size < some.parameter.numel():
+            some._weights_per_unit = self._weights_per_unit[at]
+        return some
+
+    @property
+    @override
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [self.parameter, *self.followers.values()]
+
+    @property
+    @override
+    def shares(self) -> dict[tuple[str, int], float]:
+        return {(self.name, self.dim): 1.0 / self.size, **{(name, 0): 1.0 / self.size for name in self.followers}}
+
+    @property
+    @override
+    def placement(self) -> Placement:
+        return Placement(counts_here(torch.empty(0)))  # the scores of all units are on every rank
+
+    @override
+    def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
+        mask = masks.get(self.name)
+        return None if mask is None else self._pool(mask.float()) > 0
+
+    @override
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        mask = self.pooling.expand(keep, self.parameter.shape, self.dim)
+        masks = {self.name: local_shard(mask, self.parameter).contiguous()}
+        for name, follower in self.followers.items():
+            masks[name] = local_shard(keep, follower).clone()
+        return masks
