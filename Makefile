@@ -19,7 +19,7 @@ test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for a part of it)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS) # one thread each: the tests' models are tiny
 
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
-	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/clients.py $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)
 
 lint: $(BIN)/.dev ## check style and types
 	$(BIN)/ruff check .

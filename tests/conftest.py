@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-collect_ignore = ["namespace.py"]  # a script: what it inherits from is settled when it is imported
+collect_ignore = ["support/namespace.py"]  # a script: what it inherits from is settled when it is imported
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from pages import new_module, run_block
 
 import lightning_prune
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SNIPPETS = DOCS / "snippets"
 PAGES = {str(path.relative_to(DOCS)): path for path in sorted(DOCS.rglob("*.md")) if path.parent != SNIPPETS}
 FENCE = re.compile(r"^( *)```(\w*).*?\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)

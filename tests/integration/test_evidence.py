@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "evidence"
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks" / "evidence"
 NAMES = ("claims", "drawing", "methods", "peers", "report", "running", "tasks", "mnist5k")
 BESIDE = ("marked", "timing", "post_training")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pages import new_module, run_block
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 TESTED = (ROOT / "docs" / "tested.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
 def test_either_namespace_prunes_and_judges_and_takes_a_command_line(namespace: str, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("namespace.py")
+    script = Path(__file__).parents[1] / "support" / "namespace.py"
     done = subprocess.run([sys.executable, script, namespace, tmp_path], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

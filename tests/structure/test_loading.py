@@ -137,7 +137,7 @@ def test_another_process_loads_it_by_the_users_class(tmp_path: Path, monkeypatch
     monkeypatch.delitem(sys.modules, "nets")
     small = shrunk(nets.Net(width=12, depth=2), torch.ones(2, 2, 6, 6))
     path = saved(small, tmp_path / "small.ckpt")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
     command = [sys.executable, "-W", "ignore", "-c", READ, str(path), str(tmp_path / "out.pt")]
     ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
     assert ended.returncode == 0, ended.stderr

@@ -336,8 +336,9 @@ def seeded() -> Resumable:
 
 def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
     here = Path(__file__).parent
+    folders = [str(folder) for folder in (here, here.parent / "support", here.parents[1])]
     code = (
-        f"import sys; sys.path[:0] = {[str(here), str(here.parent)]}; from test_resume import *; "
+        f"import sys; sys.path[:0] = {folders}; from test_resume import *; "
         f"crashing_run(Path({str(tmp_path / 'killed')!r}), seeded(), Crash(5, True))"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=100)
