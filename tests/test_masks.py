@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -26,15 +27,23 @@ from lightning_prune.models.parameters import find
 from lightning_prune.scopes import SCOPES
 from lightning_prune.tensors.packing import pack, pack_all, unpack, unpack_all
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.units.units import Units, make_units
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.units.finding import make_units
+from lightning_prune.units.units import Units
+from lightning_prune.updates.decision import decide
+from lightning_prune.updates.target_sparsity import SparsityTarget
 
 
 def linear(weight: list[list[float]]) -> nn.Linear:
     layer = nn.Linear(len(weight[0]), len(weight))
     layer.weight.data = torch.tensor(weight)
     return layer
+
+
+@pytest.fixture(params=["held", "streamed"], autouse=True)
+def size_of_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decide as for a small model, and as for one whose scores are not held in memory."""
+    if request.param == "streamed":
+        monkeypatch.setattr("lightning_prune.updates.decision.HELD", 0)
 
 
 def new_masks(
@@ -44,7 +53,7 @@ def new_masks(
     criterion: Criterion = Magnitude(),
     granularity: Granularity = Weight(),
 ) -> Masks:
-    return make_masks(make_units(find(model), model, granularity), criterion, keep, held or {})
+    return decide(make_units(find(model), model, granularity), criterion, keep, held or {}).masks
 
 
 # ------------------------------------------------------------------------------------------------ apply
@@ -226,7 +235,7 @@ def test_damaged_masks_are_refused_with_the_name(change: dict[str, Any], message
         unpack_all({**pack_all(three_masks()), **change})
 
 
-# ------------------------------------------------------------------------------------------------ make_masks
+# ------------------------------------------------------------------------------------------------ decide
 
 
 def test_the_lowest_scores_are_pruned() -> None:
@@ -305,7 +314,12 @@ def test_gradual_pruning_never_regrows_and_is_exact_at_every_update(scope: str, 
     levels = [0.0, 0.01, 0.02, 0.021, 0.3, 0.305, 0.5, 0.66, 0.9, 0.95, 0.97]
     for step, level in enumerate(levels):
         criterion = Random(step)  # wants other units at each update
-        masks = make_masks(units, criterion, goal.allocation(found, level, None, criterion, SCOPES[scope]), held)
+        masks = decide(
+            units,
+            criterion,
+            partial(SparsityTarget(level).allocate, found=found, criterion=criterion, scope=SCOPES[scope]),
+            held,
+        ).masks
         for name, before in held.items():
             assert not (masks[name] & ~before).any(), f"{name} has regrown at {level}"
         pruned = {unit.name: unit.size - int(unit.kept(masks).sum()) for unit in units}  # type: ignore[union-attr]
@@ -450,7 +464,7 @@ class Relative(Magnitude):
 class Counting(Magnitude):
     """Notes how many weights it was asked for at a time."""
 
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     asked: list[int] = field(default_factory=list)
 
@@ -472,7 +486,7 @@ def test_scores_of_pieces_give_the_masks_of_whole_scores(criterion: Criterion, h
         scores[~torch.cat([masks[unit.name].view(-1) for unit in units])] = -1.0
     expected = torch.ones(len(scores), dtype=torch.bool)
     expected[scores.argsort(stable=True)[: round(0.6 * len(scores))]] = False
-    found = make_masks(units, criterion, lambda scores: scopes.global_(scores, 0.6), masks)
+    found = decide(units, criterion, lambda scores: scopes.global_(scores, 0.6), masks).masks
     assert torch.equal(torch.cat([mask.view(-1) for mask in found.values()]), expected)
 
 
@@ -480,8 +494,8 @@ def test_only_scores_that_say_so_are_asked_for_in_pieces() -> None:
     model, criterion = nn.Linear(1000, 600), Counting()
     new_masks(model, lambda scores: scopes.local(scores, 0.5), criterion=criterion)
     assert max(criterion.asked) < 600_000
-    assert Magnitude.entrywise
-    assert not Relative.entrywise
+    assert Magnitude.elementwise
+    assert not Relative.elementwise
     found = new_masks(model, lambda scores: scopes.local(scores, 0.5), criterion=Relative())
     assert torch.equal(found["weight"], new_masks(model, lambda scores: scopes.local(scores, 0.5))["weight"])
     assert found.sparsity == 0.5

@@ -88,9 +88,8 @@ def prune(
     >>> int((model.weight == 0).sum())
     75
     """
-    instance("model", model, nn.Module)
-    instance("criterion", criterion, Criterion)
-    instance("granularity", granularity, Granularity)
+    if not isinstance(model, nn.Module) or not isinstance(criterion, Criterion):
+        _raise_type_error(model, criterion)
     target = SparsityTarget(sparsity, threshold, min_density, of)
     target.check_granularity(granularity)
     rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
@@ -158,6 +157,11 @@ def _observed(
                 keep = _settled(units, criterion, allocate, stages(), masks, distributed)
             for now in observed(units, criterion, stages(sequential), distributed):
                 yield now, keep
+
+
+def _raise_type_error(model: Any, criterion: Any) -> None:
+    instance("model", model, nn.Module)
+    instance("criterion", criterion, Criterion)
 
 
 @torch.no_grad()

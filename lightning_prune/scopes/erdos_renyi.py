@@ -74,10 +74,10 @@ class ERK:
         sizes = scores.sizes
         given = {**dict.fromkeys(self.dense, 0.0), **{p: s for p, s in self.overrides.items() if p not in self.dense}}
         for pattern in given:
-            if not matches(pattern, scores.names):
+            if not matches(pattern, list(scores.names)):
                 argument = "dense" if pattern in self.dense else "overrides"
                 raise ValueError(
-                    f"{argument} must match targets, got {pattern!r}, which matches none of {scores.names[:5]}"
+                    f"{argument} must match targets, got {pattern!r}, which matches none of {list(scores.names)[:5]}"
                 )
         first = {name: next((p for p in given if matches(p, [name])), None) for name in sizes}
         zeros = {name: given[pattern] * sizes[name] for name, pattern in first.items() if pattern is not None}

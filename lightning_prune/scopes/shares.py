@@ -100,6 +100,8 @@ def resolve(scope: str | Scope) -> Scope:
     >>> resolve("global").__name__
     'global_'
     """
+    if isinstance(scope, str) and scope in SCOPES:
+        return SCOPES[scope]
     return named("scope", scope, SCOPES, "scores", "sparsity")
 
 

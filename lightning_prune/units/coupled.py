@@ -1,6 +1,5 @@
 """Coupled units: channels and heads with all that is pruned with them, wherever in the model it lies."""
 
-import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, final
@@ -16,7 +15,7 @@ from lightning_prune.structure.surgery import entries
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.units import Norms, Units, Values
-from lightning_prune.units.weights import PART, weight_of
+from lightning_prune.units.weights import row_slices, weight_of
 
 Members = Sequence[tuple[nn.Parameter, Member]]
 
@@ -161,8 +160,6 @@ class CoupledUnits(Units):
 class RowUnits(CoupledUnits):
     """Coupled units that one layer produces, a row of its weight for each."""
 
-    _rows_here = slice(None)  # which of the rows these are
-
     @property
     @override
     def width(self) -> int:
@@ -186,26 +183,17 @@ class RowUnits(CoupledUnits):
     def gate_part(self, parameter: nn.Parameter, member: Member) -> Tensor:
         if member.role == "makes":
             return self.sum(weight_times_gradient)
-        return super().gate_part(parameter, member)[self._rows_here]
+        return super().gate_part(parameter, member)[self.at]
 
     @override
     def parts(self) -> Iterator[Units]:
-        weight = local(self.parameter)
-        if self.dim or weight.device.type != "cpu" or weight.numel() <= PART:
+        slices = row_slices(self.parameter) if self.dim == 0 else [slice(None)]
+        for at in slices if len(slices) > 1 else ():
+            some = self.rows(at)
+            some.size = len(some.parameter)
+            yield some
+        if len(slices) == 1:
             yield self
-            return
-        rows = max(1, PART * len(weight) // weight.numel())
-        for begin in range(0, len(weight), rows):
-            yield self._rows(slice(begin, begin + rows))
-
-    def _rows(self, at: slice) -> "RowUnits":
-        some = copy.copy(self)
-        some._rows_here = at
-        some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
-        some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
-        some.statistic = None if self.statistic is None else self.statistic[at]
-        some.size = len(some.parameter)
-        return some
 
 
 @final
@@ -250,19 +238,3 @@ class JoinedUnits(CoupledUnits):
     def spread(self, channels: Tensor) -> Tensor:
         index = self.producers[0][1].index.to(channels.device)
         return channels[index].mean(1, keepdim=True).expand(-1, self.width)
-
-
-def units_of_group(
-    target: Target,
-    group: Group,
-    parameters: Mapping[str, nn.Parameter],
-    coupling: Coupling,
-    counted: Sequence[str],
-    norms: Norms,
-    owners: Mapping[nn.Parameter, nn.Module],
-) -> CoupledUnits:
-    """Return the units of a group, of the kind that fits its producers."""
-    producers = [member for member in group.role("makes") if member.name in parameters]
-    alone = len(producers) == 1 and producers[0].index.shape[1] == 1
-    kind = RowUnits if alone else JoinedUnits
-    return kind(target, group, parameters, coupling, counted, norms, owners)

@@ -16,7 +16,7 @@ from lightning_prune.structure.equivalence import removable
 from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.tracing import packed_heads, trace
 from lightning_prune.tensors.distributed import is_sharded, over_ranks
-from lightning_prune.units.coupled import Coupling, units_of_group
+from lightning_prune.units.coupled import CoupledUnits, Coupling, JoinedUnits, RowUnits
 from lightning_prune.units.units import Norms, Units
 
 
@@ -112,7 +112,7 @@ def coupled_units(
     norms = cache(partial(norms_behind, model))
     owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
     names = list(targets)
-    units = [units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in proven]
+    units = [_units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in proven]
     return list(units), left_out
 
 
@@ -174,3 +174,19 @@ def _proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, distribut
     votes = torch.tensor([int(group.name in agree or group.name in known) for group in groups])
     votes = over_ranks(votes, "min") if distributed else votes
     return [group for group, vote in zip(groups, votes.tolist(), strict=True) if vote]
+
+
+def _units_of_group(
+    target: Target,
+    group: Group,
+    parameters: Mapping[str, nn.Parameter],
+    coupling: Coupling,
+    counted: Sequence[str],
+    norms: Norms,
+    owners: Mapping[nn.Parameter, nn.Module],
+) -> CoupledUnits:
+    """Return the units of a group, of the kind that fits its producers."""
+    producers = [member for member in group.role("makes") if member.name in parameters]
+    alone = len(producers) == 1 and producers[0].index.shape[1] == 1
+    kind = RowUnits if alone else JoinedUnits
+    return kind(target, group, parameters, coupling, counted, norms, owners)

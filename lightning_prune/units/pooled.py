@@ -1,6 +1,5 @@
 """Pooled units: several weights of one parameter form a unit: a channel, an input channel, a block."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol, final
@@ -12,13 +11,13 @@ from typing_extensions import override
 
 from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target, channel_dim
-from lightning_prune.tensors.distributed import counts_here, local, over_ranks
+from lightning_prune.tensors.distributed import counts_here, over_ranks
 from lightning_prune.tensors.distributed import piece as local_shard
 from lightning_prune.tensors.distributed import whole as full_tensor
 from lightning_prune.tensors.sources import Placement
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.units import Norms, Units, Values
-from lightning_prune.units.weights import PART, weight_of
+from lightning_prune.units.weights import row_slices, weight_of
 from lightning_prune.validation.instances import by_name
 
 
@@ -68,7 +67,6 @@ class PooledUnits(Units):
         self.crosses = pooling.crosses
         self.label = str(pooling)
         self.followers = by_name("followers", {} if followers is None else followers, nn.Parameter)
-        self._rows_here = slice(None)  # which of the channels these are
 
     @override
     def weight(self) -> Tensor:
@@ -110,7 +108,7 @@ class PooledUnits(Units):
     @override
     def contribution(self) -> Tensor:
         gates, behind = self._gates()
-        found = [self._of_gate(gate)[self._rows_here] for gate in gates]
+        found = [self._of_gate(gate)[self.at] for gate in gates]
         first = found.pop() if behind else self.sum(weight_times_gradient)
         return sum(found, start=first)
 
@@ -133,26 +131,15 @@ class PooledUnits(Units):
 
     @override
     def parts(self) -> Iterator[Units]:
-        weight = local(self.parameter)
-        by_rows = self.pooling.follows and self.dim == 0
-        if not by_rows or self.sharded or weight.device.type != "cpu" or weight.numel() <= PART:
+        slices = row_slices(self.parameter) if self.pooling.follows and self.dim == 0 else [slice(None)]
+        for at in slices if len(slices) > 1 else ():
+            some = self.rows(at)
+            some.size = len(some.parameter)
+            if some.size < some.parameter.numel():
+                some._weights_per_unit = self._weights_per_unit[at]
+            yield some
+        if len(slices) == 1:
             yield self
-            return
-        rows = max(1, PART * len(weight) // weight.numel())
-        for begin in range(0, len(weight), rows):
-            yield self._rows(slice(begin, begin + rows))
-
-    def _rows(self, at: slice) -> "PooledUnits":
-        """Return some channels as units of their own, with their gradients."""
-        some = copy.copy(self)
-        some._rows_here = at
-        some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
-        some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
-        some.statistic = None if self.statistic is None else self.statistic[at]
-        some.size = self.pooling.count(some.parameter.shape, self.dim)
-        if some.size < some.parameter.numel():
-            some._weights_per_unit = self._weights_per_unit[at]
-        return some
 
     @property
     @override

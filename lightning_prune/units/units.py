@@ -1,5 +1,6 @@
 """Units: one target as a criterion sees it: what is scored, and what one decision prunes together."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_prune.models.parameters import Target
 from lightning_prune.tensors.distributed import local
@@ -41,6 +43,7 @@ class Units(ABC):
         steps: Number of optimizer steps (or batches) observed.
         module: The one of its modules whose forward pass is observed at this moment.
         grad_scale: What the gradients are multiplied by at this moment (a gradient scaler's factor).
+        at: Which rows of the weight these are.
         single: Whether every weight is a unit of its own.
         crosses: Whether a unit has weights of every output channel, so that scores of these cannot tell units apart.
         label: What kind of units they are, for messages.
@@ -71,6 +74,7 @@ class Units(ABC):
     steps: int = field(default=0, init=False)
     module: nn.Module | None = field(default=None, init=False)
     grad_scale: float = field(default=1.0, init=False)
+    at = slice(None)
 
     # ------------------------------------------------------------------------------- what a criterion may ask for
 
@@ -148,6 +152,15 @@ class Units(ABC):
     def parts(self) -> Iterator["Units"]:
         """Yield these units in order, a few rows of the weight at a time where that is possible."""
         yield self
+
+    def rows(self, at: slice) -> Self:
+        """Return the units of some rows of the weight as units of their own, with their gradients."""
+        some = copy.copy(self)
+        some.at = at
+        some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
+        some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
+        some.statistic = None if self.statistic is None else self.statistic[at]
+        return some
 
     def full(self, values: Tensor) -> Tensor:
         """Return values of this rank's units as values of all units; all ranks must call it."""

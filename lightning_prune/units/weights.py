@@ -37,6 +37,14 @@ def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
     return weight
 
 
+def row_slices(weight: nn.Parameter) -> list[slice]:
+    """Return slices of a few rows of a weight, which stay in the cache; one of all rows on a GPU, or of a shard."""
+    if isinstance(weight, DTensor) or weight.device.type != "cpu" or weight.numel() <= PART:
+        return [slice(None)]
+    rows = max(1, PART * len(weight) // weight.numel())
+    return [slice(begin, begin + rows) for begin in range(0, len(weight), rows)]
+
+
 @final
 class WeightUnits(Units):
     """Units of one weight each.
@@ -85,22 +93,10 @@ class WeightUnits(Units):
 
     @override
     def parts(self) -> Iterator[Units]:
-        weight = local(self.parameter)
-        if self.sharded or weight.device.type != "cpu" or weight.numel() <= PART:
-            yield self
-            return
-        rows = max(1, PART * len(weight) // weight.numel())
-        for begin in range(0, len(weight), rows):
-            yield self._rows(slice(begin, begin + rows))
-
-    def _rows(self, at: slice) -> "WeightUnits":
-        """Return the weights of some rows as units of their own, with their gradients."""
-        some = copy.copy(self)
-        some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
-        some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
-        some.statistic = None if self.statistic is None else self.statistic[at]
-        some.size = some.parameter.numel()
-        return some
+        for at in row_slices(self.parameter):
+            some = self.rows(at)
+            some.size = some.parameter.numel()
+            yield some
 
     def _elements(self, at: slice | Tensor) -> "WeightUnits":
         """Return single weights of the local shard, by flat position, as units of their own."""

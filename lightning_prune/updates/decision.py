@@ -71,6 +71,7 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
     Raises:
         ValueError: If a score is NaN or infinite.
     """
+    check_channels(units, criterion)
     if any(unit.sharded for unit in units) or sum(unit.size for unit in units) > HELD:
         return _streamed(units, criterion, kept)
     values, raw, finite = {}, {}, []
@@ -136,6 +137,20 @@ def _wrong_shape(unit: Units, criterion: Criterion) -> str:
 
 def _not_finite(unit: Units, criterion: Criterion) -> str:
     return f"scores must be finite, got NaN or infinity from {criterion} for {unit.name!r}"
+
+
+def check_channels(units: Sequence[Units], criterion: Criterion) -> None:
+    """Reject units that scores of output channels cannot tell apart.
+
+    Raises:
+        ValueError: If the criterion scores output channels, and a unit has weights of all of them.
+    """
+    for unit in units:
+        if criterion.by_channel and unit.crosses:
+            raise ValueError(
+                f"granularity must have units of output channels, which {type(criterion).__name__} scores, got "
+                f"{unit.label} for {unit.name!r}"
+            )
 
 
 def _check_allocation(keep: Mapping[str, int], sizes: Mapping[str, int]) -> None:

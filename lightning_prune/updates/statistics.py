@@ -12,6 +12,7 @@ from lightning_prune.criteria import Criterion
 from lightning_prune.models.preserving import eager
 from lightning_prune.tensors.distributed import Operation, gather, is_sharded, local, over_ranks
 from lightning_prune.units.units import Units
+from lightning_prune.updates.decision import check_channels
 
 
 def always() -> bool:
@@ -95,12 +96,7 @@ class Observation:
         active: Callable[[], bool] = always,
         several: bool = False,
     ) -> None:
-        for unit in units:
-            if criterion.by_channel and unit.crosses:
-                raise ValueError(
-                    f"granularity must have units of output channels, which {type(criterion).__name__} scores, got "
-                    f"{unit.label} for {unit.name!r}"
-                )
+        check_channels(units, criterion)
         self.criterion = criterion
         self.units = list(units)
         self.active = active

@@ -17,6 +17,7 @@ from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Budget, Measure, make_budget
 from lightning_prune.validation.arguments import choice, fractions, number
+from lightning_prune.validation.instances import instance
 from lightning_prune.validation.values import shown
 
 Sparsity = float | Mapping[str, float]
@@ -86,8 +87,11 @@ class SparsityTarget:
         """Reject a granularity that cannot serve it.
 
         Raises:
+            TypeError: If it is not a granularity.
             ValueError: If a sparsity is lower than N:M needs, or it cannot be counted in what ``of`` says.
         """
+        if not isinstance(granularity, Granularity):
+            instance("granularity", granularity, Granularity)  # raises
         levels = self.sparsity.items() if isinstance(self.sparsity, Mapping) else [("", self.sparsity)]
         for pattern, level in levels:
             if level is not None and 0.0 < level < granularity.least - 1e-9:

@@ -33,7 +33,7 @@ def integer(argument: str, value: Any, least: int | None = None, most: int | Non
     Traceback (most recent call last):
     ValueError: window must be at least 1, got 0
     """
-    found = scalar(value)
+    found = value if type(value) is int else scalar(value)
     if isinstance(found, bool) or not isinstance(found, int):
         whole = isinstance(found, float) and found.is_integer()
         raise TypeError(f"{argument} must be an int, got {shown(value)}{_suggest(int(found)) if whole else ''}")
@@ -56,7 +56,7 @@ def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | fl
     Traceback (most recent call last):
     ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
     """
-    found = plain_number(value)
+    found = value if type(value) in (int, float) else plain_number(value)
     if found is not None and _lies_in(found, interval):
         return found
     rule = _IN_WORDS.get(interval, f"in {interval}")

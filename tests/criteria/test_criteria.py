@@ -16,7 +16,8 @@ from lightning_prune.criteria import histogram as lattice
 from lightning_prune.criteria.activations import channel_values
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.units.units import Units, make_units
+from lightning_prune.units.finding import make_units
+from lightning_prune.units.units import Units
 from lightning_prune.updates.statistics import Observation
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune import Channel, Entropy
 from lightning_prune.models.parameters import find
-from lightning_prune.units.units import make_units
+from lightning_prune.units.finding import make_units
 from lightning_prune.updates.statistics import Observation
 
 

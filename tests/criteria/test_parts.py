@@ -9,7 +9,6 @@ from torch import nn
 
 from lightning_prune import SNIP, Block, Channel, Criterion, Fisher, Granularity, Head, Movement, Sensitivity, Weight
 from lightning_prune.models.parameters import find
-from lightning_prune.units.coupled import find_units
 from lightning_prune.units.units import Units
 from lightning_prune.updates.statistics import Observation
 
@@ -26,7 +25,7 @@ class Net(nn.Sequential):
 
 def observed(model: nn.Module, criterion: Criterion, granularity: Granularity) -> list[Units]:
     torch.manual_seed(1)
-    units, _ = find_units(find(model), model, granularity, (torch.randn(3, 2, 6, 6),))
+    units, _ = granularity.find_units(find(model), model, (torch.randn(3, 2, 6, 6),))
     observation = Observation(criterion, units)
     for _ in range(3):
         model.zero_grad()
@@ -44,7 +43,7 @@ def test_parts_add_up_to_the_same_statistics_and_scores(
 ) -> None:
     model = Net()
     whole = observed(model, criterion, granularity)
-    monkeypatch.setattr("lightning_prune.units.units._PART", rows)
+    monkeypatch.setattr("lightning_prune.units.weights.PART", rows)
     parts = observed(copy.deepcopy(model), criterion, granularity)
     assert [unit.name for unit in whole] == [unit.name for unit in parts]
     for one, other in zip(whole, parts, strict=True):
@@ -62,13 +61,13 @@ def test_parts_of_other_types_and_layouts(
 ) -> None:
     found = []
     for most in (1, 1 << 18):
-        monkeypatch.setattr("lightning_prune.units.units._PART", most)
+        monkeypatch.setattr("lightning_prune.units.weights.PART", most)
         model = Net().to(dtype)
         torch.manual_seed(0)
         for parameter in model.parameters():
             parameter.data = torch.randn_like(parameter).to(memory_format=torch.preserve_format)
         model[0].weight.data = model[0].weight.data.to(memory_format=torch.channels_last)
-        units, _ = find_units(find(model), model, granularity)
+        units, _ = granularity.find_units(find(model), model)
         for _ in range(2):
             for parameter in model.parameters():
                 parameter.grad = torch.randn_like(parameter)
@@ -82,9 +81,9 @@ def test_parts_of_other_types_and_layouts(
 
 
 def test_a_weight_is_taken_apart_between_rows_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.units.units._PART", 10)
+    monkeypatch.setattr("lightning_prune.units.weights.PART", 10)
     layer = nn.Linear(4, 5)
-    units = find_units(find(layer), layer, Channel(coupled=False))[0][0]
+    units = Channel(coupled=False).find_units(find(layer), layer)[0][0]
     parts = list(units.parts())
     assert [part.size for part in parts] == [2, 2, 1]
     starts = [part.parameter.data_ptr() for part in parts]
@@ -93,10 +92,10 @@ def test_a_weight_is_taken_apart_between_rows_and_in_order(monkeypatch: pytest.M
 
 
 def test_units_that_lie_across_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.units.units._PART", 1)
+    monkeypatch.setattr("lightning_prune.units.weights.PART", 1)
     attention = nn.MultiheadAttention(4, 2)
-    heads = find_units(find(attention), attention, Head())[0][0]
+    heads = Head().find_units(find(attention), attention)[0][0]
     layer = nn.Linear(4, 4)
-    blocks = find_units(find(layer), layer, Block(2, 2))[0][0]
+    blocks = Block(2, 2).find_units(find(layer), layer)[0][0]
     assert list(heads.parts()) == [heads]
     assert list(blocks.parts()) == [blocks]

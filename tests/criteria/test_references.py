@@ -28,7 +28,6 @@ from lightning_prune import (
 )
 from lightning_prune.granularities import Granularity
 from lightning_prune.models.parameters import find
-from lightning_prune.units.coupled import find_units
 from lightning_prune.updates.statistics import Observation
 
 _SEEDED = torch.Generator().manual_seed(0)
@@ -89,7 +88,7 @@ def observed(
     batches: Sequence[tuple[Tensor, Tensor]] = BATCHES,
 ) -> dict[str, Tensor]:
     """Return the scores of training steps, of which no optimizer changes anything."""
-    units, _ = find_units(find(model), model, granularity, (IMAGES[0],) if granularity.coupled else None)
+    units, _ = granularity.find_units(find(model), model, (IMAGES[0],) if granularity.coupled else None)
     observation = Observation(criterion, units)
     for x, t in batches:
         model.zero_grad()
@@ -352,7 +351,7 @@ class Functional(nn.Module):
 @pytest.mark.parametrize("granularity", [Channel(coupled=False), COUPLED], ids=["alone", "coupled"])
 def test_apoz_counts_the_zeros_behind_norm_and_relu(granularity: Channel) -> None:
     model = Functional().eval()
-    units, _ = find_units(find(model, (), ("head.*",)), model, granularity, (IMAGES[0],))
+    units, _ = granularity.find_units(find(model, (), ("head.*",)), model, (IMAGES[0],))
     observation = Observation(APoZ(), units)
     observation.open()
     zeros = []
@@ -379,7 +378,7 @@ def test_apoz_of_a_layer_that_runs_twice_is_of_its_own_output() -> None:
             return y
 
     model = Twice().eval()
-    (units,), _ = find_units(find(model), model, Channel(), None)
+    (units,), _ = Channel().find_units(find(model), model, None)
     assert APoZ().watched(units) == [model.layer]
 
 
@@ -398,7 +397,7 @@ def test_magnitude_of_channels_has_the_order_of_ln_structured(layer: nn.Module, 
 def test_the_magnitude_of_blocks_is_the_root_mean_square_or_the_maximum_of_the_weights_they_have() -> None:
     layer = nn.Linear(4, 3)
     layer.weight.data = torch.tensor([[1.0, -7.0, 0.0, 0.0], [3.0, -4.0, 3.0, -4.0], [2.0, 2.0, 0.0, -6.0]])
-    (units,) = find_units(find(layer), layer, Block(2, 2))[0]
+    (units,) = Block(2, 2).find_units(find(layer), layer)[0]
     assert Magnitude(math.inf).scores(units).tolist() == [7.0, 4.0, 2.0, 6.0]
     halves = [(1 + 49 + 9 + 16) / 4, (9 + 16) / 4, (4 + 4) / 2, 36 / 2]
     torch.testing.assert_close(Magnitude(2).scores(units), torch.tensor(halves).sqrt())
@@ -407,7 +406,7 @@ def test_the_magnitude_of_blocks_is_the_root_mean_square_or_the_maximum_of_the_w
 
 def test_the_maximum_of_coupled_channels_is_over_all_layers_that_make_them() -> None:
     model = Residual(False, nn.Identity())
-    (units,) = find_units(find(model, (), ("head.*",)), model, COUPLED, (IMAGES[0],))[0]
+    (units,) = COUPLED.find_units(find(model, (), ("head.*",)), model, (IMAGES[0],))[0]
     both = torch.cat([model.one.weight.flatten(1), model.other.weight.flatten(1)], 1).detach()
     assert torch.equal(Magnitude(math.inf).scores(units), both.abs().amax(1))
     torch.testing.assert_close(Magnitude(2).scores(units), both.square().mean(1).sqrt())

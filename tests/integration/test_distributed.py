@@ -50,8 +50,9 @@ from lightning_prune import (
 )
 from lightning_prune.models.parameters import find
 from lightning_prune.scopes import global_
-from lightning_prune.units.units import Units, make_units
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.units.finding import make_units
+from lightning_prune.units.units import Units
+from lightning_prune.updates.decision import decide
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Magnitude(),
@@ -601,9 +602,9 @@ def hold() -> list[tuple[int, int]]:
             weight = torch.ones(rows, 1024)
             layer.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None))
         units = make_units(find(model), model, Weight())
-        held = make_masks(units, Magnitude(), partial(_allocate, 0.3), {})
+        held = decide(units, Magnitude(), partial(_allocate, 0.3), {}).masks
         with Held() as counter:
-            make_masks(units, Magnitude(), partial(_allocate, 0.6), held)
+            decide(units, Magnitude(), partial(_allocate, 0.6), held)
         found.append((counter.peak, counter.largest))
     return found
 

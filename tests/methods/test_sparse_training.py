@@ -20,7 +20,7 @@ from lightning_prune.methods.dynamic_sparse import Gradient
 from lightning_prune.methods.exchange import exchange
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.units.units import make_units
+from lightning_prune.units.finding import make_units
 
 METHODS: tuple[type[SET], ...] = (SET, RigL)
 SIZES = {"net.0.weight": 48, "net.4.weight": 80, "net.6.weight": 30}

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_prune import LAMP, OWL, Masks, Pruning, Wanda, prune, scopes
 from lightning_prune.scopes import SCOPES
-from lightning_prune.tensors.selection import Scores, Source
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.tensors.sources import Source
+from lightning_prune.tensors.streaming import StreamedScores
 
 
 def ranked(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Scores:
@@ -20,7 +22,7 @@ def ranked(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Scores:
 
 def in_rows(shapes: Mapping[str, tuple[int, int]]) -> Scores:
     """Return scores with one unit for each row of the weights."""
-    return Scores({n: Source(lambda rows=s[0]: torch.rand(rows), s[0], s) for n, s in shapes.items()})  # type: ignore[misc]
+    return StreamedScores({n: Source.computed(lambda rows=s[0]: torch.rand(rows), s[0], s) for n, s in shapes.items()})  # type: ignore[misc]
 
 
 def test_local_keeps_the_same_fraction_everywhere() -> None:
@@ -179,7 +181,7 @@ def test_local_and_erk_do_not_compute_scores() -> None:
     def compute() -> Tensor:
         raise AssertionError
 
-    scores = Scores({"a": Source(compute, 6, (2, 3))})
+    scores = StreamedScores({"a": Source.computed(compute, 6, (2, 3))})
     assert scopes.local(scores, 0.5) == scopes.erk(scores, 0.5) == {"a": 3}
 
 
@@ -202,11 +204,11 @@ def test_lamp_ranks_shares_of_what_is_no_less() -> None:
 def test_lamp_counts_negative_and_pruned_scores_as_nothing() -> None:
     kept = torch.tensor([False, True, True])
     sources = {
-        "a": Source(lambda: torch.tensor([9.0, 2.0, 2.0]), 3, (3,), kept=kept),
-        "b": Source(lambda: torch.tensor([-8.0, 1.0, 3.0]), 3, (3,)),
+        "a": Source.computed(lambda: torch.tensor([9.0, 2.0, 2.0]), 3, (3,), kept=kept),
+        "b": Source.computed(lambda: torch.tensor([-8.0, 1.0, 3.0]), 3, (3,)),
     }
     # a: pruned, 1/2 and 1/2 (equal ones share the sum); b: 0, 1/10, 1
-    assert [scopes.lamp(Scores(sources), k / 6) for k in (2, 3, 4)] == [
+    assert [scopes.lamp(StreamedScores(sources), k / 6) for k in (2, 3, 4)] == [
         {"a": 2, "b": 2},
         {"a": 2, "b": 1},
         {"a": 1, "b": 1},

@@ -1,5 +1,7 @@
 """Comparison in groups: ranks by hand, pieces as the whole, and N:M masks as a stable sort of all scores has them."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,11 +10,12 @@ from torch import Tensor, nn
 
 from lightning_prune import NM, Magnitude, Masks, Wanda, prune, scopes
 from lightning_prune.tensors import boolean as flags
-from lightning_prune.tensors import selection
+from lightning_prune.tensors import streaming
 from lightning_prune.tensors.ranking import part_within, rank_within, tail_share
-from lightning_prune.units.units import make_units
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.units.finding import make_units
+from lightning_prune.updates import decision
+from lightning_prune.updates.decision import decide
+from lightning_prune.updates.target_sparsity import SparsityTarget
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 
@@ -73,7 +76,8 @@ def expected(weights: dict[str, Tensor], held: dict[str, Tensor], k: int, size: 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_masks_on_the_way_to_n_of_m_are_those_of_a_stable_sort(ragged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flags, "_CHUNK", 50)  # pieces cut groups
-    monkeypatch.setattr(selection, "_FEW", 64)  # a sample is looked at first
+    monkeypatch.setattr(decision, "HELD", 0)
+    monkeypatch.setattr(streaming, "_FEW", 64)  # a sample is looked at first
     torch.manual_seed(0)
     inputs = 10 if ragged else 12
     model = nn.ModuleDict(
@@ -85,15 +89,17 @@ def test_masks_on_the_way_to_n_of_m_are_those_of_a_stable_sort(ragged: bool, mon
     )
     for parameter in model.parameters():
         parameter.data = torch.randint(-4, 5, parameter.shape).float()  # many are equal
-    found = goal.find_targets(model, 0.5, (), ())
+    found = SparsityTarget(0.5).find(model)
     units, criterion = make_units(found, model, NM(2, 4)), Magnitude()
     weights = {target.name: target.parameter.detach() for target in found}
     total = sum(weight.numel() for weight in weights.values())
     held = Masks()
     for due in (0.1, 0.37, 0.6, 1.0):
-        allocate = goal.allocation(found, 0.5, None, criterion, scopes.resolve("global"), due)
+        allocate = partial(
+            SparsityTarget(0.5).allocate, found=found, criterion=criterion, scope=scopes.resolve("global"), due=due
+        )
         wanted = expected(weights, held, round(0.5 * due * total), 4)
-        held = make_masks(units, criterion, allocate, held)
+        held = decide(units, criterion, allocate, held).masks
         for name, mask in held.items():
             assert torch.equal(mask, wanted[name]), (name, due)
         held.apply(model)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_prune.tensors.radix import Reduce, keys, kth
-from lightning_prune.tensors.selection import Scores, Source
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.tensors.sources import Placement, Source
+from lightning_prune.tensors.streaming import StreamedScores
 
 INF = float("inf")
 CHUNK = 1 << 20  # scores are worked through in pieces of this size
@@ -20,8 +22,14 @@ CHUNK = 1 << 20  # scores are worked through in pieces of this size
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 
 
+def streamed(scores: Mapping[str, Tensor]) -> StreamedScores:
+    """Return scores as those of a large model: every one of these tests is about the streaming selection."""
+    sources = {n: Source.computed(partial(torch.clone, s), s.numel(), tuple(s.shape)) for n, s in scores.items()}
+    return StreamedScores(sources, bits=64 if any(s.dtype == torch.float64 for s in scores.values()) else 32)
+
+
 def lowest(scores: Tensor, k: int) -> Tensor:
-    return Scores.of({"w": scores}).lowest("w", k)
+    return streamed({"w": scores}).lowest("w", k)
 
 
 def stable(scores: Mapping[str, Tensor], k: int) -> dict[str, list[bool]]:
@@ -144,7 +152,7 @@ def test_float64_scores_that_are_one_float32_are_told_apart() -> None:
 
 
 def test_one_float64_target_makes_all_comparisons_exact() -> None:
-    scores = Scores.of({"single": torch.tensor([1.0]), "double": torch.tensor([1.0 - 1e-12], dtype=torch.float64)})
+    scores = streamed({"single": torch.tensor([1.0]), "double": torch.tensor([1.0 - 1e-12], dtype=torch.float64)})
     assert scores.counts(1) == {"single": 0, "double": 1}
 
 
@@ -171,7 +179,7 @@ def test_a_scalar_and_an_empty_tensor_are_selected() -> None:
 
 
 def test_an_empty_target_among_others_gets_nothing() -> None:
-    scores = Scores.of({"a": torch.tensor([2.0, 1.0]), "none": torch.empty(0), "b": torch.tensor([1.5])})
+    scores = streamed({"a": torch.tensor([2.0, 1.0]), "none": torch.empty(0), "b": torch.tensor([1.5])})
     assert scores.counts(2) == {"a": 1, "none": 0, "b": 1}
     assert scores.lowest("none", 0).tolist() == []
 
@@ -203,13 +211,13 @@ def test_scores_are_not_changed_by_a_selection() -> None:
 
 
 def test_equal_scores_fall_in_the_order_of_the_targets_then_flat() -> None:
-    scores = Scores.of({"b": torch.ones(2), "a": torch.ones(3)})
+    scores = streamed({"b": torch.ones(2), "a": torch.ones(3)})
     assert [list(scores.counts(k).values()) for k in range(6)] == [[0, 0], [1, 0], [2, 0], [2, 1], [2, 2], [2, 3]]
     assert scores.lowest("a", scores.counts(3)["a"]).tolist() == [True, False, False]
 
 
 def test_counts_and_lowest_by_hand() -> None:
-    scores = Scores.of({"a": torch.tensor([[0.1, 0.9], [0.3, 0.3]]), "b": torch.tensor([0.3, 0.2, 0.3])})
+    scores = streamed({"a": torch.tensor([[0.1, 0.9], [0.3, 0.3]]), "b": torch.tensor([0.3, 0.2, 0.3])})
     # sorted: a0 .1 | b1 .2 | a2 .3, a3 .3, b0 .3, b2 .3 | a1 .9
     assert [scores.counts(k)["a"] for k in range(8)] == [0, 1, 1, 2, 3, 3, 3, 4]
     assert [scores.counts(k)["b"] for k in range(8)] == [0, 0, 1, 1, 1, 2, 3, 3]
@@ -219,7 +227,7 @@ def test_counts_and_lowest_by_hand() -> None:
 
 
 def test_lowest_does_not_depend_on_what_was_counted_before() -> None:
-    scores = Scores.of({"a": torch.tensor([1.0, 1.0, 1.0]), "b": torch.tensor([1.0, 0.0])})
+    scores = streamed({"a": torch.tensor([1.0, 1.0, 1.0]), "b": torch.tensor([1.0, 0.0])})
     scores.counts(3)  # leaves a share for each target, which another number must not use
     assert scores.lowest("a", 1).tolist() == [True, False, False]
     assert scores.lowest("b", 2).tolist() == [True, True]
@@ -238,7 +246,7 @@ def test_lowest_does_not_depend_on_what_was_counted_before() -> None:
 def test_selection_is_that_of_a_stable_sort(targets: list[list[float]], data: st.DataObject) -> None:
     scores = {f"t{i}": torch.tensor(values) for i, values in enumerate(targets)}
     k = data.draw(st.integers(0, sum(map(len, targets))))
-    found = Scores.of(scores)
+    found = streamed(scores)
     assert sum(found.counts(k).values()) == k
     assert selected(found, k) == stable(scores, k)
 
@@ -252,25 +260,25 @@ def test_random_scores_agree_with_a_stable_argsort(dtype: torch.dtype) -> None:
     for k in range(0, flat.numel() + 1, 17):
         expected = torch.zeros(flat.numel(), dtype=torch.bool)
         expected[order[:k]] = True
-        found = selected(Scores.of(scores), k)
+        found = selected(streamed(scores), k)
         assert [bit for picked in found.values() for bit in picked] == expected.tolist()
 
 
 @pytest.mark.parametrize(("level", "expected"), [(-1.0, 1), (0.0, 2), (0.5, 4), (0.6, 6), (INF, 7)])
 def test_below_counts_what_scores_strictly_less(level: float, expected: int) -> None:
-    scores = Scores.of({"a": torch.tensor([0.5, -INF, 0.0, 9.0]), "b": torch.tensor([0.5, -0.0, -1.0])})
+    scores = streamed({"a": torch.tensor([0.5, -INF, 0.0, 9.0]), "b": torch.tensor([0.5, -0.0, -1.0])})
     assert scores.below(level) == expected
 
 
 def test_below_compares_half_precision_scores_with_the_level_as_given() -> None:
     # 0.1000976562 is a bfloat16; 0.1002 is not, and rounds to it
-    scores = Scores.of({"a": torch.tensor([0.1000976562, 0.2], dtype=torch.bfloat16)})
+    scores = streamed({"a": torch.tensor([0.1000976562, 0.2], dtype=torch.bfloat16)})
     assert scores.below(0.1002) == 1
 
 
 @pytest.mark.parametrize("level", [0.1, 0.7])  # as float32, the one is greater and the other smaller
 def test_below_compares_double_scores_with_the_level_as_given(level: float) -> None:
-    scores = Scores.of({"a": torch.tensor([level - 1e-12, level, level + 1e-12], dtype=torch.float64)})
+    scores = streamed({"a": torch.tensor([level - 1e-12, level, level + 1e-12], dtype=torch.float64)})
     assert scores.below(level) == 1
 
 
@@ -281,7 +289,7 @@ def test_scores_are_a_mapping_that_computes_on_demand() -> None:
         calls.append(1)
         return torch.tensor([2.0, 1.0])
 
-    scores = Scores({"a": Source(compute, 2, (1, 2))})
+    scores = StreamedScores({"a": Source.computed(compute, 2, (1, 2))})
     assert (list(scores), len(scores), scores.sizes, scores.shapes) == (["a"], 1, {"a": 2}, {"a": (1, 2)})
     assert not calls
     assert scores["a"].tolist() == [2.0, 1.0]
@@ -306,10 +314,10 @@ def held(bits: int = 32) -> Scores:
     double = torch.float64 if bits == 64 else torch.float32
     a = torch.tensor([[9.0, 1.0], [-2.0, 3.0]], dtype=double)
     b = torch.tensor([0.5, 9.0, -2.0], dtype=double)
-    return Scores(
+    return StreamedScores(
         {
-            "a": Source(lambda: a, 4, (2, 2), kept=torch.tensor([[False, True], [True, True]])),
-            "b": Source(lambda: b, 3, (3,), kept=torch.tensor([True, False, True])),
+            "a": Source.computed(lambda: a, 4, (2, 2), kept=torch.tensor([[False, True], [True, True]])),
+            "b": Source.computed(lambda: b, 3, (3,), kept=torch.tensor([True, False, True])),
         },
         bits=bits,
     )
@@ -340,7 +348,7 @@ def test_what_is_pruned_of_more_units_than_a_chunk_comes_first() -> None:
     gone = torch.arange(0, size, 7)
     kept = torch.ones(size, dtype=torch.bool)
     kept[gone] = False
-    scores = Scores({"w": Source(lambda: torch.arange(size).float() - 1e6, size, (size,), kept=kept)})
+    scores = StreamedScores({"w": Source.computed(lambda: torch.arange(size).float() - 1e6, size, (size,), kept=kept)})
     picked = scores.lowest("w", gone.numel() + 3)
     assert picked[gone].all()
     assert (picked & kept).nonzero().flatten().tolist() == [1, 2, 3]
@@ -391,16 +399,18 @@ def check_ranks(
         whole = {name: scores.masked_fill(~kept[name], -INF) for name, scores in given.items()}
     world = len(next(iter(pieces.values())))
     expected = [stable(whole, k) for k in ks]
-    alone = {k: Scores.of(whole).counts(k) for k in ks}
+    alone = {k: streamed(whole).counts(k) for k in ks}
 
     def source(name: str, rank: int) -> Source:
         held, counts = pieces[name][rank]
         place = torch.tensor(held, dtype=torch.int64)
         left = kept[name][place] if kept is not None else None
-        return Source(lambda: given[name].flatten()[place], given[name].numel(), (), counts, lambda: place, left)
+        return Source.computed(
+            lambda: given[name].flatten()[place], given[name].numel(), (), left, None, Placement(counts, lambda: place)
+        )
 
     def work(rank: int, reduce: Reduce) -> list[list[bool]]:
-        scores = Scores({name: source(name, rank) for name in whole}, reduce)
+        scores = StreamedScores({name: source(name, rank) for name in whole}, reduce)
         found = []
         for k in ks:
             counts = scores.counts(k)
@@ -463,7 +473,10 @@ def test_random_pieces_with_many_ties_are_selected_as_one(seed: int, pruned: boo
 def test_a_target_that_every_rank_holds_whole_is_counted_once() -> None:
     def work(rank: int, reduce: Reduce) -> list[list[bool]]:
         here = rank == 0
-        scores = Scores({"w": Source(lambda: torch.tensor([1.0, 0.0, 1.0, 1.0]), 4, (4,), counts=here)}, reduce)
+        scores = StreamedScores(
+            {"w": Source.computed(lambda: torch.tensor([1.0, 0.0, 1.0, 1.0]), 4, (4,), placement=Placement(here))},
+            reduce,
+        )
         assert scores.below(0.5) == 1
         assert scores.counts(3) == {"w": 3}
         return [scores.lowest("w", k).tolist() for k in (2, 3)]
@@ -477,8 +490,8 @@ def test_below_counts_every_unit_once_over_ranks() -> None:
 
     def work(rank: int, reduce: Reduce) -> list[list[bool]]:
         held = slice(0, 2) if rank < 2 else slice(2, 5)  # ranks 0 and 1 hold copies of one piece
-        sources = {"w": Source(lambda: whole[held], 5, (5,), counts=rank != 1)}
-        assert Scores(sources, reduce).below(0.35) == 3
+        sources = {"w": Source.computed(lambda: whole[held], 5, (5,), placement=Placement(rank != 1))}
+        assert StreamedScores(sources, reduce).below(0.35) == 3
         return []
 
     assert on_ranks(3, work) == [[], [], []]
@@ -511,8 +524,8 @@ def test_many_scores_of_any_distribution_are_selected_exactly(distribution: str,
     for name, part in parts.items():
         left = None if kept is None else kept[part]
         size = part.stop - part.start
-        sources[name] = Source(lambda part=part: whole[part], size, (size,), kept=left)  # type: ignore[misc]
-    scores = Scores(sources, bits=64 if whole.dtype == torch.float64 else 32)
+        sources[name] = Source.computed(lambda part=part: whole[part], size, (size,), kept=left)  # type: ignore[misc]
+    scores = StreamedScores(sources, bits=64 if whole.dtype == torch.float64 else 32)
     for k in (1, SAMPLED // 10, SAMPLED // 2, SAMPLED - 1000, SAMPLED - 1, SAMPLED):
         expected = torch.zeros(SAMPLED, dtype=torch.bool)
         expected[order[:k]] = True
@@ -527,14 +540,14 @@ def test_many_scores_are_sampled_and_then_read_once() -> None:
         asked.append(scores[at].numel())
         return scores[at]
 
-    source = Source(lambda: scores, SAMPLED, (SAMPLED,), part=part, like=scores)
-    assert int(Scores({"w": source}).lowest("w", SAMPLED // 2).sum()) == SAMPLED // 2
+    source = Source(lambda: (scores, part), SAMPLED, (SAMPLED,))
+    assert int(StreamedScores({"w": source}).lowest("w", SAMPLED // 2).sum()) == SAMPLED // 2
     assert sum(asked) < 1.1 * SAMPLED
 
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_random_pieces_of_many_scores_are_selected_as_one(pruned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_prune.tensors.selection._FEW", 1)
+    monkeypatch.setattr("lightning_prune.tensors.streaming._FEW", 1)
     test_random_pieces_with_many_ties_are_selected_as_one(0, pruned)
     test_ranks_select_what_one_process_selects(
         {"a": [([0, 1, 2], True), ([3, 4, 5], True)], "b": [([0, 1], True), ([2, 3], True)]}

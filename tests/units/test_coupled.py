@@ -18,7 +18,7 @@ from lightning_prune.granularities import Granularity
 from lightning_prune.models.parameters import find
 from lightning_prune.structure.surgery import named_tensors, zero_units
 from lightning_prune.structure.tracing import trace
-from lightning_prune.units.coupled import CoupledUnits, find_units
+from lightning_prune.units.coupled import CoupledUnits
 
 COUPLED = Channel(coupled=True)
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -40,7 +40,7 @@ class Residual(Tiny):
 
 
 def units_of(model: nn.Module, granularity: Granularity, inputs: Any) -> list[CoupledUnits]:
-    return find_units(find(model), model, granularity, inputs)[0]
+    return granularity.find_units(find(model), model, inputs)[0]
 
 
 # ------------------------------------------------------------------------------------------------ counts
@@ -336,7 +336,7 @@ def test_recurrent_layers_that_are_not_known_are_named(layer: nn.RNNBase, messag
 
 def test_a_criterion_that_knows_one_layer_only_is_refused() -> None:
     model, inputs = build(CASES["vit"])
-    with pytest.raises(ValueError, match=r"the units of .*attention.q.weight' lie in .*take another one"):
+    with pytest.raises(ValueError, match=r"the units of .*attention.q.weight' lie in .*take another criterion"):
         prune(model, 0.5, criterion=Wanda(window=1), granularity=Head(), example_inputs=inputs, data=[inputs])
 
 

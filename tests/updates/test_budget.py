@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lightning_prune import NM, Block, Channel, Head, MagnitudePruning, Pruning, RandomPruning, prune, shrink
 from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.parameters import find
-from lightning_prune.units.coupled import find_units
 from lightning_prune.updates.budget import make_budget
 
 COUPLED = Channel(coupled=True)
@@ -32,9 +31,9 @@ def cost(model: nn.Module, of: str, inputs: Tensor) -> int:
 def test_the_shrunk_model_meets_the_goal_and_a_channel_more_would_not(case: Case, of: str) -> None:
     model, inputs = build(case)
     dense = cost(model, of, inputs)
-    units, _ = find_units(find(model), model, COUPLED, inputs)
+    units, _ = COUPLED.find_units(find(model), model, inputs)
     budget = make_budget(of, units, model, inputs)
-    goal = round(0.6 * budget.reach, 2)
+    goal = round(0.6 * budget.max_sparsity, 2)
     masks = prune(model, goal, granularity=COUPLED, of=of, example_inputs=inputs)
     keep = {unit.name: int(unit.kept(masks).sum()) for unit in units}
     left = cost(shrink(model, inputs), of, inputs) / dense

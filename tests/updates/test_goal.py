@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -14,7 +15,7 @@ from lightning_prune.criteria import Entropy, Magnitude
 from lightning_prune.models.parameters import find
 from lightning_prune.scopes import Scope
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.target_sparsity import Sparsity, SparsityTarget
 
 
 def net() -> nn.Sequential:
@@ -22,13 +23,13 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0, 0.5, 0.999999, {"*": 0.0}, {"0.*": 0.5, "*": 0.9}])
-def test_a_sparsity_in_range_is_taken(sparsity: goal.Sparsity) -> None:
-    goal.check(sparsity, None)
+def test_a_sparsity_in_range_is_taken(sparsity: Sparsity) -> None:
+    assert SparsityTarget(sparsity).sparsity == sparsity
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, -2.0, 5])
 def test_a_threshold_is_taken(threshold: float) -> None:
-    goal.check(None, threshold)
+    assert SparsityTarget(None, threshold).threshold == threshold
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_threshold_is_taken(threshold: float) -> None:
 )
 def test_a_goal_that_is_none_is_refused(sparsity: Any, threshold: float | None, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        goal.check(sparsity, threshold)
+        SparsityTarget(sparsity, threshold)
 
 
 # ------------------------------------------------------------------------------------------------ targets of a goal
@@ -70,19 +71,21 @@ def test_a_goal_that_is_none_is_refused(sparsity: Any, threshold: float | None, 
     ],
 )
 def test_targets(
-    sparsity: goal.Sparsity | None, targets: tuple[str, ...], ignore: tuple[str, ...], expected: list[str]
+    sparsity: Sparsity | None, targets: tuple[str, ...], ignore: tuple[str, ...], expected: list[str]
 ) -> None:
-    assert [target.name for target in goal.find_targets(net(), sparsity, targets, ignore)] == expected
+    assert [
+        target.name for target in SparsityTarget(0.5 if sparsity is None else sparsity).find(net(), targets, ignore)
+    ] == expected
 
 
 def test_a_layer_pattern_that_matches_nothing_is_refused_with_close_names() -> None:
     with pytest.raises(ValueError, match=r"got '0\.wieght'; close names: \['0\.weight'"):
-        goal.find_targets(net(), {"0.wieght": 0.5}, (), ())
+        SparsityTarget({"0.wieght": 0.5}).find(net())
 
 
 def test_a_layer_pattern_to_which_earlier_ones_leave_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got '0\.\*', which matches nothing that an earlier pattern left"):
-        goal.find_targets(net(), {"*": 0.5, "0.*": 0.9}, (), ())
+        SparsityTarget({"*": 0.5, "0.*": 0.9}).find(net())
 
 
 # ------------------------------------------------------------------------------------------------ allocation
@@ -102,9 +105,11 @@ SCORES = {"0.weight": torch.arange(10.0).view(5, 2), "2.weight": torch.arange(10
     ],
 )
 def test_a_sparsity_becomes_units_to_keep(
-    sparsity: goal.Sparsity, scope: Scope, due: float, expected: dict[str, int]
+    sparsity: Sparsity, scope: Scope, due: float, expected: dict[str, int]
 ) -> None:
-    allocate = goal.allocation(find(net()), sparsity, None, Magnitude(), scope, due)
+    allocate = partial(
+        SparsityTarget(sparsity).allocate, found=find(net()), criterion=Magnitude(), scope=scope, due=due
+    )
     assert allocate(Scores.of(SCORES)) == expected
 
 
@@ -113,7 +118,9 @@ def test_a_sparsity_becomes_units_to_keep(
     [(1.0, {"0.weight": 0, "2.weight": 8}), (0.5, {"0.weight": 4, "2.weight": 10})],  # 12 below, of which 6 are due
 )
 def test_a_threshold_becomes_units_to_keep(due: float, expected: dict[str, int]) -> None:
-    allocate = goal.allocation(find(net()), None, 12.0, Magnitude(), scopes.local, due)
+    allocate = partial(
+        SparsityTarget(None, 12.0).allocate, found=find(net()), criterion=Magnitude(), scope=scopes.local, due=due
+    )
     assert allocate(Scores.of(SCORES)) == expected
 
 
@@ -127,7 +134,7 @@ def test_a_threshold_on_entropy_is_a_bound_from_above_or_below(
 ) -> None:
     entropies = torch.tensor([0.5, 1.0, 1.5, 1.0])
     scores = Scores.of({"w": -entropies if prune == "high" else entropies})
-    allocate = goal.allocation([], None, threshold, Entropy(prune), scopes.local)
+    allocate = partial(SparsityTarget(None, threshold).allocate, found=[], criterion=Entropy(prune), scope=scopes.local)
     assert allocate(scores) == {"w": kept}
 
 
