@@ -88,8 +88,7 @@ def prune(
     >>> int((model.weight == 0).sum())
     75
     """
-    if not isinstance(model, nn.Module) or not isinstance(criterion, Criterion):
-        _raise_type_error(model, criterion)
+    _check_types(model, criterion)
     target = SparsityTarget(sparsity, threshold, min_density, of)
     target.check_granularity(granularity)
     rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
@@ -159,9 +158,11 @@ def _observed(
                 yield now, keep
 
 
-def _raise_type_error(model: Any, criterion: Any) -> None:
-    instance("model", model, nn.Module)
-    instance("criterion", criterion, Criterion)
+def _check_types(model: Any, criterion: Any) -> None:
+    if not isinstance(model, nn.Module):
+        instance("model", model, nn.Module)  # raises
+    if not isinstance(criterion, Criterion):
+        instance("criterion", criterion, Criterion)
 
 
 @torch.no_grad()
