@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES, Case, build
-from distributed import Layout, Net, rank, result, run
+from distributed import Layout, Net, rank, result
 from distributed import fit as fit_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from models import Attending, ConvNet, agrees, fit
+from ranks import run
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

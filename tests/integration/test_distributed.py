@@ -11,11 +11,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from distributed import BATCH, Layout, Net, build, fit, rank, ranks, reshard, result, run
+from distributed import BATCH, Layout, Net, build, fit, rank, ranks, reshard, result
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from models import QUIET, On
+from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor

@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from distributed import fit, rank, ranks, run
+from distributed import fit, rank, ranks
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import MaskRecorder
 from modes import Regression, StatefulLoader, leftovers
+from ranks import run
 from torch import Tensor, nn
 from variants import CRITERIA, SCHEDULES, SCOPES, at_least, label
 

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from models import MLP, QUIET, On, fit, weights
 from modes import StatefulLoader, assert_nothing_left
+from ranks import run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
@@ -351,7 +352,7 @@ def test_two_ranks_learn_what_one_process_learns(layout: distributed.Layout, tea
     untaught = Pupil()
     distributed.fit(untaught, MagnitudePruning(0.5, schedule="one_shot", start=2), accumulate_grad_batches=accumulate)
     assert (alone["net.6.weight"] - untaught.net[6].weight).abs().max() > 0.01
-    both = distributed.run(study, 2, layout, teacher, accumulate)
+    both = run(study, 2, layout, teacher, accumulate)
     for found in both:
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)

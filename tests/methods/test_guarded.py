@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import BATCHES, MLP, fit, size, zeros
 from modes import Probe, Regression, StatefulLoader, leftovers, mlp
+from ranks import run
 from test_resume import Saver, bits, checkpoints, differences, savers
 from torch import Tensor, nn
 
@@ -381,7 +382,7 @@ def searched() -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
 def test_two_ranks_decide_alike() -> None:
-    one, other = distributed.run(searched, 2)
+    one, other = run(searched, 2)
     assert [(level, held) for _, level, _, held in one["trials"]] == [*PATH[:4], (0.5, True)]
     assert one["trials"] == other["trials"]
     assert one["epochs"] == other["epochs"] == 5
@@ -400,7 +401,7 @@ def sharded() -> str:
 
 @pytest.mark.distributed
 def test_sharded_parameters_are_refused() -> None:
-    for message in distributed.run(sharded, 2):
+    for message in run(sharded, 2):
         assert message.startswith("parameters must be whole on every rank to be rewound, got pieces of 'net.0.weight'")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from distributed import Layout, Net
 from models import MLP, fit
+from ranks import run
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -255,10 +256,10 @@ def measured(layout: Layout, tensors: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("fsdp", 2), ("tp", 2)])
 def test_several_ranks_measure_what_one_does(layout: Layout, size: int) -> None:
     tensors = layout == "tp"
-    [alone] = distributed.run(measured, 1, "one", tensors)
+    [alone] = run(measured, 1, "one", tensors)
     assert float(alone["sparsity"]["total"]) == pytest.approx(0.35, abs=0.01)
     assert float(alone["overlap at 0.5"]["total"]) == pytest.approx(0.5 / 0.8, abs=0.02)
-    for found in distributed.run(measured, size, layout, tensors):
+    for found in run(measured, size, layout, tensors):
         assert found.keys() == alone.keys()
         for name, value in alone.items():
             assert found[name] == value, name
@@ -287,4 +288,4 @@ def test_a_run_with_two_processes_logs_them() -> None:
     trainer = distributed.fit(model, Pruning(0.5, granularity=Channel(), start=0, end=2, ignore=["net.6.*"]))
     alone = float(trainer.callback_metrics["found"])
     assert alone > 0.2
-    assert distributed.run(logged, 2) == [pytest.approx(alone)] * 2
+    assert run(logged, 2) == [pytest.approx(alone)] * 2

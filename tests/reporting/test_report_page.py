@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib import pyplot as plt
 from models import MLP, QUIET, fit, size, zeros
+from ranks import run
 from torch import nn
 from variants import square_root
 
@@ -308,8 +309,8 @@ def reported(layout: Layout, folder: Path) -> bool:
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_two_ranks_write_the_page_of_one(layout: Layout, tmp_path: Path) -> None:
-    distributed.run(reported, 1, "one", tmp_path)
-    assert distributed.run(reported, 2, layout, tmp_path) == [True, False]
+    run(reported, 1, "one", tmp_path)
+    assert run(reported, 2, layout, tmp_path) == [True, False]
     [one, two] = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", layout)]
     assert one["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert two == one

@@ -1,13 +1,7 @@
-"""Real second processes, and a model that every parallel layout shards in its own way."""
+"""A model that every parallel layout shards in its own way, and its training on several ranks."""
 
-import faulthandler
-import multiprocessing
-import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -23,60 +17,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 Layout = Literal["one", "ddp", "fsdp", "tp", "fsdp+tp"]
 BATCH = 8  # samples an optimizer step, over all ranks
-
-
-# ------------------------------------------------------------------------------------------------ processes
-
-
-def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60) -> list[Any]:
-    """Return what ``function(*args)`` returned in each of several processes of one gloo group, in the order of ranks.
-
-    A process that raises, dies or hangs fails the caller with its traceback, and none outlives the call.
-    """
-    fork = multiprocessing.get_context("fork")
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        processes = [
-            fork.Process(target=_work, args=(rank, size, timeout, folder, function, args)) for rank in range(size)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            for process in processes:
-                # its own watchdog goes off first; and where one rank has failed, gloo lets the others fail
-                process.join(timeout + 10)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        told = [f"rank {path.stem}:\n{text}" for path in sorted(folder.glob("*.txt")) if (text := path.read_text())]
-        assert not told, "\n".join(told)
-        assert [process.exitcode for process in processes] == [0] * size
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
-
-
-def _work(
-    rank: int, size: int, timeout: float, folder: Path, function: Callable[..., Any], args: Sequence[Any]
-) -> None:
-    torch.set_num_threads(1)
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))
-    os.environ["GLOO_SOCKET_IFNAME"] = loopback
-    with (folder / f"{rank}.txt").open("w") as told:
-        faulthandler.dump_traceback_later(timeout, file=told, exit=True)
-        try:
-            # a file instead of a port: no other process can be faster to take it
-            torch.distributed.init_process_group(
-                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
-            )
-            torch.save(function(*args), folder / f"{rank}.pt")
-            torch.distributed.destroy_process_group()
-        except BaseException:
-            told.write(traceback.format_exc())
-            told.flush()
-            os._exit(1)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
 
 # ------------------------------------------------------------------------------------------------ model

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES, Case, build
-from distributed import Layout, Net, rank, result, run
+from distributed import Layout, Net, rank, result
 from distributed import fit as fit_ranks
 from models import ConvNet, On, Tiny, agrees, fit
+from ranks import run
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Entropy, Head, Magnitude, Pruning, Random, Sensitivity, Wanda, prune, shrink
