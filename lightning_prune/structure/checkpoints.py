@@ -22,6 +22,8 @@ from lightning_prune.validation.values import shown
 Model = TypeVar("Model", bound=nn.Module)
 
 KEY = "lightning_prune"  # of a checkpoint
+# what checkpoints of earlier versions name
+_FORMER_PATHS = ("lightning_prune.loading.instantiate", "lightning_prune.loading.instantiate_from_cli")
 _FROM_CLI = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 
 
@@ -215,7 +217,7 @@ def _trust() -> None:
         allowed: set[str] = getattr(
             sys.modules.get(name), "_ALLOWED_INSTANTIATORS", set()
         )  # older Lightnings trust everything
-        allowed.update(map(_path, (instantiate, instantiate_from_cli)))
+        allowed.update(map(_path, (instantiate, instantiate_from_cli)), _FORMER_PATHS)
 
 
 _trust()
