@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning_prune.validation.arguments import choice, integer, number, position, real
 from lightning_prune.validation.instances import named, settle
 from lightning_prune.validation.values import shown
 
 Schedule = Callable[[float], float]
+ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
 
 _MOST = 1_000_000  # updates of a run
 

@@ -1,5 +1,6 @@
 """AC/DC: phases in which all weights train alternate with phases in which the smallest are pruned."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ class ACDC(ScheduledTraining):
             ``{pattern: fraction}`` per layer.
         criterion: Scores the units; the lowest go.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
         start: First compressed phase: an int counts intervals, a float in [0, 1] is a fraction of the run.
         end: Last compressed phase, which lasts; likewise.
         interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
@@ -55,13 +56,13 @@ class ACDC(ScheduledTraining):
         sparsity: float | dict[str, float],
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope = "global",
         start: int | float = 0.1,
         end: int | float = 0.85,
         interval: Literal["step", "epoch"] = "step",
         frequency: int | None = None,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
         goal.check(fractions("sparsity", sparsity), None, granularity)

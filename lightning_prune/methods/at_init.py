@@ -1,8 +1,8 @@
 """Pruning at initialisation: masks are chosen before the first optimizer step, and stay."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -67,11 +67,11 @@ class PruningAtInit(MaskedTraining):
         sparsity: float | dict[str, float] | None = None,
         criterion: Criterion = SNIP(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope = "global",
         rounds: int = 1,
         loss: Loss | None = None,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float = 0.0,

@@ -1,6 +1,6 @@
 """Sparse training: networks that are sparse from the first step, and exchange weak weights for new ones on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -46,7 +46,8 @@ class SET(ScheduledTraining):
         decay: What becomes of the drop fraction between ``start`` and ``end``: "constant", or it falls to nothing along
             a "linear" or "cosine" curve; or a callable from progress to what is left of it, 0 to 1.
         scope: How the sparsity is shared out over the targets: "erk" keeps more of small ones, "local" (uniform)
-            prunes every target alike; or a callable from scores and sparsity to units to keep.
+            prunes every target alike, "global" and "lamp" draw from all targets together; or a callable from scores
+            and sparsity to units to keep.
         seed: Another seed draws and grows other weights; the same on every rank.
         start: No update before it: an int counts intervals, a float in [0, 1] is a fraction of the run.
         end: No update from here on; likewise.
@@ -78,14 +79,14 @@ class SET(ScheduledTraining):
         sparsity: float | dict[str, float] | None = None,
         drop_fraction: float = 0.3,
         decay: DecayName | Callable[[float], float] = "constant",
-        scope: Literal["erk", "local"] | scopes.Scope = "erk",
+        scope: scopes.ScopeName | scopes.Scope = "erk",
         seed: int = 0,
         start: int | float = 0,
         end: int | float = 0.75,
         interval: Literal["step", "epoch"] = "step",
         frequency: int | None = None,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         log_layers: bool = False,
         *,
         grow_init: Literal["zeros", "random", "gradient"] = "zeros",
@@ -211,7 +212,8 @@ class RigL(SET):
         decay: What becomes of the drop fraction between ``start`` and ``end``: "constant", or it falls to nothing along
             a "linear" or "cosine" curve; or a callable from progress to what is left of it, 0 to 1.
         window: Number of optimizer steps whose gradients are summed up for an update: more than one for small batches.
-        **kwargs: All other arguments of ``SET``.
+
+    The other arguments are those of ``SET``, and are given by name.
 
     Raises:
         ValueError: As ``SET``, and if a target gets no gradient.
@@ -230,10 +232,36 @@ class RigL(SET):
         drop_fraction: float = 0.3,
         decay: DecayName | Callable[[float], float] = "cosine",
         window: int = 1,
-        **kwargs: Any,
+        *,
+        scope: scopes.ScopeName | scopes.Scope = "erk",
+        seed: int = 0,
+        start: int | float = 0,
+        end: int | float = 0.75,
+        interval: Literal["step", "epoch"] = "step",
+        frequency: int | None = None,
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+        log_layers: bool = False,
+        grow_init: Literal["zeros", "random", "gradient"] = "zeros",
+        regrow: bool = False,
     ) -> None:
         self.window = integer("window", window, 1)
-        super().__init__(sparsity, drop_fraction, decay, **kwargs)
+        super().__init__(
+            sparsity,
+            drop_fraction,
+            decay,
+            scope=scope,
+            seed=seed,
+            start=start,
+            end=end,
+            interval=interval,
+            frequency=frequency,
+            targets=targets,
+            ignore=ignore,
+            log_layers=log_layers,
+            grow_init=grow_init,
+            regrow=regrow,
+        )
 
     @override
     def growth(self, position: int) -> Criterion:

@@ -1,5 +1,6 @@
 """Guarded pruning: as sparse as possible, as long as a metric stays within a bound."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class GuardedPruning(rewinding.Rewinding):
             starts from scratch needs one of the two: otherwise the reference is that of a model that has hardly begun.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
@@ -76,9 +77,9 @@ class GuardedPruning(rewinding.Rewinding):
         warmup: int | Literal["settled"] = 0,
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        scope: scopes.ScopeName | scopes.Scope = "global",
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
         self.monitor = text("monitor", monitor, "the name of a metric")

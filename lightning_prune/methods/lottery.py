@@ -1,6 +1,7 @@
 """Lottery tickets: train, prune, rewind, and again, in one fit."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class LotteryTicket(rewinding.Rewinding):
         interval: What ``frequency`` counts: optimizer "step"s or "epoch"s.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
         seed: Of the weights for ``rewind="random"``; the same on every rank.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
@@ -77,10 +78,10 @@ class LotteryTicket(rewinding.Rewinding):
         interval: Literal["step", "epoch"] = "epoch",
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: Literal["global", "local", "erk", "lamp"] | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope = "global",
         seed: int = 0,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
         goal.check(fractions("sparsity", sparsity), None, granularity)

@@ -1,5 +1,6 @@
 """Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -58,8 +59,8 @@ class SRSTE(MaskedTraining):
         n: int = 2,
         m: int = 4,
         decay: float = 2e-4,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
         self.granularity = NM(n, m)

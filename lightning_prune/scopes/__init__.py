@@ -5,6 +5,7 @@ from lightning_prune.scopes.owl import OWL
 from lightning_prune.scopes.shares import (
     SCOPES,
     Scope,
+    ScopeName,
     at_least,
     below,
     erk,
@@ -20,6 +21,7 @@ __all__ = [
     "OWL",
     "SCOPES",
     "Scope",
+    "ScopeName",
     "at_least",
     "below",
     "erk",

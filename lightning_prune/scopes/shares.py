@@ -1,6 +1,7 @@
 """Scopes: unit scores and one sparsity to how many units each target keeps."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from lightning_prune.scopes.erdos_renyi import ERK
 from lightning_prune.tensors.ranking import tail_share
@@ -8,6 +9,7 @@ from lightning_prune.tensors.selection import Scores
 from lightning_prune.validation.instances import named
 
 Scope = Callable[[Scores, float], Mapping[str, int]]
+ScopeName = Literal["global", "local", "erk", "lamp"]
 
 
 def local(scores: Scores, sparsity: float) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """Constant sparsity: the zeros that a model already has stay zeros."""
 
+from collections.abc import Sequence
+
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
@@ -23,6 +25,11 @@ class ConstantSparsity(MaskedTraining):
     >>> ConstantSparsity(ignore=("head.*",)).ignore
     ('head.*',)
     """
+
+    def __init__(
+        self, targets: Sequence[str] = (), ignore: Sequence[str] = (), log_layers: bool = False
+    ) -> None:  # its own, so that an error names this class
+        super().__init__(targets, ignore, log_layers)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

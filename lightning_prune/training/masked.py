@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ class MaskedTraining(Callback):
         masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
     """
 
-    def __init__(self, targets: tuple[str, ...] = (), ignore: tuple[str, ...] = (), log_layers: bool = False) -> None:
+    def __init__(self, targets: Sequence[str] = (), ignore: Sequence[str] = (), log_layers: bool = False) -> None:
         super().__init__()
         self.targets = patterns("targets", targets)
         self.ignore = patterns("ignore", ignore)

@@ -1,6 +1,6 @@
 """Pruning: the training callback. It says when masks change, and to what."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -20,9 +20,6 @@ from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Measure
 from lightning_prune.validation.arguments import flag, number, position
-
-ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
-ScopeName = Literal["global", "local", "erk", "lamp"]
 
 
 class Pruning(ScheduledTraining):
@@ -75,14 +72,14 @@ class Pruning(ScheduledTraining):
         sparsity: float | dict[str, float] | None = None,
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: ScopeName | scopes.Scope = "global",
-        schedule: ScheduleName | Callable[[float], float] = "cubic",
+        scope: scopes.ScopeName | scopes.Scope = "global",
+        schedule: schedules.ScheduleName | schedules.Schedule = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
         interval: Literal["step", "epoch"] = "step",
         frequency: int | None = None,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float = 0.0,

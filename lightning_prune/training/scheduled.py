@@ -1,6 +1,6 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,10 +56,10 @@ class ScheduledTraining(MaskedTraining):
         sparsity: goal.Sparsity | None,
         criterion: Criterion,
         granularity: Granularity,
-        scope: str | scopes.Scope,
+        scope: scopes.ScopeName | scopes.Scope,
         horizon: Horizon,
-        targets: tuple[str, ...] = (),
-        ignore: tuple[str, ...] = (),
+        targets: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float = 0.0,

@@ -357,12 +357,11 @@ def test_granularities_are_read_from_yaml(given: Any, wanted: Channel | Head, tm
 
 @pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if issubclass(value, Pruning)])
 def test_every_argument_is_in_the_config(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # also those that a preset passes on as **kwargs; the criterion is what makes it that preset
+    # the criterion is what makes it that preset
     config = yaml_file(tmp_path, entry(name, sparsity=0.5))
     [callback] = yaml.safe_load(printed_config(capsys, "--config", config))["trainer"]["callbacks"]
     shared = set(inspect.signature(Pruning).parameters) - ({"criterion"} if name != "Pruning" else set())
-    own = {p for p in inspect.signature(PUBLIC[name]).parameters if p != "kwargs"}
-    assert callback["init_args"].keys() == shared | own
+    assert callback["init_args"].keys() == shared | set(inspect.signature(PUBLIC[name]).parameters)
 
 
 def test_rigl_has_the_arguments_of_set_and_a_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,11 +391,10 @@ def test_help_describes_every_argument(
     text = " ".join(capsys.readouterr().out.split())
     cls, parent = PUBLIC[name], PUBLIC[name].__base__
     arguments = set(inspect.signature(cls).parameters)
-    if "kwargs" in arguments:
-        arguments = (arguments | set(inspect.signature(parent).parameters)) - {"kwargs", "criterion"}
     for argument in arguments:
         own = described(cls).get(argument) or described(parent)[argument]
-        found = re.search(rf"--trainer\.callbacks\.{argument} (?:\S+ )?(?:\[?ITEM,\.\.\.\]? )?{re.escape(own)}", text)
+        option = rf"--trainer\.callbacks\.{argument}\+? (?:\S+ )?(?:\[?ITEM,\.\.\.\]? )?"  # "+" adds to a list
+        found = re.search(f"{option}{re.escape(own)}", text)
         assert found, f"--trainer.callbacks.{argument} {own} ... in {text}"
     assert inspect.getdoc(cls).split("\n")[0].rstrip(".:")[:100] in text
     if "criterion" not in arguments:

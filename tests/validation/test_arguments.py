@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -169,7 +169,7 @@ def certainly_wrong(hint: Any, value: Any) -> bool:
         if value is None or isinstance(value, bool):
             return type(value) not in allowed
         return not isinstance(value, int | float) or (isinstance(value, float) and not allowed & {float})
-    if allowed == {tuple[str, ...]}:
+    if allowed in ({Sequence[str]}, {tuple[str, ...]}):
         return not isinstance(value, list | tuple | set) or not all(isinstance(entry, str) for entry in value)
     if all(inspect.isclass(kind) and kind.__module__.startswith(("lightning_prune", "torch.nn")) for kind in allowed):
         return not isinstance(value, tuple(allowed))
