@@ -18,6 +18,7 @@ from lightning_prune.models.copying import copied
 from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import integer, number, text
 from lightning_prune.validation.values import shown
@@ -109,6 +110,10 @@ class Distillation(Callback):
         self._backwards = 0
         self._distances: list[Tensor] = []
         self._losses: list[Tensor] = []  # of the dense model, the first ones and the last ones
+
+    @override
+    def __repr__(self) -> str:
+        return call_text(self)
 
     @property
     @override

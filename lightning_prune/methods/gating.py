@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lightning_prune.training.compat import EarlyStopping, ModelCheckpoint
 from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.representation import call_text
 
 
 def target_reached(trainer: Trainer) -> bool:
@@ -26,6 +27,12 @@ class SparseModelCheckpoint(ModelCheckpoint):
     """
 
     waits_for_target: ClassVar[bool] = True
+
+    @override
+    def __repr__(self) -> str:
+        steps, epochs = (vars(self).get(f"_every_n_{unit}") for unit in ("train_steps", "epochs"))
+        epochs = None if epochs in (0, 1) else epochs  # what Lightning makes of None: 1, or 0 with a number of steps
+        return call_text(self, every_n_train_steps=steps or None, every_n_epochs=epochs)
 
     @override
     def on_train_batch_end(
@@ -55,6 +62,10 @@ class SparseEarlyStopping(EarlyStopping):
     """
 
     waits_for_target: ClassVar[bool] = True
+
+    @override
+    def __repr__(self) -> str:
+        return call_text(self, min_delta=abs(vars(self).get("min_delta", 0.0)))  # its sign is that of the mode
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

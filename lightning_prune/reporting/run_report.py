@@ -27,6 +27,7 @@ from lightning_prune.reporting.yaml_config import as_yaml, plain
 from lightning_prune.tensors.distributed import local, reshard, whole
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import flag
 from lightning_prune.validation.instances import path as as_path
@@ -74,6 +75,10 @@ class PruningReport(Callback):
         self._levels: list[float] = []
         self._earlier: dict[str, Tensor] = {}
         self._validated: set[str] = set()
+
+    @override
+    def __repr__(self) -> str:
+        return call_text(self)
 
     @property
     @override

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from lightning_prune.training.representation import parameters_of
 from lightning_prune.validation.values import scalar
 
 
@@ -71,25 +72,11 @@ def arguments_of(value: Any) -> dict[str, Any]:
     """
     cls = type(value)
     found: dict[str, Any] = {}
-    for name, (parameter, own) in _parameters(cls).items():
+    for name, (parameter, own) in parameters_of(cls).items():
         argument = getattr(value, name, parameter.default)
         # a preset may fix an argument of its base, and then takes it no more
         if not _same(argument, parameter.default) and (own or _takes(cls, {**found, name: argument})):
             found[name] = argument
-    return found
-
-
-def _parameters(cls: type) -> dict[str, tuple[inspect.Parameter, bool]]:
-    """Return the parameters of a class and, as far as it passes on keywords, of its bases; and which are its own."""
-    found: dict[str, tuple[inspect.Parameter, bool]] = {}
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    own = True
-    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
-        parameters = [*inspect.signature(vars(base)["__init__"]).parameters.values()][1:]
-        found |= {p.name: (p, own) for p in parameters if p.kind in named and p.name not in found}
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            break
-        own = False
     return found
 
 

@@ -24,6 +24,7 @@ from lightning_prune.training.consistency import fitting, restore
 from lightning_prune.training.enforcement import Holding, entrywise, forget_entries
 from lightning_prune.training.gradient_readers import reads_after_backward, reads_before_step
 from lightning_prune.training.judges import judges
+from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import flag, patterns
 
@@ -55,6 +56,10 @@ class MaskedTraining(Callback):
         self._holding = Holding()
         self._running: weakref.ref[nn.Module] | None = None  # the model of the run that a trainer is in, of any kind
         self.forget()
+
+    @override
+    def __repr__(self) -> str:
+        return call_text(self)
 
     def forget(self) -> None:
         """Forget masks and everything else about a run, and let go of its model."""

@@ -1,0 +1,88 @@
+"""Representation: an object as the call that makes one like it, without the arguments that have their defaults."""
+
+import inspect
+import math
+from types import BuiltinFunctionType, FunctionType, NoneType
+from typing import Any
+
+_PACKAGE = __name__.partition(".")[0]
+_PLAIN = (bool, int, float, str, NoneType)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
+
+
+def call_text(made: object, **instead: Any) -> str:
+    """Return the call that makes an object like this one, from the attributes that are named like its arguments.
+
+    It runs no code but this package's: a user's objects are shown by the names of their classes. Attributes may be
+    missing, as they are while an object is made.
+
+    Args:
+        made: The object.
+        **instead: Arguments that its attributes hold in another form.
+
+    >>> from lightning_prune import Channel, Pruning
+    >>> call_text(Pruning(0.9, granularity=Channel(), schedule="linear"))
+    "Pruning(0.9, granularity=Channel(), schedule='linear')"
+    """
+    cls = type(made)
+    kept = {**vars(made), **instead}
+    given = []
+    for place, (name, (parameter, _)) in enumerate(parameters_of(cls).items()):
+        value = kept.get(name, kept.get(f"_{name}", parameter.default))
+        if _differs(value, parameter.default):
+            by_place = place == 0 and parameter.default in (None, parameter.empty) and not isinstance(value, bool)
+            given.append(_text(value) if by_place else f"{name}={_text(value)}")
+    return f"{cls.__name__}({', '.join(given)})"
+
+
+def parameters_of(cls: type) -> dict[str, tuple[inspect.Parameter, bool]]:
+    """Return the parameters of a class and, as far as it passes on keywords, of its bases; and which are its own."""
+    found: dict[str, tuple[inspect.Parameter, bool]] = {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = True
+    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
+        parameters = [*inspect.signature(vars(base)["__init__"]).parameters.values()][1:]
+        found |= {p.name: (p, own) for p in parameters if p.kind in named and p.name not in found}
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+        own = False
+    return found
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is default:
+        return False
+    return not _is_told(value) or _text(value) != _text(default)  # 1 step is not all of the run, 1.0
+
+
+def _is_told(value: Any) -> bool:
+    """Return whether the text of a value says all about it."""
+    return type(value) in (*_PLAIN, tuple, list, dict) or _is_ours(value)
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == _PACKAGE
+
+
+def _text(value: Any) -> str:
+    kind = type(value)
+    if kind in (tuple, list, dict) and value:
+        return _container_text(value)
+    if kind is float and not math.isfinite(value):
+        return f"float('{value}')"
+    if kind in (*_PLAIN, tuple, list, dict):
+        return repr(value)
+    if kind in _FUNCTIONS:
+        return str(value.__name__)
+    if kind.__module__.startswith("pathlib"):
+        return repr(str(value))
+    return call_text(value) if _is_ours(value) else f"{kind.__name__}(...)"
+
+
+def _container_text(value: tuple[Any, ...] | list[Any] | dict[Any, Any]) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_text(key)}: {_text(entry)}' for key, entry in value.items())}}}"
+    entries = ", ".join(map(_text, value))
+    if isinstance(value, list):
+        return f"[{entries}]"
+    return f"({entries},)" if len(value) == 1 else f"({entries})"
