@@ -30,9 +30,11 @@ class SparseModelCheckpoint(ModelCheckpoint):
 
     @override
     def __repr__(self) -> str:
+        private = ("train_time_interval", "save_on_train_epoch_end", "enable_version_counter")
+        kept = {name: vars(self)[f"_{name}"] for name in private if f"_{name}" in vars(self)}
         steps, epochs = (vars(self).get(f"_every_n_{unit}") for unit in ("train_steps", "epochs"))
         epochs = None if epochs in (0, 1) else epochs  # what Lightning makes of None: 1, or 0 with a number of steps
-        return call_text(self, every_n_train_steps=steps or None, every_n_epochs=epochs)
+        return call_text(self, every_n_train_steps=steps or None, every_n_epochs=epochs, **kept)
 
     @override
     def on_train_batch_end(

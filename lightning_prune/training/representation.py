@@ -28,7 +28,7 @@ def call_text(made: object, **instead: Any) -> str:
     kept = {**vars(made), **instead}
     given = []
     for place, (name, (parameter, _)) in enumerate(parameters_of(cls).items()):
-        value = kept.get(name, kept.get(f"_{name}", parameter.default))
+        value = kept.get(name, parameter.default)
         if _differs(value, parameter.default):
             by_place = place == 0 and parameter.default in (None, parameter.empty) and not isinstance(value, bool)
             given.append(_text(value) if by_place else f"{name}={_text(value)}")
