@@ -38,7 +38,8 @@ def instance(argument: str, value: Any, cls: type[T]) -> T:
 def _pass(value: Any, cls: type) -> str:
     """Return the call that may have been meant."""
     if isinstance(value, str):
-        value = next((kind for kind in _subclasses(cls) if kind.__name__.lower() == value.lower()), None)
+        name = value.replace("_", "").lower()
+        value = next((kind for kind in _subclasses(cls) if kind.__name__.lower() == name), None)
     is_one = isinstance(value, type) and cls in value.__mro__[1:]
     return f": pass {_call(value)}" if is_one else ""
 
