@@ -35,7 +35,7 @@ def prune(
     *,
     criterion: Criterion = Magnitude(),
     granularity: Granularity = Weight(),
-    scope: str | Scope = "global",
+    scope: scopes.ScopeName | Scope = "global",
     targets: Sequence[str] = (),
     ignore: Sequence[str] = (),
     threshold: float | None = None,

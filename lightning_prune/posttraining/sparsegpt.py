@@ -40,7 +40,7 @@ def sparsegpt(
     blocksize: int = 128,
     damping: float = 0.01,
     sequential: str | None = None,
-    scope: str | scopes.Scope = "local",
+    scope: scopes.ScopeName | scopes.Scope = "local",
 ) -> Masks:
     """Prune every target by its own sparsity and reconstruct what it outputs for the data, in place; return the masks.
 
