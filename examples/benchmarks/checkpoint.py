@@ -1,7 +1,7 @@
 """What masks add to a checkpoint: `python examples/benchmarks/checkpoint.py [--full]`.
 
-The same model is saved and loaded with and without a callback, as Lightning does it: `Trainer.save_checkpoint`, and all
-of `Trainer.fit(ckpt_path=...)` up to the first step.
+The same model is saved and loaded with and without a callback, the way Lightning does it: `Trainer.save_checkpoint`,
+and all of `Trainer.fit(ckpt_path=...)` up to the first step.
 """
 
 import tempfile
@@ -25,14 +25,14 @@ KINDS = ("dense", "weights", "channels", "sensitivity, in its window", "entropy,
 
 
 class Stop(Callback):
-    """Ends a run as soon as everything is restored."""
+    """Stops a run as soon as everything is restored."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
 
 def callbacks(kind: str) -> list[Callback]:
-    """Return the callback of a kind; those that observe are saved in the middle of a window, with masks in force."""
+    """Return the callback of a kind; those with a window are saved in the middle of it, with masks in place."""
     window = {"schedule": "linear", "start": 0, "end": 30, "frequency": 15, "window": 15}
     made = {
         "dense": list,
@@ -54,14 +54,14 @@ def loader(task: Task) -> DataLoader:
 
 
 def trained(task: Task, kind: str) -> Trainer:
-    """Return a trainer that has taken some steps, so that the optimizer has all its state."""
+    """Return a trainer after some steps, so that the optimizer has all its state."""
     trainer = make_trainer(STEPS, callbacks(kind))
     trainer.fit(Module(task), loader(task))
     return trainer
 
 
 def restore(module: Module, task: Task, kind: str, path: Path) -> None:
-    """Do all that Lightning does from a path to the first step."""
+    """Do everything that Lightning does from a path to the first step."""
     trainer = make_trainer(STEPS + 1, [*callbacks(kind), Stop()])
     trainer.fit(module, loader(task), ckpt_path=path, weights_only=True)
 
@@ -103,14 +103,14 @@ def _added(seconds: list[float], baseline: list[float]) -> float:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Draw what is added to the bytes, and to the times."""
+    """Plot the bytes and the times that masks add."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained", sharey=True)
     rows = [row for row in rows if row["callback"] != "dense" and row["model"] == "mlp"]
     names = [row["callback"] for row in rows]
     bars = left.barh(names, [row["share_of_weights"] for row in rows])
     left.bar_label(bars, fmt="%.3f", padding=3)
-    left.axvline(1 / 32, color="black", linewidth=1, linestyle=":", label="one bit a weight (1/32)")
-    left.set_xlabel("bytes added (bytes of the weights = 1)")
+    left.axvline(1 / 32, color="black", linewidth=1, linestyle=":", label="one bit per weight (1/32)")
+    left.set_xlabel("bytes added (weights = 1)")
     left.margins(x=0.15)
     left.legend()
     for place, (what, label) in enumerate((("save", "save"), ("load", "load"))):

@@ -1,8 +1,8 @@
-"""From which sparsity on CSR is faster than dense: `python examples/benchmarks/csr.py [--full]`.
+"""The sparsity from which CSR is faster than dense: `python examples/benchmarks/csr.py [--full]`.
 
 Linear layers of several sizes with random zeros, at several batch sizes, on one core: CPU time of `CSRLinear` against
-`nn.Linear`, as the median of ratios within rounds. The last column is the least sparsity from which on, up to 98 %,
-CSR is faster at every batch size; `lightning_prune.export.sparse_layers` takes its limits from there.
+`nn.Linear`, as the median of the ratios within rounds. The last column is the lowest sparsity from which, up to 98 %,
+CSR is faster at every batch size; `lightning_prune.export.sparse_layers` takes its defaults from it.
 """
 
 import time
@@ -20,13 +20,13 @@ BATCHES = [1, 8, 32, 128]
 
 @torch.inference_mode()
 def repeat(layer: nn.Module, inputs: Tensor, times: int) -> None:
-    """Run a layer so often that the clock is fine enough."""
+    """Run a layer often enough for the resolution of the clock."""
     for _ in range(times):
         layer(inputs)
 
 
 def speed_up(size: int, sparsity: float, batch: int, rounds: int) -> float:
-    """Return how many times faster CSR is than dense."""
+    """Return the speed-up of CSR over dense."""
     linear = nn.Linear(size, size)
     with torch.no_grad():
         linear.weight[torch.rand_like(linear.weight) < sparsity] = 0.0
@@ -38,7 +38,7 @@ def speed_up(size: int, sparsity: float, batch: int, rounds: int) -> float:
 
 
 def main() -> None:
-    """Measure every size, sparsity and batch."""
+    """Measure every size, sparsity and batch size."""
     options = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def main() -> None:
     rows, cells = [], [["weight", "batch", *[f"{sparsity:.0%}" for sparsity in SPARSITIES], "faster from"]]
     for size in sizes:
         found = {b: [round(speed_up(size, s, b, rounds), 2) for s in SPARSITIES] for b in BATCHES}
-        least = [min(column) for column in zip(*found.values(), strict=True)]  # of all batch sizes
+        least = [min(column) for column in zip(*found.values(), strict=True)]  # over all batch sizes
         slow = [place for place, times in enumerate(least) if times < 1.0]
         first = slow[-1] + 1 if slow else 0
         limit = SPARSITIES[first] if first < len(SPARSITIES) else None

@@ -1,8 +1,8 @@
-"""What a teacher adds to pruning at 98 %: `python examples/benchmarks/distillation.py [--seeds 10]`.
+"""What distillation adds to pruning at 98 %: `python examples/benchmarks/distillation.py [--seeds 10]`.
 
-LeNet-300-100 on 5,000 real digits. For each seed one dense network is trained for 20 epochs, then pruned to 98 % and
-fine-tuned for 10 epochs, at once or gradually: without a teacher, with the dense network's logits at three
-temperatures (2 is the default), and with the output of its second hidden layer. All settings that were run are shown.
+LeNet-300-100 on 5,000 real digits. For each seed a dense network is trained for 20 epochs, then pruned to 98 % and
+fine-tuned for 10 epochs, one-shot or gradually: without a teacher, with the dense network's logits at three
+temperatures (2 is the default), and with the output of its second hidden layer. Every setting that was run is shown.
 """
 
 import argparse
@@ -40,7 +40,7 @@ QUIET: dict[str, Any] = {
 
 
 def fit(model: LeNet, data: MNIST5k, epochs: int, *callbacks: Any) -> float:
-    """Train, and return the accuracy on the held-out digits in percent."""
+    """Train, and return the accuracy in percent on the held-out digits."""
     Trainer(max_epochs=epochs, limit_val_batches=0, callbacks=list(callbacks), **QUIET).fit(model, datamodule=data)
     return 100 * Trainer(**QUIET).validate(model, datamodule=data, verbose=False)[0]["val_acc"]
 
@@ -51,7 +51,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train and prune for each seed; print means, standard deviations and what the teacher adds seed by seed."""
+    """Train and prune for each seed; print means, standard deviations and the paired gains of the teacher."""
     parser = argparse.ArgumentParser(description="Pruning to 98 % with and without a teacher.")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sparsity", type=float, default=0.98)

@@ -1,14 +1,14 @@
-"""Marked: what benchmarks write into pages, between two lines that name it."""
+"""Marked text: what benchmarks write into pages, between two lines that name it."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
 def replace(path: Path, name: str, text: str) -> None:
-    """Put text between the markers of that name in a page.
+    """Replace the text between the markers of that name in a page.
 
     Raises:
-        ValueError: If the page does not have each of the two markers once.
+        ValueError: If the page does not have each of the two markers exactly once.
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     page = path.read_text()
@@ -19,6 +19,6 @@ def replace(path: Path, name: str, text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,8 +1,8 @@
-"""What one update of the masks costs: `python examples/benchmarks/mask_update.py [--full]`.
+"""What one mask update costs: `python examples/benchmarks/mask_update.py [--full]`.
 
-From 1 to 100 M weights (`--full`: 1,000 M, 4 GB), in tensors of up to 16.8 M: the time of an update and the most memory
-it takes beyond weights and masks in force, beside `torch.nn.utils.prune.global_unstructured` and beside the least that
-any update must do, one pass that reads every weight and takes its absolute value.
+From 1 to 100 M weights (`--full`: 1,000 M, 4 GB), in tensors of up to 16.8 M: the time of an update and its peak memory
+beyond the weights and the current masks. Compared with `torch.nn.utils.prune.global_unstructured`, and with the minimum
+that any update must do: one pass that reads every weight and takes its absolute value.
 """
 
 import time
@@ -30,12 +30,12 @@ SIZES = {  # weights: number of tensors, side of each
     "1,000 M": (60, 4096),
 }
 PASS = "one pass of abs"
-MASK = "one comparison into fresh masks"
+MASK = "one comparison into new masks"
 TORCH = "prune.global_unstructured"
 
 
 def make_model(count: int, side: int) -> nn.Module:
-    """Return as many square linear layers, with normally distributed weights."""
+    """Return that many square linear layers with normally distributed weights."""
     layers = [nn.Linear(side, side, bias=False, device="meta").to_empty(device="cpu") for _ in range(count)]
     for layer in layers:
         nn.init.normal_(layer.weight, std=0.02)
@@ -43,7 +43,7 @@ def make_model(count: int, side: int) -> nn.Module:
 
 
 class Update:
-    """The masks that a callback computes when an update is due, with the masks of an earlier one in force."""
+    """A mask update as a callback makes it, on top of the masks of an earlier one."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Update:
 
 
 def updates(model: nn.Module) -> dict[str, Callable[[], Update]]:
-    """Return what makes each kind of update; the first name is the one that the others are compared with."""
+    """Return a factory for each kind of update; the others are compared with the first."""
     return {
         "global": partial(Update, model),
         "global, first": partial(Update, model, first=True),
@@ -83,7 +83,7 @@ def updates(model: nn.Module) -> dict[str, Callable[[], Update]]:
 
 @dataclass(frozen=True)
 class Counted(Magnitude):
-    """Magnitude that counts how many weights it is asked to score."""
+    """Magnitude that counts the weights it is asked to score."""
 
     entrywise = True
     asked: list[int] = field(default_factory=list)
@@ -103,7 +103,7 @@ def passes(model: nn.Module, **arguments: Any) -> float:
 
 
 def one_pass(model: nn.Module) -> None:
-    """Read every weight and take its absolute value, into memory that stays in the cache."""
+    """Read every weight and take its absolute value, into a buffer that stays in the cache."""
     room = torch.empty(1 << 18)
     for layer in model:
         for piece in layer.weight.detach().view(-1).split(len(room)):
@@ -111,23 +111,23 @@ def one_pass(model: nn.Module) -> None:
 
 
 def compare(model: nn.Module) -> list[torch.Tensor]:
-    """Compare every weight with a number, and write new masks: the memory for them is handed out page by page."""
+    """Compare every weight with a number and write new masks, whose memory the system hands out page by page."""
     room = torch.empty(1 << 18)
     masks = [torch.empty(layer.weight.shape, dtype=torch.bool) for layer in model]
     for layer, mask in zip(model, masks, strict=True):
         for piece, part in zip(*(t.detach().view(-1).split(len(room)) for t in (layer.weight, mask)), strict=True):
-            part.copy_(torch.gt(piece, 0.02, out=room[: len(piece)]))  # no faster in one step: bools are not vectorised
+            part.copy_(torch.gt(piece, 0.02, out=room[: len(piece)]))  # one step is no faster: comparisons into bools are not vectorised
     return masks
 
 
 def with_torch(model: nn.Module) -> None:
-    """Prune with what comes with torch."""
+    """Prune with torch.nn.utils.prune."""
     parameters = [(layer, "weight") for layer in model]
     prune.global_unstructured(parameters, pruning_method=prune.L1Unstructured, amount=0.9)
 
 
 def undo(model: nn.Module) -> None:
-    """Make the layers what they were before ``with_torch``."""
+    """Restore the layers as they were before ``with_torch``."""
     for layer in model:
         if prune.is_pruned(layer):
             original = layer.weight_orig.detach().clone()
@@ -143,7 +143,7 @@ def measure(size: str, rounds: int, torch_too: bool, full: bool) -> list[dict[st
     memory: dict[str, int | None] = {}
     kinds = updates(model)
     if weights > (10**9 if full else 10**8) // 2:
-        kinds = {"global": kinds["global"]}  # enough to see how time grows
+        kinds = {"global": kinds["global"]}  # enough to see how the time grows
     for name, make in kinds.items():
         update = make()
         found = alternate({PASS: partial(one_pass, model), name: update}, rounds, clock=time.process_time)
@@ -187,7 +187,7 @@ def measure(size: str, rounds: int, torch_too: bool, full: bool) -> list[dict[st
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Draw time and memory against the number of weights."""
+    """Plot time and memory against the number of weights."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for name in dict.fromkeys(row["update"] for row in rows):
         found = [row for row in rows if row["update"] == name]
@@ -196,8 +196,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
         left.loglog(weights, [row["seconds"] for row in found], **style)
         if found[0]["peak_memory_by_weights"] is not None:
             right.loglog(weights, [row["peak_memory_by_weights"] for row in found], **style)
-    left.set_ylabel("time of an update (s)")
-    right.set_ylabel("peak extra memory (bytes of the weights = 1)")
+    left.set_ylabel("time per update (s)")
+    right.set_ylabel("peak extra memory (weights = 1)")
     for axes in (left, right):
         axes.set_xlabel("weights")
         axes.grid(alpha=0.3, which="both")
@@ -220,7 +220,7 @@ def main() -> None:
             2, min(20, 4 * 10**8 // weights) if options.full else min(5, 3 * 10**8 // weights)
         )
         found = measure(size, rounds, weights < 10**8 or (options.full and weights < 10**9), options.full)
-        head = [f"{size} weights", "s", "ns a weight", "x one pass", "x global", "peak memory / weights"]
+        head = [f"{size} weights", "s", "ns per weight", "x one pass", "x global", "peak memory / weights"]
         columns = ["seconds", "nanoseconds_per_weight", "ratio_to_pass", "ratio_to_global", "peak_memory_by_weights"]
         cells = [[row["update"], *(f"{row[c]:g}" if row.get(c) is not None else "" for c in columns)] for row in found]
         print(table([head, *cells]), end="\n\n", flush=True)

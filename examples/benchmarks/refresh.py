@@ -12,31 +12,31 @@ MODELS = {
     "transformer": "transformer of 3.7 M weights, 512 tokens",
 }
 TORCH = "prune.global_unstructured"
-MASK = "one comparison into fresh masks"
+MASK = "one comparison into new masks"
 FLOOR = "floor: weights times 1"
 STEPS = {
-    "lightning_prune, weights": "90 % of the weights masked",
-    "lightning_prune, channels": "90 % of the channels masked",
-    "ModelPruning, weights": "90 % of the weights, by `ModelPruning`",
-    "ModelPruning, channels": "90 % of the channels, by `ModelPruning`",
-    FLOOR: "floor: all weights times 1, in place, after the step",
-    "sensitivity, in its window": "sensitivity is observed",
-    "entropy, in its window": "entropy is observed",
-    "movement, in its window": "movement is observed",
-    "wanda, in its window": "Wanda is observed",
-    "sensitivity, outside its window": "outside the window of sensitivity",
-    "inference, weights": "inference, 90 % of the weights masked",
+    "lightning_prune, weights": "90 % of weights masked",
+    "lightning_prune, channels": "90 % of channels masked",
+    "ModelPruning, weights": "90 % of weights, `ModelPruning`",
+    "ModelPruning, channels": "90 % of channels, `ModelPruning`",
+    FLOOR: "floor: multiply all weights by 1 in place after the step",
+    "sensitivity, in its window": "inside the window of `SensitivityPruning`",
+    "entropy, in its window": "inside the window of `EntropyPruning`",
+    "movement, in its window": "inside the window of `MovementPruning`",
+    "wanda, in its window": "inside the window of `WandaPruning`",
+    "sensitivity, outside its window": "outside the window of `SensitivityPruning`",
+    "inference, weights": "inference, 90 % of weights masked",
 }
 
 
 def steps() -> list[str]:
-    """Return a table of training steps: a column for each model and number of threads that were measured."""
+    """Return a table of training steps, with a column for each model and number of threads."""
     rows = [row for row in load("step_overhead")["rows"] if "variant" in row]
     columns = list(dict.fromkeys((row["model"], row["threads"], row["clock"]) for row in rows))
     found = {(row["variant"], row["model"], row["threads"]): row["ratio"] for row in rows}
     names = [f"{_run(model, threads)}, {clock} time" for model, threads, clock in columns]
     lines = [
-        f"| time of a training step, dense = 1 | {' | '.join(names)} |",
+        f"| time per training step, dense = 1 | {' | '.join(names)} |",
         f"|---{'|---' * len(columns)}|",
     ]
     for variant, what in STEPS.items():
@@ -51,35 +51,35 @@ def _run(model: str, threads: int) -> str:
 
 
 def updates() -> list[str]:
-    """Return rows on updates of the masks, and on the memory of the largest."""
+    """Return rows on mask updates, and on the peak memory of the largest."""
     content = load("mask_update")["rows"]
     found = {(row["size"], row["update"]): row for row in content}
     rows = []
     for size in dict.fromkeys(row["size"] for row in content):
         ours, theirs = found[size, "global"], found.get((size, TORCH))
         times = f"{_seconds(theirs['seconds'])}, {theirs['ratio_to_global']:.0f} times as long" if theirs else ""
-        rows.append(f"| global update of masks, {size} weights | {_seconds(ours['seconds'])} | {times} |")
+        rows.append(f"| global mask update, {size} weights | {_seconds(ours['seconds'])} | {times} |")
     rows = [row.replace("as long |", f"as long (`{TORCH}`) |") for row in rows]
     peaks = {row["update"]: row for row in content if row["peak_memory_by_weights"] is not None}  # the largest of each
     if "global" in peaks:
-        rows.append(f"| most memory it takes meanwhile | {_peak(peaks['global'])} | {_peak(peaks.get(TORCH))} |")
+        rows.append(f"| its peak extra memory | {_peak(peaks['global'])} | {_peak(peaks.get(TORCH))} |")
     return rows
 
 
 def _peak(row: dict[str, Any] | None) -> str:
-    return f"{row['peak_memory_by_weights']:.2g} x the bytes of {row['size']} weights" if row else ""
+    return f"{row['peak_memory_by_weights']:.2g} x the bytes of the {row['size']} weights" if row else ""
 
 
 def rest() -> list[str]:
-    """Return rows on checkpoints and on the import."""
+    """Return rows on checkpoints and on import time."""
     masks = next(row for row in load("checkpoint")["rows"] if row["callback"] == "weights")
     imports = {row["code"]: row["seconds"] for row in load("import_time")["rows"]}
     return [
         f"| masks in a checkpoint of the MLP | {masks['bytes_added'] / 1e6:.2f} MB, "
-        f"{masks['share_of_weights']:.3f} of the weights' bytes | {masks['bytes'] / 1e6:.0f} MB with them |",
-        f"| to save them; to load them | {_seconds(masks['save_seconds_added'])}; "
+        f"{masks['share_of_weights']:.3f} of the weights' bytes | {masks['bytes'] / 1e6:.0f} MB with masks |",
+        f"| saving them; loading them | {_seconds(masks['save_seconds_added'])}; "
         f"{_seconds(masks['load_seconds_added'])} | {_seconds(masks['save_seconds'])}; "
-        f"{_seconds(masks['load_seconds'])} with them |",
+        f"{_seconds(masks['load_seconds'])} with masks |",
         f"| `import lightning_prune` after Lightning | {_seconds(imports['import lightning_prune after it'])} | "
         f"{_seconds(imports['import lightning.pytorch'])} (`import lightning.pytorch`) |",
     ]
@@ -92,36 +92,36 @@ def _seconds(seconds: float) -> str:
 
 
 def make_table() -> str:
-    """Return the table with a line on the machine."""
+    """Return the tables, and a line on the machine."""
     contents = [load(name) for name in ("step_overhead", "mask_update", "checkpoint", "import_time")]
     machines = dict.fromkeys(describe(content["machine"]) for content in contents)
     loads = [content["machine"]["load"] for content in contents]
-    others = f"medians of runs that take turns; other processes ran, with load averages up to {max(loads):g}"
-    rows = [*steps(), "", "| | lightning_prune | beside |", "|---|---|---|", *updates(), *rest()]
+    others = f"medians of alternating runs; other processes were running, load average up to {max(loads):g}"
+    rows = [*steps(), "", "| | lightning_prune | compared with |", "|---|---|---|", *updates(), *rest()]
     return "\n".join(
         [
             *rows,
             "",
-            f"Measured on {'; '.join(machines)}; where nothing else is said one thread and processor time, {others}.",
+            f"Measured on {'; '.join(machines)}; one thread and CPU time unless stated otherwise; {others}.",
         ]
     )
 
 
 def make_scale() -> str:
-    """Return how the time of an update grows: two numbers, what follows from them, and what was measured."""
+    """Return how the time of an update grows: two fitted numbers, their predictions, and the measurements."""
     content = load("mask_update")["rows"]
     rows = [row for row in content if row["update"] == "global"]
     mask = [row for row in content if row["update"] == MASK][-1]
     first, last = rows[0], next(row for row in rows if row["size"] == "100 M")
-    # what a weight and what a target costs, from two sizes: the others test it
+    # fit the cost of a weight and of a target to two sizes; the other sizes test the fit
     n, t, s = first["weights"], first["targets"], first["seconds"]
     m, u, r = last["weights"], last["targets"], last["seconds"]
     each = (r * t - s * u) / (m * t - n * u)
     apart = max(0.0, (s - n * each) / t)
     lines = [
-        f"{1e9 * each:.2f} ns a weight and {1e3 * apart:.2f} ms a target; a weight is scored "
-        f"{rows[-1]['passes']:.2f} times, and one pass that only reads it and takes its absolute value is 1/"
-        f"{rows[-1]['ratio_to_pass']:.0f} of the time. One comparison of every weight that writes new masks takes "
+        f"{1e9 * each:.2f} ns per weight and {1e3 * apart:.2f} ms per target. Each weight is scored "
+        f"{rows[-1]['passes']:.2f} times. A pass that only reads a weight and takes its absolute value takes 1/"
+        f"{rows[-1]['ratio_to_pass']:.0f} of the time; comparing every weight and writing new masks takes "
         f"{mask['ratio_to_pass']:.1f} such passes.",
         "",
         "| weights | targets | model | measured | measured / model |",
@@ -135,7 +135,7 @@ def make_scale() -> str:
         )
     lines += [
         "",
-        "| predicted, on one core for each rank | weights of a rank | targets | an update |",
+        "| predicted, one core per rank | weights per rank | targets | update |",
         "|---|---|---|---|",
     ]
     for name, held, matrices in (
@@ -148,13 +148,13 @@ def make_scale() -> str:
 
 
 def make_step() -> str:
-    """Return what a step with masks consists of, and what it adds to a dense one beside the floor."""
+    """Return what a step with masks consists of, and what masks add to a dense step, next to the floor."""
     rows = load("step_overhead")["rows"]
     parts = [row for row in rows if "operation" in row]
     found = {(row["variant"], row["model"], row["threads"]): row for row in rows if "variant" in row}
-    lines = [f"| part of a step of the {parts[0]['model']} with masks on its weights | share |", "|---|---|"]
+    lines = [f"| operation in a step of the {parts[0]['model']} with masks on weights | share |", "|---|---|"]
     lines += [f"| {row['operation']} | {row['share']:.1%} |" for row in parts]
-    lines += ["", "| added to a dense step | floor | masks on weights | masks on channels |", "|---|---|---|---|"]
+    lines += ["", "| overhead over a dense step | floor | masks on weights | masks on channels |", "|---|---|---|---|"]
     for (variant, model, threads), dense in found.items():
         if variant == "dense":
             what = (FLOOR, "lightning_prune, weights", "lightning_prune, channels")
@@ -165,7 +165,7 @@ def make_step() -> str:
 
 
 def main() -> None:
-    """Refresh the README and the page on scale."""
+    """Rewrite the tables of the README and of scale.md."""
     scale = Path(__file__).with_name("scale.md")
     replace(scale, "bench", make_scale())
     replace(scale, "step", make_step())

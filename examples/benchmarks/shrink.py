@@ -1,9 +1,9 @@
 """What shrinking saves: `python examples/benchmarks/shrink.py [--full]`.
 
-A network of the size of ResNet-18 and one like MobileNet-v2, with random weights, lose the same part of the channels
-of every layer, so that 30, 50 and 70 % of the FLOPs go: by `prune` and `shrink`, and by Torch-Pruning's own pruner with
-the L1 norm and the ratio of channels that this comes to. Channels are kept in multiples of eight. Times are CPU times
-of a forward pass in eval mode on one core, relative to the dense model within rounds, in torch and in ONNX Runtime.
+A network the size of ResNet-18 and one like MobileNet-v2, with random weights, lose the same fraction of the channels
+of every layer, so that 30, 50 and 70 % of the FLOPs are removed: by `prune` and `shrink`, and by Torch-Pruning's own
+pruner with the L1 norm and the same ratio of channels. Channels stay in multiples of eight. Times are CPU times of a
+forward pass in eval mode on one core, relative to the dense model in the same round, in torch and in ONNX Runtime.
 """
 
 import io
@@ -34,7 +34,7 @@ MODELS = {"resnet18": cnn, "mobilenet": mobilenet}
 REMOVED = [0.3, 0.5, 0.7]
 BATCHES = [1, 32]
 MULTIPLE = 8
-GOAL = 1.25  # times the FLOPs that are left: the most that the latency may be, relative to the dense model, at batch 32
+GOAL = 1.25  # the target: latency at batch 32, relative to dense, is at most this times the fraction of FLOPs left
 
 
 def example(batch: int = 2) -> Tensor:
@@ -47,7 +47,7 @@ def flops(model: nn.Module) -> int:
 
 
 def masked(model: nn.Module, removed: float) -> nn.Module:
-    """Return a copy that needs this part less of the FLOPs, the same part of the channels of every layer being zero."""
+    """Return a copy with this fraction of the FLOPs removed: the same fraction of channels is zero in every layer."""
     model = deepcopy(model)
     channels = Channel(coupled=True, round_to=MULTIPLE)
     prune(model, removed, of="flops", granularity=channels, scope="local", example_inputs=example())
@@ -60,7 +60,7 @@ def width(model: nn.Module) -> int:
 
 
 def peer(model: nn.Module, ratio: float) -> nn.Module:
-    """Return a copy that Torch-Pruning has made smaller."""
+    """Return a copy pruned by Torch-Pruning."""
     model = deepcopy(model).eval()
     *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=1)
@@ -88,7 +88,7 @@ def forward_onnx(session: onnxruntime.InferenceSession, inputs: Any, times: int)
 
 
 def exported(model: nn.Module, folder: Path, name: str) -> onnxruntime.InferenceSession:
-    """Return a session of one thread."""
+    """Return a session with one thread."""
     export_onnx(model, example(), folder / f"{name}.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -96,7 +96,7 @@ def exported(model: nn.Module, folder: Path, name: str) -> onnxruntime.Inference
 
 
 def latencies(models: dict[str, nn.Module], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return milliseconds of every model, and their ratio to those of the first one."""
+    """Return the milliseconds of every model, and their ratio to the first one."""
     found: dict[str, dict[str, Any]] = {name: {} for name in models}
     with tempfile.TemporaryDirectory() as folder:
         sessions = {
@@ -119,11 +119,11 @@ def latencies(models: dict[str, nn.Module], rounds: int) -> dict[str, dict[str, 
 
 
 def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for the dense model, and two for each part of the FLOPs that goes."""
+    """Return a row for the dense model, and two for each fraction of FLOPs removed."""
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):  # so that zeros have an effect that removal could miss
+        if isinstance(norm, nn.BatchNorm2d):  # so that a wrong removal would show
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.1)
     inputs = example()
@@ -166,7 +166,7 @@ def tabulate(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Draw the time over the FLOPs that are left, with the goal."""
+    """Plot the time against the FLOPs left, with the target."""
     kinds = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(kinds), figsize=(9, 4), layout="constrained", sharey=True, squeeze=False)
     for place, kind in zip(axes[0], kinds, strict=True):

@@ -1,12 +1,12 @@
 """What masks cost in every training step: `python examples/benchmarks/step_overhead.py [--full]`.
 
-Each variant trains for some steps in a real Trainer, with a logger and the callback under test; they take turns.
-A step is timed from the start of one batch to the start of the next, so it holds all that a user pays: the loop, the
-hooks, the optimizer, the logging. On one thread the clock is the processor's time, to which other processes add
-nothing; on several it is the wall's, since threads that wait would count as work.
+Each variant trains for some steps in a real Trainer, with a logger and the callback under test; the variants alternate.
+A step is timed from the start of one batch to the start of the next, so it includes everything a user pays for: the
+loop, the hooks, the optimizer, the logging. With one thread the clock is CPU time, which other processes do not affect;
+with more it is wall time, since threads that wait would count as work.
 
-The windows are measured without masks, so that their ratio to dense is what observing adds. The floor is what every
-mask that touches each weight has to pay: one multiplication in place, by 1, after every step.
+Windows are measured without masks, so that their ratio to dense is the cost of observing. The floor is what any mask
+that touches each weight must cost: one multiplication by 1, in place, after every step.
 """
 
 import copy
@@ -40,20 +40,20 @@ from lightning_prune import (
     prune,
 )
 
-STEPS = 10  # in a turn
-SKIPPED = 2  # of them: the optimizer makes its state, and the caches are full of another variant
+STEPS = 10  # per turn
+SKIPPED = 2  # of them: the optimizer creates its state, and the caches hold another variant
 FAR = 10**6  # a step that no run reaches
 SPARSITY = 0.9
 FLOOR = "floor: weights times 1"
 INFERENCE = "inference, weights"
-APPLIES = "aten::_foreach_mul_"  # the operation that applies masks
-ROUNDS = {"mlp": 20, "cnn": 5, "transformer": 8}  # of --full; the steps differ that much in length
+APPLIES = "aten::_foreach_mul_"  # the operation that applies the masks
+ROUNDS = {"mlp": 20, "cnn": 5, "transformer": 8}  # with --full; the lengths of their steps differ that much
 QUICK_ROUNDS = 8
 
 
 def clock(threads: int) -> tuple[str, Callable[[], float]]:
-    """Return what to measure with so many threads, and how to read it."""
-    return ("processor", time.process_time) if threads == 1 else ("wall", time.perf_counter)
+    """Return the name of the clock for this number of threads, and the function to read it."""
+    return ("CPU", time.process_time) if threads == 1 else ("wall", time.perf_counter)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -83,7 +83,7 @@ class Floor(Callback):
 
 
 class Profiled(Callback):
-    """Profiles the steps that are timed elsewhere, the hooks of other callbacks included."""
+    """Profiles steps that are not timed, including the hooks of other callbacks."""
 
     def __init__(self) -> None:
         self.profile = profile(activities=[ProfilerActivity.CPU])
@@ -115,9 +115,9 @@ class PruneAtStart(ModelPruning):
 
 
 def variants(module: Module) -> dict[str, Callable[[], list[Callback]]]:
-    """Return what makes the callbacks of each variant."""
+    """Return a factory for the callbacks of each variant."""
     held = partial(MagnitudePruning, SPARSITY, schedule="one_shot", start=0)
-    window = {"start": STEPS, "end": STEPS, "window": STEPS}  # open in every step, before an update behind the last
+    window = {"start": STEPS, "end": STEPS, "window": STEPS}  # open in every step, ahead of an update after the last one
     return {
         "dense": list,
         FLOOR: lambda: [Floor()],
@@ -161,7 +161,7 @@ def measure(task: Task, threads: int, rounds: int) -> list[dict[str, Any]]:
             module = Module(task)
             seconds[name].append(median(train(module, task, variants(module)[name](), read)))
             del module
-            gc.collect()  # a trainer and what it trained refer to each other
+            gc.collect()  # the trainer and its model refer to each other
     return [
         {
             "model": task.name,
@@ -177,7 +177,7 @@ def measure(task: Task, threads: int, rounds: int) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def infer(task: Task, threads: int, rounds: int) -> dict[str, Any]:
-    """Return a row on the forward pass of a trained model: its masked weights are zeros, which are multiplied too."""
+    """Return a row on the forward pass of a masked model, whose zeros are multiplied like any other number."""
     torch.set_num_threads(threads)
     dense, inputs = task.model().eval(), task.inputs()
     masked = copy.deepcopy(dense)
@@ -196,7 +196,7 @@ def infer(task: Task, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def operations(task: Task) -> list[dict[str, Any]]:
-    """Return a row for each operation that takes a share of a step with masks on weights, on one thread."""
+    """Return a row for each costly operation in a step with masks on weights, on one thread."""
     torch.set_num_threads(1)
     module, profiled = Module(task), Profiled()
     train(module, task, [*variants(module)["lightning_prune, weights"](), profiled], time.process_time)
@@ -205,12 +205,12 @@ def operations(task: Task) -> list[dict[str, Any]]:
     found = {name: event.self_cpu_time_total / total for name, event in events.items()}
     most = sorted(found, key=lambda name: -found[name])[:8]
     masks = events[APPLIES].cpu_time_total / total
-    shares = {**{name: found[name] for name in most}, f"{APPLIES} with all it calls: the masks": masks}
+    shares = {**{name: found[name] for name in most}, f"{APPLIES} and what it calls: the masks": masks}
     return [{"model": task.name, "operation": name, "share": significant(share)} for name, share in shares.items()]
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Draw what is added to dense training as bars, in one panel for each number of threads."""
+    """Plot the overhead over dense training as bars, one panel for each number of threads."""
     rows = [row for row in rows if row["variant"] not in ("dense", INFERENCE)]
     names, models, threads = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "model", "threads"))
     size = (3 + 4.5 * len(threads), 1.2 + len(names) * (0.15 + 0.22 * len(models)))
@@ -225,7 +225,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 axes.text(max(value, 1) + 0.004, y, f"{value:.2f}", va="center", fontsize=8)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_title(f"{count} thread{'s' * (count > 1)}, {clock(count)[0]} time", fontsize=10)
-        axes.set_xlabel("time of a training step (dense training = 1)")
+        axes.set_xlabel("time per training step (dense = 1)")
     axes = panels[0][0]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -241,8 +241,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure and report."""
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--models", nargs="+", choices=MODELS, help="all with --full, otherwise the MLP")
-    arguments.add_argument("--threads", nargs="+", type=int, help="1 2 with --full, otherwise 1")
+    arguments.add_argument("--models", nargs="+", choices=MODELS, help="default: the MLP; all with --full")
+    arguments.add_argument("--threads", nargs="+", type=int, help="default: 1; 1 2 with --full")
     options = arguments.parse_args()
     quiet()
     rows = []

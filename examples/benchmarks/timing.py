@@ -1,4 +1,4 @@
-"""What the benchmarks share: measure in alternation, describe the machine, keep the results."""
+"""Shared by the benchmarks: time functions in alternation, describe the machine, store the results."""
 
 import argparse
 import gc
@@ -18,26 +18,26 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def quiet() -> None:
-    """Let Lightning report errors only."""
+    """Make Lightning log errors only."""
     for namespace in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(namespace).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all benchmarks have."""
+    """Return a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, help="how often everything takes its turn")
-    parser.add_argument("--full", action="store_true", help="all sizes and more rounds, not only the quick ones")
+    parser.add_argument("--rounds", type=int, help="number of rounds; each variant runs once per round")
+    parser.add_argument("--full", action="store_true", help="all sizes and more rounds")
     return parser
 
 
 def machine() -> dict[str, Any]:
-    """Return what a reader has to know about the machine, and nothing that identifies it."""
+    """Return what a reader needs to know about the machine, and nothing that identifies it."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[2], 1),  # more than one: other processes ran meanwhile
+        "load": round(os.getloadavg()[2], 1),  # above 1: other processes were running
         "system": f"{platform.system()}, Python {platform.python_version()}",
         "torch": version("torch"),
         "lightning": version("lightning"),
@@ -57,15 +57,15 @@ def alternate(
     before: dict[str, Callable[[], Any]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every function in every round, in which each runs once, after one round to warm up.
+    """Return the seconds of every function in every round; each runs once per round, after one warm-up round.
 
-    Whatever else the machine does at some moment so falls on all of them alike: compare within rounds (``ratio``).
+    Whatever else the machine is doing then affects all of them alike: compare within rounds (``ratio``).
 
     Args:
-        functions: What to time, by name.
-        rounds: How often.
-        before: What to do before a function of that name, untimed.
-        clock: What to read; ``time.process_time`` counts only what the process itself does.
+        functions: The functions to time, by name.
+        rounds: Number of rounds.
+        before: Called before the function of the same name, untimed.
+        clock: The clock to read; ``time.process_time`` counts only the CPU time of this process.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for count in range(rounds + 1):
@@ -87,10 +87,10 @@ def ratio(seconds: Iterable[float], baseline: Iterable[float]) -> float:
 
 
 def peak_memory(function: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> int | None:
-    """Return the most bytes that the process had in memory during a call above those before it; None if not Linux.
+    """Return the peak memory of the process during a call, in bytes above what it held before; None if not Linux.
 
-    The first of two calls, each after ``before``, allocates what stays allocated once and for all. The kernel's own
-    high-water mark sees every allocation, those of torch too, and misses no peak.
+    The function is called twice, each time after ``before``; the first call makes the allocations that stay. The
+    kernel's high-water mark includes the allocations of torch and misses no peak.
     """
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
@@ -109,7 +109,7 @@ def peak_memory(function: Callable[[], Any], before: Callable[[], Any] = lambda:
 
 
 def _give_back() -> None:
-    """Let the C library return freed memory to the system, so that it does not hide the next allocation."""
+    """Make the C library return freed memory to the system, so that it cannot hide the next allocation."""
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -123,13 +123,13 @@ def _status(field: str) -> int:
 
 
 def save(name: str, full: bool, rows: list[dict[str, Any]]) -> None:
-    """Write the measurements of one benchmark, and say where."""
+    """Write the measurements of one benchmark, and print where."""
     content = write(name, full, rows)
     print(f"\n{describe(content['machine'])}\nwritten: results/{name}.json")
 
 
 def write(name: str, full: bool, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the measurements of one benchmark as JSON, a row each, and return what was written."""
+    """Write the measurements of one benchmark as JSON, one row each, and return what was written."""
     RESULTS.mkdir(exist_ok=True)
     content = {"benchmark": name, "sizes": "full" if full else "quick", "machine": machine(), "rows": rows}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -150,7 +150,7 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Return rows of cells as lines: the first column to the left, the others to the right."""
+    """Return rows of cells as lines, with the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -159,5 +159,5 @@ def table(rows: list[list[str]]) -> str:
 
 
 def significant(value: float, digits: int = 3) -> float:
-    """Return a number rounded to so many digits, to keep the JSON small."""
+    """Return a number rounded to that many significant digits, to keep the JSON small."""
     return float(f"{value:.{digits}g}")

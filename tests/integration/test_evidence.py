@@ -31,11 +31,11 @@ def evidence() -> Iterator[dict[str, ModuleType]]:
     ("gains", "margin", "or_equal", "verdict"),
     [
         ([1.0, 1.2, 0.8, 1.1, 0.9], 0.0, False, "holds"),
-        ([-1.0, -1.2, -0.8, -1.1, -0.9], 0.0, True, "**the reverse holds**"),
-        ([1.0, -1.0, 0.5, -0.4, 0.1], 0.0, False, "**not beyond chance**"),
-        ([1.0, -1.0, 0.5, -0.4, 0.1], 0.0, True, "holds: no worse"),
+        ([-1.0, -1.2, -0.8, -1.1, -0.9], 0.0, True, "**the opposite holds**"),
+        ([1.0, -1.0, 0.5, -0.4, 0.1], 0.0, False, "**not significant**"),
+        ([1.0, -1.0, 0.5, -0.4, 0.1], 0.0, True, "holds: not worse"),
         ([-0.5, -0.4, -0.6, -0.5, -0.5], 1.0, False, "holds"),
-        ([3.0, -0.1, 0.2, -0.1, 0.3], 0.0, False, "**not beyond chance**"),  # one lucky seed
+        ([3.0, -0.1, 0.2, -0.1, 0.3], 0.0, False, "**not significant**"),  # one lucky seed
     ],
 )
 def test_verdicts_are_those_of_a_paired_test(

@@ -1,7 +1,7 @@
 """Test what the papers claim: `python examples/benchmarks/evidence [--full]`.
 
-Small networks on real data, five seeds, the same budget for all methods of a task, and the code that users run. What
-was run already is not run again: delete results/evidence.jsonl to begin anew.
+Small networks on real data, five seeds, the same budget for all methods of a task, and the callbacks as users run them.
+Finished runs are not repeated: delete results/evidence.jsonl to start over.
 """
 
 import argparse
@@ -20,18 +20,18 @@ LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
 DENSE_FIRST = ("gradual", "one-shot", "ACDC", "gradual, ERK", "one-shot, random")
 NEURON_LEVELS = {"mnist": (0.5, 0.75, 0.9, 0.95), "cnn": (0.3, 0.5, 0.7)}
 NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
-FINE_TUNED = ("at the start", "at the start, uniform", "at the start, random", "gradual", "gradual, ERK")
+FINE_TUNED = ("one-shot at start", "one-shot at start, uniform", "one-shot at start, random", "gradual", "gradual, ERK")
 
 
 def quick() -> list[Setting]:
-    """Return what the claims and the peers need, the most important first."""
+    """Return the settings of the claims and the peers, the most important first."""
     settings = [setting for claim in CLAIMS for setting in (claim.one, claim.other)]
     settings.sort(key=lambda setting: setting.task == "rounds")  # the longest last
     return [DENSE, *settings, *(setting for pair in PEERS["mnist"] for setting in pair), Setting("mnist", "ACDC", 0.98)]
 
 
 def full() -> list[Setting]:
-    """Return the curves, and the larger data."""
+    """Return the settings of the curves and of the larger dataset."""
     compared = (*DENSE_FIRST, *(method for methods in GROUPS.values() for method in methods))
     curves = [Setting("mnist", method, level) for level in LEVELS for method in compared]
     neurons = [
@@ -51,11 +51,11 @@ def full() -> list[Setting]:
 
 
 def main() -> None:
-    """Run what is missing, and write tables and the picture."""
+    """Run what is missing, then write the tables and the figure."""
     parser = argparse.ArgumentParser(description="Test what the papers claim.")
-    parser.add_argument("--full", action="store_true", help="all sparsities, and Fashion-MNIST: an hour or two")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, one core each")
-    parser.add_argument("--tables", action="store_true", help="run nothing, only write tables and the picture")
+    parser.add_argument("--full", action="store_true", help="all sparsities, and Fashion-MNIST: takes hours")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes, one core each")
+    parser.add_argument("--tables", action="store_true", help="run nothing, only write the tables and the figure")
     args = parser.parse_args()
     results = Results(RESULTS / "evidence.jsonl")
     if not args.tables:

@@ -1,4 +1,4 @@
-"""What the papers claim, as pairs of settings, and what came of it here."""
+"""What the papers claim, as pairs of settings, and the verdict on our runs."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class Claim:
     """One setting is better than another.
 
     Args:
-        text: The claim, in few words.
-        source: Whose it is.
+        text: The claim, in a few words.
+        source: The paper.
         one: The setting that should be better.
         other: The setting that it should beat.
-        margin: By how many points it may fall short.
-        or_equal: Whether it is enough not to be worse.
+        margin: How many points it may fall short.
+        or_equal: Whether "not worse" is enough.
     """
 
     text: str
@@ -30,7 +30,7 @@ class Claim:
     or_equal: bool = False
 
     def judge(self, results: Results, seeds: range) -> list[str] | None:
-        """Return a row of the table, or None if a run is missing; pairs of a seed share data and initialisation."""
+        """Return a row of the table, or None if a run is missing; both runs of a seed share data and initialisation."""
         one, other = results.accuracies(self.one, seeds), results.accuracies(self.other, seeds)
         if one is None or other is None:
             return None
@@ -38,13 +38,13 @@ class Claim:
         return [self.text, self.source, spread(one), spread(other), _signed(gains), self.verdict(gains)]
 
     def verdict(self, gains: list[float]) -> str:
-        """Return what a paired t-test at 5 %, one-sided, says of the gains."""
+        """Return the verdict of a one-sided paired t-test at 5 % on the gains."""
         p = float(stats.ttest_1samp([gain + self.margin for gain in gains], 0.0, alternative="greater").pvalue)
         if p < 0.05:
             return "holds"
         if p > 0.95:
-            return "**the reverse holds**"
-        return "holds: no worse" if self.or_equal else "**not beyond chance**"
+            return "**the opposite holds**"
+        return "holds: not worse" if self.or_equal else "**not significant**"
 
 
 def _signed(gains: list[float]) -> str:
@@ -68,10 +68,10 @@ def _neurons(method: str, task: str = "mnist") -> Setting:
 
 
 def _of_neurons(text: str, source: str, one: str, other: str) -> list[Claim]:
-    """Return a claim about neurons for a network without norms, and for one with batch norms."""
+    """Return a claim about neurons, for a network without norms and for one with batch norms."""
     return [
         Claim(f"{kind}: {text}", source, _neurons(one, task), _neurons(other, task))
-        for task, kind in (("mnist", "neurons"), ("cnn", "channels behind batch norms"))
+        for task, kind in (("mnist", "neurons"), ("cnn", "channels with batch norm"))
     ]
 
 
@@ -96,7 +96,7 @@ CLAIMS = [
         "in transfer, movement > magnitude", "Sanh et al., 2020", _transfer("gradual, movement"), _transfer("gradual")
     ),
     Claim(
-        "rewound ticket > random weights",
+        "rewound ticket > reinitialised ticket",
         "Frankle and Carbin, 2019",
         _rounds("LotteryTicket"),
         _rounds("LotteryTicket, random"),
@@ -105,10 +105,10 @@ CLAIMS = [
         "learning-rate rewinding > fine-tuning",
         "Renda et al., 2020",
         _rounds("LotteryTicket, learning rate"),
-        _rounds("fine-tuning in rounds"),
+        _rounds("iterative fine-tuning"),
     ),
-    Claim("2:4 within a point of dense, `SRSTE`", "Zhou et al., 2021", Setting("mnist", "2:4, SRSTE", 0.5), DENSE, 1.0),
-    Claim("2:4 within a point of dense, gradual", "", Setting("mnist", "2:4, gradual", 0.5), DENSE, 1.0),
+    Claim("2:4 within 1 point of dense, `SRSTE`", "Zhou et al., 2021", Setting("mnist", "2:4, SRSTE", 0.5), DENSE, 1.0),
+    Claim("2:4 within 1 point of dense, gradual", "", Setting("mnist", "2:4, gradual", 0.5), DENSE, 1.0),
     *_of_neurons("Taylor > random", "Molchanov et al., 2019", "Taylor", "random"),
     *_of_neurons("Taylor > L2", "Molchanov et al., 2019", "Taylor", "L2"),
     *_of_neurons("entropy, low first > random", "", "entropy, low first", "random"),
@@ -119,7 +119,7 @@ CLAIMS = [
 
 
 def peers(task: str) -> list[tuple[Setting, Setting]]:
-    """Return pairs of what these callbacks and another library do on a task."""
+    """Return pairs of settings on a task: ours, and that of another library."""
     weights = {
         "ModelPruning, gradual": "gradual",
         "ModelPruning, one-shot": "one-shot",

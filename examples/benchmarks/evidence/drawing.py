@@ -1,4 +1,4 @@
-"""The field's standard picture: accuracy against the part of the weights that is kept, on a log scale."""
+"""The field's standard figure: accuracy against the fraction of weights kept, on a log scale."""
 
 import statistics
 from itertools import cycle
@@ -16,7 +16,7 @@ MARKERS = "osD^vP*Xp"
 
 
 def draw(results: Results, seeds: range, path: Path) -> None:
-    """Draw each task of which at least three sparsities of a method were run, a panel for each group of methods."""
+    """Draw each task with at least three sparsities of a method, one panel for each group of methods."""
     kinds = [(name, group) for name in TASKS for group in ("", *GROUPS, "neurons")]
     panels = {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
     if not panels:
@@ -29,14 +29,14 @@ def draw(results: Results, seeds: range, path: Path) -> None:
 
 
 def group_of(method: str) -> str:
-    """Return the group of a method; "" is that of the callbacks with their defaults."""
+    """Return the group of a method; "" is pruning from dense by magnitude."""
     if method.startswith("neurons"):
         return "neurons"
     return next((group for group, methods in GROUPS.items() if method in methods), "")
 
 
 def curves(task: str, group: str, results: Results, seeds: range) -> dict[str, list[tuple[float, float, float]]]:
-    """Return (part that is kept, mean, standard deviation) by method, if three sparsities were run."""
+    """Return (fraction kept, mean, standard deviation) by method, for methods with three sparsities or more."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for setting in sorted({setting for setting, _ in results.rows}):
         values = results.accuracies(setting, seeds)
@@ -57,7 +57,7 @@ def _panel(
 ) -> None:
     looks = dict(zip(sorted(methods), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
     what = "neurons" if group == "neurons" else "weights"
-    order = sorted(methods, key=lambda method: -methods[method][-1][1])  # the legend in the order of the curves' ends
+    order = sorted(methods, key=lambda method: -methods[method][-1][1])  # list the legend in the order in which the curves end
     for method in order:
         colour, marker = looks[method]
         kept, means, spreads = zip(*methods[method], strict=True)

@@ -1,4 +1,4 @@
-"""How it is pruned: callbacks as a user writes them, by the name of the method."""
+"""The pruning methods by name: callbacks as a user would write them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,30 +36,30 @@ from lightning_prune import (
 )
 
 ROUNDS = 5
-# what is compared in one panel of the picture; the others are pruned from a dense network by magnitude
+# each group is one panel of the figure; methods without a group prune a dense network by magnitude
 GROUPS = {
     "sparse from the first step": ("RigL", "SET", "static", "SNIP", "GraSP", "SynFlow"),
-    "by other criteria": ("gradual, LAMP", "gradual, Fisher", "gradual, movement", "gradual, Wanda"),
+    "other criteria": ("gradual, LAMP", "gradual, Fisher", "gradual, movement", "gradual, Wanda"),
 }
 HALFWAY: dict[str, Any] = {"schedule": "one_shot", "start": 0.5}
-AT_ONCE: dict[str, Any] = {"schedule": "one_shot", "start": 0}
+AT_START: dict[str, Any] = {"schedule": "one_shot", "start": 0}
 NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore": ("network.head.*",), **HALFWAY}
 
 
 class L2(Criterion):
-    """The mean of the squares of a unit's weights, which orders units of a layer as their norms do."""
+    """The mean square of a unit's weights, which ranks the units of a layer like their L2 norms."""
 
     def scores(self, units: Units) -> Tensor:
         return units.mean(torch.square)
 
 
 def random_weights(sparsity: float, seed: int, **options: Any) -> Callback:
-    """Return a callback that prunes weights by lot."""
+    """Return a callback that prunes weights at random."""
     return Pruning(sparsity, criterion=Random(seed), granularity=Weight(), **options)
 
 
 def fine_tuning(sparsity: float, seed: int) -> Callback:
-    """Return the rounds of ``LotteryTicket``, without going back to anything."""
+    """Return a callback with the rounds of ``LotteryTicket`` and no rewinding."""
 
     def due(progress: float) -> float:
         rounds = 1 + (ROUNDS - 1) * progress
@@ -76,15 +76,15 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "gradual, uniform": lambda sparsity, seed: MagnitudePruning(sparsity, scope="local"),
     "one-shot": lambda sparsity, seed: MagnitudePruning(sparsity, **HALFWAY),
     "one-shot, random": lambda sparsity, seed: random_weights(sparsity, seed, **HALFWAY),
-    "at the start": lambda sparsity, seed: MagnitudePruning(sparsity, **AT_ONCE),
-    "at the start, uniform": lambda sparsity, seed: MagnitudePruning(sparsity, scope="local", **AT_ONCE),
-    "at the start, random": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_ONCE),
+    "one-shot at start": lambda sparsity, seed: MagnitudePruning(sparsity, **AT_START),
+    "one-shot at start, uniform": lambda sparsity, seed: MagnitudePruning(sparsity, scope="local", **AT_START),
+    "one-shot at start, random": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_START),
     "ACDC": lambda sparsity, seed: ACDC(sparsity),
     "RigL": lambda sparsity, seed: RigL(sparsity, seed=seed),
     "RigL, uniform": lambda sparsity, seed: RigL(sparsity, seed=seed, scope="local"),
     "SET": lambda sparsity, seed: SET(sparsity, seed=seed),
-    "static": lambda sparsity, seed: random_weights(sparsity, seed, scope="erk", **AT_ONCE),
-    "static, uniform": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_ONCE),
+    "static": lambda sparsity, seed: random_weights(sparsity, seed, scope="erk", **AT_START),
+    "static, uniform": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_START),
     "SNIP": lambda sparsity, seed: PruningAtInit(sparsity),
     "GraSP": lambda sparsity, seed: PruningAtInit(sparsity, GraSP()),
     "SynFlow": lambda sparsity, seed: PruningAtInit(sparsity, SynFlow(), rounds=100),
@@ -95,7 +95,7 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "LotteryTicket": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS),
     "LotteryTicket, random": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS, "random", seed=seed),
     "LotteryTicket, learning rate": lambda sparsity, seed: LotteryTicket(sparsity, ROUNDS, "learning_rate"),
-    "fine-tuning in rounds": fine_tuning,
+    "iterative fine-tuning": fine_tuning,
     "2:4, SRSTE": lambda sparsity, seed: SRSTE(2, 4),
     "2:4, gradual": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=NM(2, 4)),
     "neurons, random": lambda sparsity, seed: RandomPruning(sparsity, seed=seed, **NEURONS),

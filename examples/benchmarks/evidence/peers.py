@@ -1,4 +1,4 @@
-"""What others offer, as their documentation has it, on the same networks, data and budget."""
+"""Other libraries, used as they document, on the same networks, data and budget."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 WEIGHTS: dict[str, Any] = {"parameter_names": ["weight"], "use_lottery_ticket_hypothesis": False}
-START, END = 0.1, 0.7  # of the run: the window of gradual pruning, as in the callbacks of lightning_prune
+START, END = 0.1, 0.7  # fractions of the run: the window of gradual pruning, as in lightning_prune
 
 
 def layers(module: nn.Module) -> list[nn.Module]:
@@ -19,7 +19,7 @@ def layers(module: nn.Module) -> list[nn.Module]:
 
 
 def cubic(progress: float) -> float:
-    """Return the part of the sparsity that is due at a moment of the run."""
+    """Return the fraction of the sparsity that is scheduled at this progress through the run."""
     return 1 - (1 - min(1.0, max(0.0, (progress - START) / (END - START)))) ** 3
 
 
@@ -35,13 +35,13 @@ class GradualModelPruning(ModelPruning):
         super().setup(trainer, pl_module, stage)
 
     def due(self, epoch: int) -> float:
-        """Return the part of what is left that goes at the end of an epoch, since amounts compound here."""
+        """Return the fraction of the remaining weights to prune at the end of an epoch, since amounts compound here."""
         before, after = (1 - self.sparsity * cubic(done / self.epochs) for done in (epoch, epoch + 1))
         return 1 - after / before
 
 
 class OneShotModelPruning(ModelPruning):
-    """Lightning's callback, once, in the middle of the run."""
+    """Lightning's callback, one-shot, in the middle of the run."""
 
     def __init__(self, sparsity: float) -> None:
         super().__init__("l1_unstructured", amount=sparsity, apply_pruning=self.is_due, **WEIGHTS)
@@ -51,12 +51,12 @@ class OneShotModelPruning(ModelPruning):
         super().setup(trainer, pl_module, stage)
 
     def is_due(self, epoch: int) -> bool:
-        """Return whether half of the epochs are over at the end of this one."""
+        """Return whether half of the epochs are done at the end of this one."""
         return epoch + 1 == self.epochs // 2
 
 
 class TorchPrune(Callback):
-    """torch.nn.utils.prune by hand, once, in the middle of the run."""
+    """torch.nn.utils.prune by hand, one-shot, in the middle of the run."""
 
     def __init__(self, sparsity: float) -> None:
         self.sparsity = sparsity
@@ -72,7 +72,7 @@ class TorchPrune(Callback):
 
 
 class FasterAI(Callback):
-    """fasterai's Sparsifier along its AGP schedule, which is the cubic one; its own callback wants fastai's Learner."""
+    """fasterai's Sparsifier along its AGP schedule, which is the cubic one; its own callback needs fastai's Learner."""
 
     def __init__(self, sparsity: float) -> None:
         self.sparsity = sparsity
@@ -102,7 +102,7 @@ class FasterAI(Callback):
 
 
 class TorchPruning(Callback):
-    """Torch-Pruning takes neurons with the smallest groups of weights out of the network, in the middle of the run."""
+    """Torch-Pruning removes the neurons with the smallest weight groups, in the middle of the run."""
 
     def __init__(self, sparsity: float) -> None:
         self.sparsity = sparsity
@@ -120,7 +120,7 @@ class TorchPruning(Callback):
         )
         pruner.step()
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        trainer.strategy.setup_optimizers(trainer)  # of other parameters now
+        trainer.strategy.setup_optimizers(trainer)  # the parameters are new ones
         for config, state in zip(trainer.lr_scheduler_configs, schedules, strict=True):
             config.scheduler.load_state_dict(state)
 

@@ -1,4 +1,4 @@
-"""Tables for pages: what the claims came to, the peers, and everything that was run."""
+"""Tables for the pages: the verdict on each claim, the peers, and everything that was run."""
 
 import sys
 from pathlib import Path
@@ -12,20 +12,20 @@ from marked import replace, table
 
 
 def write(results: Results, seeds: range, root: Path) -> None:
-    """Write the tables into the pages of the project in a folder."""
+    """Write the tables into the pages of the project at a root folder."""
     replace(root / "README.md", "claims", claims(results, seeds))
     replace(root / "docs" / "evidence.md", "peers", peers(results, seeds))
     replace(root / "docs" / "evidence.md", "grid", grid(results, seeds))
 
 
 def claims(results: Results, seeds: range) -> str:
-    """Return the claims with both accuracies, their difference seed by seed, and the verdict."""
+    """Return the claims with both accuracies, their paired difference, and the verdict."""
     rows = [row for claim in CLAIMS if (row := claim.judge(results, seeds))]
-    return table(["claim", "source", "first", "second", "difference", "here"], rows)
+    return table(["claim", "source", "left", "right", "difference", "verdict"], rows)
 
 
 def peers(results: Results, seeds: range) -> str:
-    """Return what others reach beside what these callbacks reach."""
+    """Return the accuracies of other libraries next to ours."""
     parts = []
     for task, pairs in PEERS.items():
         rows = []
@@ -40,7 +40,7 @@ def peers(results: Results, seeds: range) -> str:
 
 
 def grid(results: Results, seeds: range) -> str:
-    """Return a table for each task: a method in a line, a sparsity in a column."""
+    """Return a table for each task, with a row per method and a column per sparsity."""
     parts = []
     for name, task in TASKS.items():
         complete = [s for s in dict.fromkeys(s for s, _ in results.rows) if results.accuracies(s, seeds)]

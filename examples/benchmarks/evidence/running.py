@@ -1,4 +1,4 @@
-"""Runs of one setting with one seed, each kept as a line of JSON, so that nothing is run twice."""
+"""Runs of one setting with one seed, each stored as a line of JSON, so that nothing runs twice."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from tasks import QUIET, TASKS
 
 
 class Setting(NamedTuple):
-    """What is trained, how it is pruned, and how far: a fraction of its weights or neurons."""
+    """What is trained, how it is pruned, and to which sparsity of its weights or neurons."""
 
     task: str
     method: str
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
 
 def run(setting: Setting, seed: int) -> dict[str, Any]:
-    """Train, prune and test once; return accuracy in percent, and the share of weights that is gone."""
+    """Train, prune and test once; return the accuracy in percent and the fraction of weights that are zero or gone."""
     logging.disable(logging.INFO)
     task = TASKS[setting.task]
     model, data = task.model(seed), task.data(seed)
@@ -44,12 +44,12 @@ def run(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def weights(model: LightningModule) -> list[Any]:
-    """Return the parameters that are matrices or kernels."""
+    """Return the weight matrices and convolution kernels."""
     return [parameter for parameter in model.parameters() if parameter.ndim > 1]
 
 
 class Results:
-    """What was measured, in a file with a line for each setting and seed."""
+    """The measurements, in a file with a line for each setting and seed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,16 +62,16 @@ class Results:
         self.rows[Setting(row["task"], row["method"], row["sparsity"]), row["seed"]] = row
 
     def accuracies(self, setting: Setting, seeds: Iterable[int]) -> list[float] | None:
-        """Return the accuracy for each seed, or None if one was not run."""
+        """Return the accuracy for each seed, or None if a run is missing."""
         found = [self.rows.get((setting, seed)) for seed in seeds]
         return [row["accuracy"] for row in found if row] if all(found) else None
 
     def fill(self, settings: Iterable[Setting], seeds: Iterable[int], jobs: int) -> None:
-        """Run what is missing, several processes at once."""
+        """Run what is missing, in parallel processes."""
         seeds = list(seeds)
         missing = [(s, seed) for s in dict.fromkeys(settings) for seed in seeds if (s, seed) not in self.rows]
         if find_spec("fasterai") is None and any("fasterai" in setting.method for setting, _ in missing):
-            print("fasterai is not installed, and left out: pip install --no-deps fasterai fastcore einops")
+            print("fasterai is skipped, since it is not installed: pip install --no-deps fasterai fastcore einops")
             missing = [(setting, seed) for setting, seed in missing if "fasterai" not in setting.method]
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, self.path.open("a") as file:
             runs = [pool.submit(run, setting, seed) for setting, seed in missing]

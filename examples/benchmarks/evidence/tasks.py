@@ -1,4 +1,4 @@
-"""What is trained: a network, its data, its optimizer and its budget, small enough for a CPU."""
+"""The tasks: a network, its data, optimizer and training budget, small enough for a CPU."""
 
 import copy
 import gzip
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from mnist5k import MNIST5k
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist installs it
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
@@ -71,7 +71,7 @@ def read_fashion(part: str) -> tuple[Tensor, Tensor]:
 
 
 class Batches:
-    """Batches of whole tensors, in another order in every epoch: faster than a DataLoader of single images."""
+    """Batches cut from whole tensors, reshuffled every epoch: faster than a DataLoader of single images."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int, seed: int | None) -> None:
         self.images, self.labels, self.size = images, labels, size
@@ -88,7 +88,7 @@ class Batches:
 
 
 class FashionMNIST(LightningDataModule):
-    """60,000 pictures of clothes to train on and 10,000 to test on (Xiao et al., 2017, arXiv:1708.07747)."""
+    """60,000 images of clothes for training and 10,000 for testing (Xiao et al., 2017, arXiv:1708.07747)."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -105,10 +105,10 @@ class Classifier(LightningModule):
     """A network with cross-entropy and an optimizer.
 
     Args:
-        network: From images to ten numbers.
-        optimizer: From parameters to an optimizer.
-        rate: From progress through a training, 0 to 1 and beyond, to a factor of the learning rate.
-        trainings: Into how many trainings a run is divided.
+        network: Maps images to ten logits.
+        optimizer: Makes an optimizer from parameters.
+        rate: Maps progress through a training, 0 to 1 and beyond, to a factor of the learning rate.
+        trainings: How many trainings a run is divided into.
     """
 
     def __init__(
@@ -138,17 +138,17 @@ class Classifier(LightningModule):
 
 
 def cosine(progress: float) -> float:
-    """Return a learning rate that falls to nothing."""
+    """Return a factor of the learning rate that decays to zero."""
     return (1 + cos(pi * progress)) / 2
 
 
 def steps(progress: float) -> float:
-    """Return a learning rate that falls to a hundredth in two steps, and stays there."""
+    """Return a factor of the learning rate that falls to a hundredth in two steps and stays there."""
     return 1.0 if progress < 0.6 else 0.1 if progress < 0.85 else 0.01
 
 
 def constant(progress: float) -> float:
-    """Return a learning rate that stays."""
+    """Return a constant factor of the learning rate."""
     return 1.0
 
 
@@ -162,13 +162,13 @@ class Task:
 
     Args:
         title: For tables and plots.
-        data: From a seed to what it is trained and tested on.
-        network: A new one.
+        data: Makes the training and test data from a seed.
+        network: Makes a new network.
         epochs: The budget of a run.
-        optimizer: From parameters to an optimizer.
-        rate: Of learning; see ``Classifier``.
-        trainings: Into how many trainings a run is divided.
-        before: What the network has learned before (data and epochs); None begins from scratch.
+        optimizer: Makes an optimizer from parameters.
+        rate: The learning-rate schedule; see ``Classifier``.
+        trainings: How many trainings a run is divided into.
+        before: What the network is pretrained on (data and epochs); None trains from scratch.
     """
 
     title: str
@@ -181,7 +181,7 @@ class Task:
     before: tuple[Callable[[int], LightningDataModule], int] | None = None
 
     def model(self, seed: int) -> Classifier:
-        """Return a model to train, pretrained if it is to be."""
+        """Return a model to train, pretrained if the task says so."""
         if self.before is not None:
             return copy.deepcopy(pretrained(self, seed))
         seed_everything(seed, verbose=False)
@@ -190,30 +190,30 @@ class Task:
 
 @cache
 def pretrained(task: Task, seed: int) -> Classifier:
-    """Return what the network of a task has learned before; to be copied, since it is made once."""
+    """Return the pretrained network of a task; copy it before use, since it is cached."""
     assert task.before is not None
     seed_everything(seed, verbose=False)
     data, epochs = task.before
     model = Classifier(task.network(), task.optimizer, task.rate)
     Trainer(max_epochs=epochs, limit_val_batches=0, **QUIET).fit(model, datamodule=data(seed))
-    return Classifier(model.network, task.optimizer, task.rate)  # without the traces of a Trainer
+    return Classifier(model.network, task.optimizer, task.rate)  # not attached to a Trainer
 
 
 class Digits(MNIST5k):
-    """The digits of all examples, in batches of whole tensors."""
+    """The digits that all examples use, in batches cut from whole tensors."""
 
     def train_dataloader(self) -> Batches:
         return Batches(*self.train.tensors, self.batch_size, self.seed)
 
 
 def mnist(seed: int, digits: range = range(10)) -> LightningDataModule:
-    """Return digits in an order that the seed decides."""
+    """Return the digits, shuffled by the seed."""
     return Digits(seed=seed, digits=digits)
 
 
 TASKS = {
     "mnist": Task("MNIST-5k, LeNet-300-100, 20 epochs from scratch", mnist, lenet, 20),
-    "rounds": Task("MNIST-5k, LeNet-300-100, 6 times 5 epochs", mnist, lenet, 30, rate=steps, trainings=6),
+    "rounds": Task("MNIST-5k, LeNet-300-100, 6 x 5 epochs", mnist, lenet, 30, rate=steps, trainings=6),
     "transfer": Task(
         "MNIST-5k, LeNet-300-100, from digits 0-4 to 5-9, 20 epochs",
         partial(mnist, digits=range(5, 10)),
@@ -225,7 +225,7 @@ TASKS = {
     ),
     "fashion-10": Task("Fashion-MNIST, LeNet-300-100, 10 epochs from scratch", FashionMNIST, lenet, 10),
     "fashion": Task(
-        "Fashion-MNIST, LeNet-300-100, trained for 3 epochs, then 1",
+        "Fashion-MNIST, LeNet-300-100, 3 epochs dense, then 1 pruned",
         FashionMNIST,
         lenet,
         1,
@@ -234,7 +234,7 @@ TASKS = {
         before=(FashionMNIST, 3),
     ),
     "cnn": Task(
-        "Fashion-MNIST, CNN of 70 k weights, trained for 3 epochs, then 1",
+        "Fashion-MNIST, CNN of 70 k weights, 3 epochs dense, then 1 pruned",
         FashionMNIST,
         small_cnn,
         1,
