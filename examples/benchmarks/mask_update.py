@@ -116,7 +116,7 @@ def compare(model: nn.Module) -> list[torch.Tensor]:
     masks = [torch.empty(layer.weight.shape, dtype=torch.bool) for layer in model]
     for layer, mask in zip(model, masks, strict=True):
         for piece, part in zip(*(t.detach().view(-1).split(len(room)) for t in (layer.weight, mask)), strict=True):
-            part.copy_(torch.gt(piece, 0.02, out=room[: len(piece)]))  # one step is no faster: comparisons into bools are not vectorised
+            part.copy_(torch.gt(piece, 0.02, out=room[: len(piece)]))  # torch does not vectorise into bools
     return masks
 
 

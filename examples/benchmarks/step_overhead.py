@@ -117,7 +117,7 @@ class PruneAtStart(ModelPruning):
 def variants(module: Module) -> dict[str, Callable[[], list[Callback]]]:
     """Return a factory for the callbacks of each variant."""
     held = partial(MagnitudePruning, SPARSITY, schedule="one_shot", start=0)
-    window = {"start": STEPS, "end": STEPS, "window": STEPS}  # open in every step, ahead of an update after the last one
+    window = {"start": STEPS, "end": STEPS, "window": STEPS}  # open at every step: the update is past the end
     return {
         "dense": list,
         FLOOR: lambda: [Floor()],

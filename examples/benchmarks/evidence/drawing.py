@@ -57,7 +57,7 @@ def _panel(
 ) -> None:
     looks = dict(zip(sorted(methods), cycle(zip(COLOURS, MARKERS, strict=True)), strict=False))
     what = "neurons" if group == "neurons" else "weights"
-    order = sorted(methods, key=lambda method: -methods[method][-1][1])  # list the legend in the order in which the curves end
+    order = sorted(methods, key=lambda method: -methods[method][-1][1])  # legend in the order of the curves
     for method in order:
         colour, marker = looks[method]
         kept, means, spreads = zip(*methods[method], strict=True)
