@@ -116,10 +116,10 @@ def make_scale() -> str:
     # fit the cost of a weight and of a target to two sizes; the other sizes test the fit
     n, t, s = first["weights"], first["targets"], first["seconds"]
     m, u, r = last["weights"], last["targets"], last["seconds"]
-    each = (r * t - s * u) / (m * t - n * u)
-    apart = max(0.0, (s - n * each) / t)
+    per_weight = (r * t - s * u) / (m * t - n * u)
+    per_target = max(0.0, (s - n * per_weight) / t)
     lines = [
-        f"{1e9 * each:.2f} ns per weight and {1e3 * apart:.2f} ms per target. Each weight is scored "
+        f"{1e9 * per_weight:.2f} ns per weight and {1e3 * per_target:.2f} ms per target. Each weight is scored "
         f"{rows[-1]['passes']:.2f} times. A pass that only reads a weight and takes its absolute value takes 1/"
         f"{rows[-1]['ratio_to_pass']:.0f} of the time; comparing every weight and writing new masks takes "
         f"{mask['ratio_to_pass']:.1f} such passes.",
@@ -128,7 +128,7 @@ def make_scale() -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        model = row["weights"] * each + row["targets"] * apart
+        model = row["weights"] * per_weight + row["targets"] * per_target
         lines.append(
             f"| {row['size']} | {row['targets']} | {_seconds(model)} | {_seconds(row['seconds'])} | "
             f"{row['seconds'] / model:.2f} |"
@@ -143,7 +143,9 @@ def make_scale() -> str:
         ("7 B on 8 ranks", 7e9 / 8, 224),
         ("70 B on 64 ranks", 70e9 / 64, 560),
     ):
-        lines.append(f"| {name} | {held / 1e9:.2f} G | {matrices} | {_seconds(held * each + matrices * apart)} |")
+        lines.append(
+            f"| {name} | {held / 1e9:.2f} G | {matrices} | {_seconds(held * per_weight + matrices * per_target)} |"
+        )
     return "\n".join(lines)
 
 
