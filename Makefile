@@ -2,20 +2,20 @@
 .PHONY: help demo test clients lint format docs examples evidence bench clean
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3#      the interpreter that .venv is made with
-PIPFLAGS ?=#            more arguments for pip, such as an index of torch builds without CUDA
+PYTHON ?= python3#      the interpreter that creates .venv
+PIPFLAGS ?=#            extra arguments for pip, such as an index of torch builds without CUDA
 ARGS ?=#                arguments for pytest or the demo
-FULL ?=#                anything: the benchmarks measure all sizes
+FULL ?=#                set to anything to run benchmarks at all sizes
 BIN := .venv/bin
 INPUTS := pyproject.toml .ci/constraints.txt
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done
 
-demo: $(BIN)/.demo ## prune a real network with every strategy, about a minute (ARGS=--help for its options)
+demo: $(BIN)/.demo ## prune a real network with every strategy, about a minute (ARGS=--help lists options)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for a part of it)
+test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for part of it)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS) # one thread each: the tests' models are tiny
 
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
@@ -26,14 +26,14 @@ lint: $(BIN)/.dev ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(BIN)/.dev ## format the code and fix what can be fixed
+format: $(BIN)/.dev ## format the code and apply automatic fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(BIN)/.dev ## build the documentation, for a browser to open at site/index.html
+docs: $(BIN)/.dev ## build the documentation; open site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# An example that comes with a YAML file of its own name is a command line, and is run with that file.
+# An example with a YAML file of the same name is a command line, and runs with that file.
 examples: $(BIN)/.dev ## run every file in examples/
 	@set -e; for file in examples/*.py; do \
 	    arguments=; if [ -f "$${file%.py}.yaml" ]; then arguments="fit --config $${file%.py}.yaml"; fi; \
@@ -41,21 +41,21 @@ examples: $(BIN)/.dev ## run every file in examples/
 	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \
 	done
 
-evidence: $(BIN)/.dev ## test what the papers claim, and write the tables (FULL=1 for all data and sparsities; hours)
+evidence: $(BIN)/.dev ## test the claims of the papers, and write the tables (FULL=1 for all data and sparsities; hours)
 	@MPLBACKEND=Agg $(BIN)/python examples/benchmarks/evidence $(if $(FULL),--full)
 
-bench: $(BIN)/.dev ## measure speed and memory, and write the README's table (FULL=1 for all sizes; some minutes)
+bench: $(BIN)/.dev ## measure speed and memory, and write the README's table (minutes; FULL=1 for all sizes)
 	@set -e; for name in import_time checkpoint mask_update step_overhead; do \
 	    echo "== $$name"; \
 	    MPLBACKEND=Agg $(BIN)/python examples/benchmarks/$$name.py $(if $(FULL),--full); \
 	done
 	@$(BIN)/python examples/benchmarks/refresh.py
 
-clean: ## remove .venv and everything that tools and runs left behind
+clean: ## remove .venv and everything that tools and runs leave behind
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Each stamp is a finished installation; it is made again when the dependencies or their pinned versions change.
+# Each stamp marks a finished installation, which is redone when dependencies or their pinned versions change.
 $(BIN)/.demo: $(INPUTS) | $(BIN)/python
 	@echo 'Installing lightning_prune and the examples into .venv (the first time takes a while: torch is large) ...'
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[examples]'
@@ -66,7 +66,7 @@ $(BIN)/.dev: $(INPUTS) | $(BIN)/python
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[dev]'
 	@touch $(BIN)/.demo $@
 
-# An environment of its own: these packages need a torchvision, and so the torch that goes with it.
+# A separate environment: these packages need torchvision, and a torch that matches it.
 .venv/clients/.installed: pyproject.toml .ci/clients.txt | $(BIN)/python
 	@echo 'Installing pytorch-forecasting, PyG, chemprop, transformers and lightly into .venv/clients ...'
 	@$(BIN)/python -m venv .venv/clients
@@ -75,5 +75,5 @@ $(BIN)/.dev: $(INPUTS) | $(BIN)/python
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	    { echo 'lightning_prune needs Python 3.10 or newer: name one with "make PYTHON=/path/to/python3 ..."' >&2; exit 1; }
+	    { echo 'lightning_prune needs Python 3.10 or newer: choose one with "make PYTHON=/path/to/python3 ..."' >&2; exit 1; }
 	@$(PYTHON) -m venv .venv

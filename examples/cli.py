@@ -1,4 +1,4 @@
-"""Prune from YAML or from the command line, without a line of pruning code.
+"""Prune from YAML or the command line, without writing pruning code.
 
 python examples/cli.py fit --config examples/cli.yaml
 python examples/cli.py fit --config examples/cli.yaml --trainer.callbacks.sparsity=0.8
@@ -8,7 +8,7 @@ python examples/cli.py fit --trainer.max_epochs=9 --trainer.callbacks+=Magnitude
 from lightning.pytorch.cli import LightningCLI
 from mnist5k import LeNet, MNIST5k
 
-from lightning_prune import (  # an import of the package lets YAML use its short names
+from lightning_prune import (  # importing the package makes its short names available in YAML
     MagnitudePruning,
     sparsity,
     summary,
@@ -16,7 +16,7 @@ from lightning_prune import (  # an import of the package lets YAML use its shor
 
 
 def main() -> None:
-    """Run what was typed; then show each layer and check what was asked for."""
+    """Run the command line, then show each layer and check the sparsity."""
     cli = LightningCLI(LeNet, MNIST5k, seed_everything_default=0, save_config_callback=None)
     summary(cli.model)
     for callback in cli.trainer.callbacks:

@@ -1,6 +1,6 @@
-"""A criterion of your own in under ten lines: `python examples/custom_criterion.py`.
+"""Your own criterion in under ten lines: `python examples/custom_criterion.py`.
 
-One that looks at the weights alone needs nothing but `scores`. This one observes gradients while the network trains.
+A criterion that reads only the weights needs nothing but `scores`. This one observes gradients during training.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lightning_prune.units.units import Units
 
 @dataclass(frozen=True)
 class Fisher(Criterion):
-    """The mean of `(w * dL/dw)**2`: what the loss gains when the weight goes (Theis et al., 2018, arXiv:1801.05787)."""
+    """The mean of `(w * dL/dw)**2`: the rise of the loss without the weight (Theis et al., 2018, arXiv:1801.05787)."""
 
     needs: ClassVar[Literal["gradients"]] = "gradients"
     window: int = 16
@@ -29,7 +29,7 @@ class Fisher(Criterion):
 
 
 def main() -> None:
-    """Prune with it; every granularity, scope and schedule goes with it, and YAML can name it by its import path."""
+    """Prune with it; it works with every granularity, scope and schedule, and in YAML by its import path."""
     seed_everything(0, verbose=False)
     model, pruning = LeNet(), Pruning(0.95, criterion=Fisher())
     trainer = Trainer(max_epochs=15, callbacks=[pruning], logger=False, enable_checkpointing=False)

@@ -1,6 +1,6 @@
 """Prune LeNet-300-100 on 5,000 real digits with each strategy, fine-tune it, and compare: `python examples/demo.py`.
 
-The same core prunes your own model; all it asks is a number logged in `validation_step`:
+The same function prunes your own model; it only needs a metric logged in `validation_step`:
 
     from demo import prune_and_finetune
     from lightning_prune import MagnitudePruning
@@ -55,10 +55,10 @@ class Result:
     """What pruning and fine-tuning did to a model."""
 
     model: LightningModule  # the finished one
-    dense: float  # the metric before pruning,
-    pruned: float  # right after the last change of the masks,
-    finetuned: float  # and at the end of the run
-    sparsity: float  # share of the targeted weights (or neurons) that are zero, counted in the finished model
+    dense: float  # the metric before pruning
+    pruned: float  # right after the last mask update
+    finetuned: float  # at the end of the run
+    sparsity: float  # fraction of zeros among the targeted weights (or neurons), counted in the finished model
     zeros: int  # zeros among all weights, counted in the finished model
     seconds: float
     curve: list[tuple[int, float, float]]  # optimizer step, sparsity, metric
@@ -92,7 +92,7 @@ def evaluate(model: LightningModule, data: LightningDataModule, metric: str) -> 
 
 
 def count(model: LightningModule, callback: Pruning) -> tuple[float, int]:
-    """Return the share of zeros among the units that the callback prunes, and the zeros among all weights."""
+    """Return the fraction of zeros among the units that the callback prunes, and the number of zero weights."""
     weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
     units = [weight == 0 for name, weight in weights.items() if name in callback.masks]
     if isinstance(callback.granularity, Channel):
@@ -102,7 +102,7 @@ def count(model: LightningModule, callback: Pruning) -> tuple[float, int]:
 
 
 class Watch(Callback):
-    """Keeps the weights as they are right after the last change of the masks, and the metric of each validation."""
+    """Records the weights right after the last mask update, and the metric of each validation."""
 
     def __init__(self, pruning: Pruning, metric: str) -> None:
         self.pruning, self.metric = pruning, metric
@@ -112,12 +112,12 @@ class Watch(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any = None, batch_idx: int = 0
     ) -> None:
-        if self.sparsity != self.pruning.sparsity_now:  # `pruning` has had its turn: it stands before this callback
+        if self.sparsity != self.pruning.sparsity_now:  # `pruning` runs first: it is listed before this callback
             self.sparsity, self.step = self.pruning.sparsity_now, trainer.global_step
             self.weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_batch_start(trainer, pl_module)  # the last step may have brought the last change
+        self.on_train_batch_start(trainer, pl_module)  # the last step may have made the last update
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -129,16 +129,16 @@ class Watch(Callback):
 
 
 def strategies(seed: int) -> dict[str, Pruning]:
-    """Return a fresh callback for each row of the table."""
-    at_once: dict[str, Any] = {"schedule": "one_shot", "start": 0}
+    """Return a new callback for each row of the table."""
+    one_shot: dict[str, Any] = {"schedule": "one_shot", "start": 0}
     gradual: dict[str, Any] = {"schedule": "cubic", "start": 0, "end": 0.7}
-    neurons: dict[str, Any] = {"scope": "local", "ignore": ("head.weight",), **at_once}
+    neurons: dict[str, Any] = {"scope": "local", "ignore": ("head.weight",), **one_shot}
     return {
-        "Magnitude 95 %, one-shot": MagnitudePruning(0.95, **at_once),
+        "Magnitude 95 %, one-shot": MagnitudePruning(0.95, **one_shot),
         "Magnitude 95 %, gradual": MagnitudePruning(0.95, **gradual),
-        "Magnitude 98 %, one-shot": MagnitudePruning(0.98, **at_once),
+        "Magnitude 98 %, one-shot": MagnitudePruning(0.98, **one_shot),
         "Magnitude 98 %, gradual": MagnitudePruning(0.98, **gradual),
-        "Random 98 %, one-shot": Pruning(0.98, criterion=Random(seed=seed), granularity=Weight(), **at_once),
+        "Random 98 %, one-shot": Pruning(0.98, criterion=Random(seed=seed), granularity=Weight(), **one_shot),
         "Random neurons 50 %": RandomPruning(0.5, seed=seed, **neurons),
         "Sensitivity 50 %": SensitivityPruning(0.5, **neurons),
         "Entropy 50 %, low first": EntropyPruning(0.5, prune="low", **neurons),
@@ -147,15 +147,15 @@ def strategies(seed: int) -> dict[str, Pruning]:
 
 
 def row(name: str, callback: Pruning, results: list[Result]) -> dict[str, Any]:
-    """Return a line of the table: means over the seeds, accuracies in percent."""
+    """Return a row of the table: means over the seeds, accuracies in percent."""
     accuracies = {key: [100 * getattr(result, key) for result in results] for key in ("dense", "pruned", "finetuned")}
     return {
         "method": name,
         **{key: statistics.mean(each) for key, each in accuracies.items()},
         "finetuned_per_seed": accuracies["finetuned"],
-        "asked": callback.sparsity,
+        "requested": callback.sparsity,
         "unit": "neurons" if isinstance(callback.granularity, Channel) else "weights",
-        "counted": statistics.mean(result.sparsity for result in results),
+        "measured": statistics.mean(result.sparsity for result in results),
         "zeros": round(statistics.mean(result.zeros for result in results)),
         "seconds": statistics.mean(result.seconds for result in results),
     }
@@ -163,21 +163,21 @@ def row(name: str, callback: Pruning, results: list[Result]) -> dict[str, Any]:
 
 def tabulate(rows: list[dict[str, Any]], title: str) -> Table:
     """Return the rows as a table for the terminal."""
-    note = "pruned: right after the last mask update; counted, zeros: in the finished weights"
+    note = "pruned: right after the last mask update; measured, zeros: in the finished weights"
     layout: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     table = Table(title=title, caption=note, title_justify="left", caption_justify="left", **layout)
-    for heading in ("method", "dense", "pruned", "tuned", "asked", "counted", "zeros", "s"):
+    for heading in ("method", "dense", "pruned", "tuned", "requested", "measured", "zeros", "s"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:
         accuracies = (f"{row[key]:.1f}" for key in ("dense", "pruned", "finetuned"))
-        asked, counted = f"{row['asked']:.0%} {row['unit']}", f"{row['counted']:.2%}"
-        table.add_row(row["method"], *accuracies, asked, counted, f"{row['zeros']:,}", f"{row['seconds']:.1f}")
+        requested, measured = f"{row['requested']:.0%} {row['unit']}", f"{row['measured']:.2%}"
+        table.add_row(row["method"], *accuracies, requested, measured, f"{row['zeros']:,}", f"{row['seconds']:.1f}")
     return table
 
 
 def draw(results: dict[str, list[Result]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw one-shot against gradual pruning over the run, and every method before and after fine-tuning."""
-    orange, blue, grey = "#D55E00", "#0072B2", "#666666"  # told apart by colour-blind readers, and in grey
+    """Plot one-shot and gradual pruning over the run, and every method before and after fine-tuning."""
+    orange, blue, grey = "#D55E00", "#0072B2", "#666666"  # distinguishable with colour blindness and in greyscale
     dense = rows[0]["dense"]
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(2, 3), width_ratios=(6, 5))
@@ -189,7 +189,7 @@ def draw(results: dict[str, list[Result]], rows: list[dict[str, Any]], path: Pat
         for axes, column in ((top, 1), (bottom, 2)):
             axes.plot(curve[:, 0], 100 * curve[:, column], style, color=colour, label=name, linewidth=2)
     bottom.axhline(dense, color=grey, linestyle=":", label="dense")
-    top.set(title="Magnitude pruning to 98 %, over the run", ylabel="weights at zero (%)", ylim=(0, 103))
+    top.set(title="Magnitude pruning to 98 %, over the run", ylabel="zero weights (%)", ylim=(0, 103))
     bottom.set(xlabel="optimizer steps", ylabel="held-out accuracy (%)", ylim=(0, 100))
     bottom.legend(loc="lower right", frameon=False)
     top.tick_params(labelbottom=False)
@@ -213,16 +213,16 @@ def draw(results: dict[str, list[Result]], rows: list[dict[str, Any]], path: Pat
 
 
 def main() -> None:
-    """Run the experiment for each seed, print the table, draw the picture."""
-    from mnist5k import LeNet, MNIST5k  # not above: your model needs neither
+    """Run the experiment for each seed, print the table, draw the figure."""
+    from mnist5k import LeNet, MNIST5k  # not at the top: your model needs neither
 
     parser = argparse.ArgumentParser(description="Prune LeNet-300-100 with each strategy and compare.")
-    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, to see that everything runs")
-    parser.add_argument("--seeds", type=int, default=2, help="how many networks to train and average over")
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs, as a smoke test")
+    parser.add_argument("--seeds", type=int, default=2, help="number of networks to train and average over")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for demo.png")
     parser.add_argument("--json", type=Path, help="also write the rows of the table to this file")
     args = parser.parse_args()
-    logging.disable(logging.INFO)  # the plan of each run would drown the progress
+    logging.disable(logging.INFO)  # the plan of each run would bury the progress
     seeds, train_epochs, finetune_epochs = (range(1), 2, 2) if args.quick else (range(args.seeds), 20, 10)
 
     console = Console(width=None if sys.stdout.isatty() else 100)
@@ -255,7 +255,7 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1))
     args.output.mkdir(parents=True, exist_ok=True)
     draw(results, rows, args.output / "demo.png")
-    console.print(f"Picture: {args.output / 'demo.png'}")
+    console.print(f"Figure: {args.output / 'demo.png'}")
 
 
 if __name__ == "__main__":

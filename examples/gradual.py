@@ -1,4 +1,4 @@
-"""Prune 95 % of the weights little by little while the network trains: `python examples/gradual.py`."""
+"""Prune 95 % of the weights gradually while the network trains: `python examples/gradual.py`."""
 
 from lightning import Trainer, seed_everything
 from mnist5k import LeNet, MNIST5k
@@ -16,7 +16,7 @@ def main() -> None:
 
     summary(model)
     assert sparsity(model) == 0.95
-    LeNet().load_state_dict(model.state_dict())  # it is still the plain model: nothing is wrapped or renamed
+    LeNet().load_state_dict(model.state_dict())  # still the plain model: nothing is wrapped or renamed
 
 
 if __name__ == "__main__":

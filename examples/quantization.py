@@ -1,7 +1,7 @@
 """Prune, quantize, or both: `python examples/quantization.py` compares accuracy, file size and latency.
 
 LeNet-300-100 on 5,000 real digits. "int8" is torchao's dynamic quantization: weights and activations in 8 bits.
-It runs here without `torch.compile`, and then saves space but no time on a CPU.
+Without `torch.compile`, as here, it saves space but no time on a CPU.
 """
 
 import copy
@@ -28,7 +28,7 @@ PLAIN: dict[str, Any] = {
 
 def quantized(model: LeNet) -> LeNet:
     """Return a copy with 8-bit weights and activations in every linear layer."""
-    logging.getLogger("torchao").setLevel(logging.CRITICAL)  # it looks for GPU kernels that a CPU has no use for
+    logging.getLogger("torchao").setLevel(logging.CRITICAL)  # it complains about missing GPU kernels
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = copy.deepcopy(model).eval()
@@ -37,7 +37,7 @@ def quantized(model: LeNet) -> LeNet:
 
 
 def file_sizes(model: LeNet) -> tuple[float, float]:
-    """Return the size of the saved weights in kB, as they are and compressed by gzip."""
+    """Return the size of the saved weights in kB, plain and gzipped."""
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return len(file.getvalue()) / 1000, len(gzip.compress(file.getvalue())) / 1000
@@ -45,7 +45,7 @@ def file_sizes(model: LeNet) -> tuple[float, float]:
 
 @torch.inference_mode()
 def latencies(models: dict[str, LeNet], images: torch.Tensor, rounds: int = 50) -> dict[str, float]:
-    """Return the median time of a forward pass in ms; the models take turns."""
+    """Return the median time of a forward pass in ms; the models alternate."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
@@ -56,7 +56,7 @@ def latencies(models: dict[str, LeNet], images: torch.Tensor, rounds: int = 50) 
 
 
 def main() -> None:
-    """Train, prune, quantize and print a line for each of the four models."""
+    """Train, prune, quantize, and print a row for each of the four models."""
     seed_everything(0, verbose=False)
     dense, data = LeNet(), MNIST5k()
     Trainer(max_epochs=10, limit_val_batches=0, **PLAIN).fit(dense, datamodule=data)
@@ -66,7 +66,7 @@ def main() -> None:
 
     models = {"dense": dense, "pruned": pruned, "int8": quantized(dense), "pruned, int8": quantized(pruned)}
     assert round(sparsity(pruned), 4) == 0.9
-    for name, mask in callback.masks.items():  # what was zero is zero in 8 bits
+    for name, mask in callback.masks.items():  # zeros stay zero in 8 bits
         assert not models["pruned, int8"].get_parameter(name).dequantize()[~mask].any()
 
     times = latencies({name: model.eval() for name, model in models.items()}, data.test.tensors[0])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune import Channel, Pruning, export_onnx, save_compressed, shrink
 
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages that are not installed and not needed
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of missing packages that are not needed
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,
@@ -26,7 +26,7 @@ QUIET = {
 
 
 def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Return a convolution with its norm."""
+    """Return a convolution with its norm and activation."""
     convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
@@ -66,7 +66,7 @@ class Runtime:
 
 
 def milliseconds(runtimes: list[Runtime], images: Tensor, rounds: int = 50) -> list[float]:
-    """Return the median CPU time of each, taken in turns."""
+    """Return the median CPU time of each; the runtimes alternate."""
     seconds: list[list[float]] = [[] for _ in runtimes]
     for _ in range(rounds):
         for runtime, each in zip(runtimes, seconds, strict=True):
@@ -77,7 +77,7 @@ def milliseconds(runtimes: list[Runtime], images: Tensor, rounds: int = 50) -> l
 
 
 def main() -> None:
-    """Train, prune half of the channels of each layer while training on, shrink, export, compare."""
+    """Train, prune half of the channels of each layer during further training, shrink, export, compare."""
     seed_everything(0, verbose=False)
     data, model = MNIST5k(), Net()
     Trainer(max_epochs=3, **QUIET).fit(model, datamodule=data)
@@ -101,7 +101,7 @@ def main() -> None:
     for batch in (1, 32):
         times = milliseconds(runtimes, images[:batch])
         print(f"{f'batch of {batch}, CPU milliseconds':<30}{times[0]:>10.3f}{times[1]:>10.3f}")
-    print(f"The masked model takes {compressed:,} bytes as a compressed file, and puts out the same as the shrunk one.")
+    print(f"The masked model takes {compressed:,} bytes as a compressed file, and outputs the same as the shrunk one.")
     torch.testing.assert_close(runtimes[1](images), model.eval()(images).detach(), rtol=1e-3, atol=1e-3)
 
 

