@@ -19,9 +19,14 @@ PAGES = {str(path.relative_to(DOCS)): path for path in sorted(DOCS.rglob("*.md")
 FENCE = re.compile(r"^( *)```(\w*).*?\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 
 
+def included(name: str) -> str:
+    """Return the text of a snippet, or of a file at the root."""
+    return next(folder / name for folder in (SNIPPETS, DOCS.parent) if (folder / name).exists()).read_text()
+
+
 def blocks(path: Path) -> list[tuple[str, str]]:
     """Return the code blocks of a page, and of what it includes, as (language, text)."""
-    page = re.sub(r'^--8<-- "(.+)"$', lambda found: (SNIPPETS / found[1]).read_text(), path.read_text(), flags=re.M)
+    page = re.sub(r'^--8<-- "(.+)"$', lambda found: included(found[1]), path.read_text(), flags=re.M)
     return [(language, textwrap.dedent(text)) for _, language, text in FENCE.findall(page)]
 
 
