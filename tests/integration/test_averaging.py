@@ -1,7 +1,7 @@
 """Averaged weights are as sparse as the model, and only a model at its target sparsity is judged."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from models import fit
 from modes import KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_nothing_left, assert_pruned, mlp
+from pairwise import covering
 from torch import Tensor, nn
 from variants import METHODS
 
@@ -72,17 +73,20 @@ def masks_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return callback.masks
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("first", [True, False], ids=["pruning first", "averaging first"])
+def in_pairs(**axes: Iterable[str]) -> Any:
+    """Parametrize by so many cases that each value of an axis meets each of every other."""
+    cases = covering({name: tuple(values) for name, values in axes.items()})
+    return pytest.mark.parametrize(tuple(axes), [tuple(case.values()) for case in cases])
+
+
+@in_pairs(average=AVERAGES, window=WINDOWS, net=NETS, order=("pruning first", "averaging first"))
 def test_averaged_weights_are_validated_and_saved_at_their_sparsity(
-    first: bool, average: str, net: str, window: str, tmp_path: Path
+    average: str, window: str, net: str, order: str, tmp_path: Path
 ) -> None:
     model = Regression(NETS[net](), optimizer=SGD)
     keys = list(model.state_dict())
     callback = Pruning(0.5, **KINDS["weights"], **WINDOWS[window])
-    callbacks = [callback, AVERAGES[average]()] if first else [AVERAGES[average](), callback]
+    callbacks = [callback, AVERAGES[average]()] if order == "pruning first" else [AVERAGES[average](), callback]
     saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
     with Probe(model, callback) as probe:
         trainer = fit(model, *callbacks, saver, max_epochs=EPOCHS, enable_checkpointing=True)
@@ -123,12 +127,10 @@ def test_an_average_of_sparse_weights_stays_sparse(average: str, net: str) -> No
     assert_pruned(model, callback, 0.75)
 
 
-@pytest.mark.parametrize("average", ["swa", "mean", "ema"])
-@pytest.mark.parametrize("first", [True, False], ids=["method first", "averaging first"])
-@pytest.mark.parametrize("method", METHODS)
-def test_averages_of_every_method_are_under_its_masks(method: str, first: bool, average: str) -> None:
+@in_pairs(method=METHODS, average=("swa", "mean", "ema"), order=("method first", "averaging first"))
+def test_averages_of_every_method_are_under_its_masks(method: str, average: str, order: str) -> None:
     model, callback = Regression(mlp(), optimizer=SGD), METHODS[method]()
-    callbacks = [callback, AVERAGES[average]()] if first else [AVERAGES[average](), callback]
+    callbacks = [callback, AVERAGES[average]()] if order == "method first" else [AVERAGES[average](), callback]
     if isinstance(callback, LotteryTicket) and average == "swa":
         with pytest.raises(ValueError, match="got StochasticWeightAveraging, which replaces them"):
             fit(model, *callbacks, max_epochs=3)

@@ -4,10 +4,8 @@ Each value of an axis meets each value of each other axis in at least one run, w
 steps where all combinations would be thousands.
 """
 
-import random
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from foreign import SAM, Divided, ScheduleFree, Shampoo
 from lightning.pytorch import Callback, LightningModule
 from models import fit
 from modes import Regression, assert_masked, plain_parameters
+from pairwise import covering
 from torch import Tensor, nn
 
 from lightning_prune import (
@@ -68,21 +67,6 @@ def possible(case: Case) -> bool:
     return not (again and "SRSTE" in methods) and methods != ("ticket", "ticket")
 
 
-def every_pair() -> list[Case]:
-    """Return runs in which each value of an axis meets each of another: at every turn, that with most new pairs."""
-    chance, cases = random.Random(0), []
-    left = {
-        ((a, x), (b, y)) for a, b in combinations(AXES, 2) for x in AXES[a] for y in AXES[b] if possible({a: x, b: y})
-    }
-    while left:
-        (a, x), (b, y) = min(left)
-        drawn = [{axis: chance.choice(values) for axis, values in AXES.items()} | {a: x, b: y} for _ in range(200)]
-        case = max(filter(possible, drawn), key=lambda case: len(left.intersection(combinations(case.items(), 2))))
-        left.difference_update(combinations(case.items(), 2))
-        cases.append(case)
-    return cases
-
-
 class Model(Regression):
     """Two square layers, each the target of a method, and places to clip in."""
 
@@ -116,7 +100,7 @@ def build(case: Case) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore:Using .torch.compile.module.. when there are global hooks")
-@pytest.mark.parametrize("case", every_pair(), ids=lambda case: "-".join(case.values()))
+@pytest.mark.parametrize("case", covering(AXES, possible), ids=lambda case: "-".join(case.values()))
 def test_two_methods_hold_their_zeros(case: Case) -> None:
     model = build(case)
     first = METHODS[case["first"]](targets=("net.2.weight",))

@@ -548,9 +548,14 @@ def test_a_run_that_is_too_short_is_a_warning_before_training(
     assert any("will not reach its target" in message and last in message for message in told), told
 
 
-def test_a_run_that_is_long_enough_does_not_warn() -> None:
-    fit(MLP(), MagnitudePruning(0.9, start=0, end=8))
-    fit(MLP(), MagnitudePruning(0.9, start=0, end=1, interval="epoch"))
+@pytest.mark.parametrize("arguments", [{"end": 8}, {"end": 1, "interval": "epoch"}], ids=["steps", "epochs"])
+def test_a_run_that_is_long_enough_does_not_warn(arguments: dict[str, Any]) -> None:
+    model = MLP()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(model, MagnitudePruning(0.9, start=0, **arguments))
+    assert not [warning for warning in found if "target" in str(warning.message)]
+    assert zeros(model) == round(0.9 * size(model))
 
 
 def test_a_run_that_ended_early_warns() -> None:
