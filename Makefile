@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test clients lint format docs examples evidence bench clean
+.PHONY: help demo test test-fast clients lint format docs examples evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that creates .venv
@@ -10,13 +10,20 @@ BIN := .venv/bin
 INPUTS := pyproject.toml .ci/constraints.txt
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done
 
 demo: $(BIN)/.demo ## prune a real network with every strategy, about a minute (ARGS=--help lists options)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for part of it)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS) # one thread each: the tests' models are tiny
+
+# What each room does by itself, and the matrix: no exports, command lines, pages, compilation or second processes.
+FAST := $(filter-out tests/export/ tests/integration/,$(wildcard tests/*/)) $(wildcard tests/test_*.py) \
+    tests/integration/test_matrix.py lightning_prune
+
+test-fast: $(BIN)/.dev ## run the tests of the rooms, in less than 90 seconds
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not distributed" $(ARGS) $(FAST)
 
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
 	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)

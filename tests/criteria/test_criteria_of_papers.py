@@ -150,6 +150,7 @@ def test_flow_is_conserved_and_in_range_for_any_depth() -> None:
     assert all(float(found.sum()) == pytest.approx(1.0, rel=1e-5) for found in scores.values())
 
 
+@pytest.mark.slow
 def test_many_rounds_keep_the_flow_where_one_loses_a_layer() -> None:
     """The paper's point: at a sparsity that leaves a few paths, no layer is lost."""
 

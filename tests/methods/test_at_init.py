@@ -340,6 +340,7 @@ def test_precisions(precision: str, criterion: Criterion) -> None:
     assert_masked(model, callback)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["the whole", "a part"])
 @pytest.mark.parametrize("criterion", [SNIP(), GraSP(), SynFlow(), Wanda()], ids=label)
 def test_a_compiled_model(criterion: Criterion, inside: bool) -> None:

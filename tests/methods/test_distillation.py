@@ -121,6 +121,7 @@ def test_the_weights_are_those_of_a_loss_written_by_hand(way: str, layer: str | 
     assert (model.net[6].weight - plain.net[6].weight).abs().max() > 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("where", ["whole", "inside"])
 def test_compiled_modules_are_taught(where: str) -> None:

@@ -309,6 +309,7 @@ AXES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.parametrize("often", [1.0, 0.5], ids=["epoch", "twice"])
 @pytest.mark.parametrize("kind", AXES)
@@ -334,6 +335,7 @@ def test_a_run_resumes_exactly_after_any_step(kind: str, often: float, tmp_path:
         assert (again.reached, again.sparsity_now) == (True, first.sparsity_now)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 def test_a_checkpoint_of_another_callback_resumes_exactly(tmp_path: Path) -> None:
     def callback() -> GuardedPruning:

@@ -285,6 +285,7 @@ def test_without_a_norm_nothing_is_traced() -> None:
     assert Counts.calls == 0
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_has_its_norm() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.LayerNorm(4))
     plain = list(prune(copy.deepcopy(model), 0.5, granularity=Channel()))

@@ -353,6 +353,7 @@ def cnn() -> nn.Sequential:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "size"), [(mlp, (30,)), (cnn, (1, 9, 9))])
 @pytest.mark.parametrize("sparsity", [0.99, 0.997])
 def test_a_hundred_rounds_of_synflow_are_those_of_its_authors_and_lose_no_layer(

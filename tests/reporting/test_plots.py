@@ -157,6 +157,7 @@ def overlapping(fig: Any, artists: list[Any]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 3, 60])
 def test_no_label_runs_into_another(layers: int) -> None:
     long_names = nn.Module()

@@ -143,6 +143,7 @@ def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:
     assert "nan" not in (tmp_path / "report.html").read_text().partition("<svg")[0].lower()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 def test_a_resumed_run_reports_all_of_it(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -169,6 +170,7 @@ class Power(Criterion):
         return units.mean(lambda weight: weight.abs() ** self.exponent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "callback",
     [
@@ -252,6 +254,7 @@ def test_a_pruning_callback_behind_the_report_is_refused(tmp_path: Path) -> None
         fit(MLP(), report, MagnitudePruning(0.5))
 
 
+@pytest.mark.slow
 def test_another_fit_begins_another_history(tmp_path: Path) -> None:
     report = PruningReport(str(tmp_path / "report.html"))
     fit(Deep(), MagnitudePruning(0.5, **LINEAR), report, max_epochs=3)
@@ -274,6 +277,7 @@ def images(logger: TensorBoardLogger) -> dict[str, list[tuple[int, bytes]]]:
     return {tag: [(i.step, i.encoded_image_string) for i in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
+@pytest.mark.slow
 def test_figures_go_to_loggers_that_take_them(tensorboard: TensorBoardLogger, tmp_path: Path) -> None:
     report = PruningReport(str(tmp_path / "report.html"), log_figures=True)
     fit(Example(), MagnitudePruning(0.5, **LINEAR), report, logger=[CSVLogger(tmp_path), tensorboard], max_epochs=3)

@@ -130,6 +130,7 @@ def test_heads_are_loaded(tmp_path: Path) -> None:
     assert [layer.attention.n_head for layer in loaded.layers] == [layer.attention.n_head for layer in small.layers]
 
 
+@pytest.mark.slow
 def test_another_process_loads_it_by_the_users_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     monkeypatch.syspath_prepend(tmp_path)
