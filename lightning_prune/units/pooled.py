@@ -11,9 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target, channel_dim
-from lightning_prune.tensors.distributed import counts_here, over_ranks
-from lightning_prune.tensors.distributed import piece as local_shard
-from lightning_prune.tensors.distributed import whole as full_tensor
+from lightning_prune.tensors.distributed import counts_here, full_tensor, local_shard, over_ranks
 from lightning_prune.tensors.sources import Placement
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.units import Norms, Units, Values

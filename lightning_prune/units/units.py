@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_prune.models.parameters import Target
-from lightning_prune.tensors.distributed import local
-from lightning_prune.tensors.distributed import piece as local_shard
-from lightning_prune.tensors.distributed import whole as full_tensor
+from lightning_prune.tensors.distributed import full_tensor, local, local_shard
 from lightning_prune.tensors.ranking import Part
 from lightning_prune.tensors.sources import Placement, opened
 from lightning_prune.validation.instances import function, instance

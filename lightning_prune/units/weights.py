@@ -12,9 +12,7 @@ from typing_extensions import override
 
 from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target, channel_dim
-from lightning_prune.tensors.distributed import counts_here, flat_index, is_split, local
-from lightning_prune.tensors.distributed import piece as local_shard
-from lightning_prune.tensors.distributed import whole as full_tensor
+from lightning_prune.tensors.distributed import counts_here, flat_index, full_tensor, is_split, local, local_shard
 from lightning_prune.tensors.ranking import Part, part_within, rank_within
 from lightning_prune.tensors.sources import Placement, opened
 from lightning_prune.units.gates import weight_times_gradient
