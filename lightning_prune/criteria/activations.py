@@ -126,7 +126,7 @@ class Wanda(Criterion):
         return units.add(squares(units.module, inputs, units.parameter, units.name))
 
     @override
-    def nothing(self, units: Units) -> Tensor:
+    def empty_state(self, units: Units) -> Tensor:
         return no_squares(units.modules[0], units.parameter)
 
     @override
@@ -183,7 +183,7 @@ class APoZ(Criterion):
         return units.add(torch.stack([(values > 0).sum(1), (~values.isnan()).sum(1)]))
 
     @override
-    def nothing(self, units: Units) -> Tensor:
+    def empty_state(self, units: Units) -> Tensor:
         return torch.zeros(2, units.channels, dtype=torch.int64, device=units.parameter.device)
 
     @override

@@ -62,7 +62,7 @@ class Entropy(Criterion):
         held = units.statistic
         if held is not None and self._is_histogram(held, units):
             return lattice.count(held, values.T)
-        held = _append(self.nothing(units) if held is None else held, values, self._cells)
+        held = _append(self.empty_state(units) if held is None else held, values, self._cells)
         return held if len(held) < self._cells else self._histogram(held, units)
 
     # values (values, channels) are held as they are until their histogram is smaller: counting many at once is faster
@@ -80,17 +80,17 @@ class Entropy(Criterion):
         return lattice.count(lattice.empty(units.channels, self._cells, statistic.device), statistic.T.contiguous())
 
     @override
-    def merge(self, units: Units, statistics: list[Tensor]) -> Tensor:
+    def merge_states(self, units: Units, statistics: list[Tensor]) -> Tensor:
         return lattice.merge([self._histogram(statistic, units) for statistic in statistics])
 
     @override
-    def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
-        mine = self._histogram(self.nothing(units) if units.statistic is None else units.statistic, units)
+    def finalize(self, units: Units, over_ranks: OverRanks) -> Tensor:
+        mine = self._histogram(self.empty_state(units) if units.statistic is None else units.statistic, units)
         low, high = over_ranks(mine[:, 0].contiguous(), "min"), over_ranks(mine[:, 1].contiguous(), "max")
         return entropy(over_ranks(lattice.bins(lattice.stretch(mine, low, high), self.bins), "sum"))
 
     @override
-    def nothing(self, units: Units) -> Tensor:
+    def empty_state(self, units: Units) -> Tensor:
         return torch.empty(0, units.channels, dtype=torch.float32, device=units.parameter.device)
 
     @override

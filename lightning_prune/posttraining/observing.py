@@ -123,7 +123,7 @@ def _alone(model: nn.Module) -> None:
 
 def observe(units: Sequence[Units], criterion: Criterion, stage: Stage, distributed: bool = False) -> None:
     """Let the criterion observe these units while a stage is run."""
-    observation = Observation(criterion, units, several=distributed)
+    observation = Observation(criterion, units, distributed=distributed)
     if not observation.needed:
         return
     observation.reset()

@@ -353,7 +353,7 @@ def test_counting_values_early_or_late_makes_no_difference() -> None:
         units = units_of(layer)
         for part in values.split(sizes):
             units.statistic = criterion.observe(units, (), part)
-        units.statistic = criterion.conclude(units, lambda values, operation: values)
+        units.statistic = criterion.finalize(units, lambda values, operation: values)
         scores.append(criterion.scores(units))
     assert all(torch.equal(found, scores[0]) for found in scores)
 
@@ -412,7 +412,7 @@ def test_a_window_is_concluded_over_the_batches_of_all_ranks() -> None:
     barrier = threading.Barrier(2, timeout=20)
     slots: list[Tensor] = [torch.empty(0)] * 2
 
-    def conclude(rank: int) -> list[float]:
+    def finalize(rank: int) -> list[float]:
         def over_ranks(values: Tensor, operation: str) -> Tensor:
             slots[rank] = values
             barrier.wait()
@@ -422,12 +422,12 @@ def test_a_window_is_concluded_over_the_batches_of_all_ranks() -> None:
 
         criterion, units = Entropy("low", bins=4), units_of(three_neurons())
         units.statistic = criterion.observe(units, (), three_neurons()(batches[rank]).detach())
-        units.statistic = criterion.conclude(units, over_ranks)
+        units.statistic = criterion.finalize(units, over_ranks)
         found: list[float] = criterion.scores(units).tolist()
         return found
 
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(conclude, range(2)):
+        for found in pool.map(finalize, range(2)):
             assert found == pytest.approx(ENTROPIES)
 
 
@@ -438,9 +438,9 @@ def test_by_default_statistics_of_forward_passes_are_summed_over_ranks_and_those
 
     units = units_of(three_neurons())
     units.statistic = torch.tensor([1.0, 2.0, 3.0])
-    assert Activation().conclude(units, double).tolist() == [2.0, 4.0, 6.0]
-    assert Gradient().conclude(units, double).tolist() == [1.0, 2.0, 3.0]
-    assert Sensitivity().conclude(units, double).tolist() == [1.0, 2.0, 3.0]
+    assert Activation().finalize(units, double).tolist() == [2.0, 4.0, 6.0]
+    assert Gradient().finalize(units, double).tolist() == [1.0, 2.0, 3.0]
+    assert Sensitivity().finalize(units, double).tolist() == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
