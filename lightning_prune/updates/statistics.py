@@ -13,7 +13,7 @@ from lightning_prune.models.preserving import eager
 from lightning_prune.tensors.distributed import Operation, gather, local, over_ranks
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import check_channels
-from lightning_prune.updates.gradients import all_finite, gradients_of
+from lightning_prune.updates.gradients import all_finite, dense_gradients, gradients_of
 
 
 def always() -> bool:
