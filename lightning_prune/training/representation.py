@@ -42,11 +42,18 @@ def parameters_of(cls: type) -> dict[str, tuple[inspect.Parameter, bool]]:
     own = True
     for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
         parameters = [*inspect.signature(vars(base)["__init__"]).parameters.values()][1:]
-        found |= {p.name: (p, own) for p in parameters if p.kind in named and p.name not in found}
+        found |= {p.name: (_filled(base, p), own) for p in parameters if p.kind in named and p.name not in found}
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             break
         own = False
     return found
+
+
+def _filled(cls: type, parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter whose default, an empty dict or list that a dataclass makes, is there to be compared with."""
+    field = getattr(cls, "__dataclass_fields__", {}).get(parameter.name)
+    factory = getattr(field, "default_factory", None)
+    return parameter.replace(default=factory()) if factory in (dict, list) else parameter
 
 
 def _differs(value: Any, default: Any) -> bool:

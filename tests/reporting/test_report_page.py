@@ -25,6 +25,7 @@ from torch import nn
 from variants import square_root
 
 from lightning_prune import (
+    ERK,
     Channel,
     ConstantSparsity,
     Criterion,
@@ -206,6 +207,7 @@ def test_arguments_are_those_that_differ_from_the_defaults() -> None:
     assert plain(square_root) == "variants.square_root"
     assert plain({"a": (1, None)}) == {"a": [1, None]}
     assert as_yaml({}, []) == "trainer:\n  callbacks: []\n"
+    assert plain(ERK()) == {"class_path": "lightning_prune.ERK"}, "an empty dict that a dataclass makes is a default"
 
 
 def test_the_configuration_has_what_decides_over_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ CALLS = [
     "MagnitudePruning(threshold=0.1)",
     "MovementPruning(0.9, window=2)",
     "Pruning(0.5, criterion=Magnitude(p=float('inf')), granularity=Block(height=2), scope=ERK(dense=('a.*',)))",
+    "Pruning(0.5, scope=ERK(overrides={'a.*': 0.5}))",
     "Pruning(0.5, criterion=Random(seed=3), granularity=Channel(coupled=True), scope=OWL(spread=0.2))",
     "PruningAtInit(0.5, criterion=SynFlow(), rounds=3)",
     "PruningReport('report.html', log_figures=True)",
