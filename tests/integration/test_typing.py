@@ -32,6 +32,5 @@ def test_the_readme_passes_mypy_and_mistakes_do_not(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("MYPYPATH", str(ROOT))
     found, errors, _ = api.run([*SETTINGS, *map(str, sorted(tmp_path.glob("*.py")))])
     assert not errors
-    mistaken = [line for line in found.splitlines() if "/mistakes.py:" in line and ": error:" in line]
-    assert [int(line.split(":")[1]) for line in mistaken] == [4, 5, 6, 7, 8], found
-    assert f"Found {len(mistaken)} errors in 1 file" in found, found
+    wrong = re.findall(r"\b(readme_\d+|mistakes)\.py:(\d+): error:", found)
+    assert wrong == [("mistakes", line) for line in "45678"], found
