@@ -1,7 +1,11 @@
 """CONTRIBUTING.md: short, of this package as it is, and part of what is published."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import lightning_prune
 
@@ -14,12 +18,42 @@ def test_it_is_short() -> None:
     assert len(TEXT.splitlines()) <= 60
 
 
-def test_the_picture_has_every_room() -> None:
+def floors() -> list[list[str]]:
+    """Return the rooms that are drawn, from the top to the bottom."""
     picture = re.search(r"^```text\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert picture is not None
-    drawn = [name for line in picture[1].splitlines() for name in line[:34].split()]
+    return [line[:34].split() for line in picture[1].splitlines()]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the rooms that a file imports from, but for what only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    types = {node for found in ast.walk(tree) if _is_for_types(found) for node in ast.walk(found)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in types:
+            package, _, room = str(node.module).partition(".")
+            if package == PACKAGE.name:
+                yield from [room.partition(".")[0]] if room else [alias.name for alias in node.names]
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_the_picture_has_every_room() -> None:
     rooms = [path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    assert sorted(drawn) == sorted(room for room in rooms if not room.startswith("_"))
+    assert sorted(room for floor in floors() for room in floor) == sorted(
+        room for room in rooms if not room.startswith("_")
+    )
+
+
+@pytest.mark.parametrize("room", [room for floor in floors() for room in floor])
+def test_imports_point_down(room: str) -> None:
+    level = next(number for number, floor in enumerate(floors()) if room in floor)
+    below = {other for floor in floors()[level + 1 :] for other in floor}
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else (PACKAGE / room).rglob("*.py")
+    found = {(file.name, other) for file in files for other in imports(file)}
+    assert {(file, other) for file, other in found if other not in below | {room}} == set()
 
 
 def test_what_it_names_exists() -> None:
