@@ -2,11 +2,10 @@
 
 import copy
 import io
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, product
@@ -334,15 +333,15 @@ def seeded() -> Resumable:
     return Resumable()
 
 
+def killed_run(folder: Path) -> None:
+    crashing_run(folder, seeded(), Crash(5, True))
+
+
 def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    folders = [str(folder) for folder in (here, here.parent / "support", here.parents[1])]
-    code = (
-        f"import sys; sys.path[:0] = {folders}; from test_resume import *; "
-        f"crashing_run(Path({str(tmp_path / 'killed')!r}), seeded(), Crash(5, True))"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=100)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    process = multiprocessing.get_context("fork").Process(target=killed_run, args=(tmp_path / "killed",))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
     last = checkpoints(tmp_path / "killed")[-1]
     assert last.name == "step=5.ckpt"
     one, other = seeded(), Resumable()
