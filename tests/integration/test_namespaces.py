@@ -1,30 +1,86 @@
-"""The callbacks serve ``lightning.pytorch`` and ``pytorch_lightning`` alike, in Trainers and on the command line."""
+"""The callbacks serve ``lightning.pytorch`` and ``pytorch_lightning`` alike, in Trainers and on the command line.
 
+A new interpreter takes seconds to load both, so that one for each answers all questions that need one.
+"""
+
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import nn
 
+from lightning_prune import Channel, prune, shrink
 
-@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
-def test_either_namespace_prunes_and_judges_and_takes_a_command_line(namespace: str, tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "support" / "namespace.py"
-    done = subprocess.run([sys.executable, script, namespace, tmp_path], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+SCRIPT = Path(__file__).parents[1] / "support" / "namespace.py"
+# the user's own file: nothing in it knows of pruning
+NETS = """
+from {namespace} import LightningModule, Trainer
+from torch import nn
 
+class Net(LightningModule):
+    def __init__(self, width: int = 8, depth: int = 1):
+        super().__init__()
+        self.save_hyperparameters()
+        layers = [nn.Conv2d(2, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        for _ in range(depth):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
 
-def test_the_import_loads_nothing_but_the_package_itself() -> None:
-    """All that needs time to load, and the other namespace, waits until a function needs it."""
-    code = """
-import sys
-import lightning.pytorch
-known = set(sys.modules)
-import lightning_prune
-print(*(set(sys.modules) - known), sep="\\n")
+    def forward(self, x):
+        return self.net(x)
+
+def save(model, path):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = done.stdout.split()
+
+
+class Answer(NamedTuple):
+    """What an interpreter came to: how it ended, where it wrote, and the model that it was to load."""
+
+    done: Any
+    folder: Path
+    small: nn.Module
+
+
+@pytest.fixture(scope="module", params=NAMESPACES)
+def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    folder = tmp_path_factory.mktemp("namespace")
+    (folder / "nets.py").write_text(NETS.format(namespace=request.param))
+    sys.path.insert(0, str(folder))
+    try:
+        nets = importlib.import_module("nets")
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("nets", None)
+    model, inputs = nets.Net(width=12, depth=2), torch.ones(2, 2, 6, 6)
+    prune(model, 0.5, granularity=Channel(coupled=True), scope="local", example_inputs=inputs)
+    small = shrink(model, inputs).eval()
+    nets.save(small, folder / "small.ckpt")
+    command = [sys.executable, SCRIPT, request.param, folder]
+    return Answer(subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=100), folder, small)
+
+
+def test_either_namespace_prunes_and_judges_and_takes_a_command_line(answer: Answer) -> None:
+    assert answer.done.returncode == 0, answer.done.stderr
+
+
+@pytest.mark.parametrize("answer", NAMESPACES[:1], indirect=True)
+def test_the_import_loads_nothing_but_the_package_itself(answer: Answer) -> None:
+    """All that needs time to load, and the other namespace, waits until a function needs it."""
+    names = json.loads((answer.folder / "loaded.json").read_text())
     assert "lightning_prune.training.pruning" in names
     assert [name for name in names if name.partition(".")[0] != "lightning_prune"] == []
+
+
+def test_another_process_loads_a_shrunk_model_by_the_users_class(answer: Answer) -> None:
+    found = torch.load(answer.folder / "out.pt", weights_only=True)
+    assert found["width"] == answer.small.net[0].out_channels == 6
+    assert torch.equal(found["out"], answer.small(torch.ones(1, 2, 6, 6)))

@@ -1,12 +1,8 @@
 """A shrunk model is loaded by its own class, in another process, from what it has kept."""
 
 import copy
-import importlib
-import os
 import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +20,6 @@ from lightning_prune import Channel, Head, Pruning, load_shrunk, prune, save_shr
 from lightning_prune.structure.cut_record import kept_of
 
 COUPLED = Channel(coupled=True)
-# the user's own file: nothing in it knows of pruning
-NETS = """
-from lightning.pytorch import LightningModule
-from torch import nn
-
-class Net(LightningModule):
-    def __init__(self, width: int = 8, depth: int = 1):
-        super().__init__()
-        self.save_hyperparameters()
-        layers = [nn.Conv2d(2, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        for _ in range(depth):
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
-
-    def forward(self, x):
-        return self.net(x)
-"""
-READ = """
-import sys
-import torch
-import lightning_prune
-from nets import Net
-
-model = Net.load_from_checkpoint(sys.argv[1]).eval()
-assert type(model) is Net
-torch.save({"out": model(torch.ones(1, 2, 6, 6)), "width": model.net[0].out_channels}, sys.argv[2])
-"""
 
 
 class Named(LightningModule):
@@ -128,23 +97,6 @@ def test_heads_are_loaded(tmp_path: Path) -> None:
     loaded = load_shrunk(CASES["gpt"].model, tmp_path / "small.pt").eval()
     assert torch.equal(loaded(inputs), small(inputs))
     assert [layer.attention.n_head for layer in loaded.layers] == [layer.attention.n_head for layer in small.layers]
-
-
-@pytest.mark.slow
-def test_another_process_loads_it_by_the_users_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.syspath_prepend(tmp_path)
-    nets = importlib.import_module("nets")
-    monkeypatch.delitem(sys.modules, "nets")
-    small = shrunk(nets.Net(width=12, depth=2), torch.ones(2, 2, 6, 6))
-    path = saved(small, tmp_path / "small.ckpt")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
-    command = [sys.executable, "-W", "ignore", "-c", READ, str(path), str(tmp_path / "out.pt")]
-    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
-    assert ended.returncode == 0, ended.stderr
-    found = torch.load(tmp_path / "out.pt")
-    assert found["width"] == small.net[0].out_channels == 6
-    assert torch.equal(found["out"], small(torch.ones(1, 2, 6, 6)))
 
 
 def test_without_this_package_the_checkpoint_says_what_is_missing(

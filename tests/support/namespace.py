@@ -1,21 +1,27 @@
 """Prunes under the namespace that is named on the command line, in a Trainer and through LightningCLI.
 
-A process of its own, since what this package inherits from is settled when it is imported.
+A process of its own, since what this package inherits from is settled when it is imported. What else needs an
+interpreter that has loaded nothing is asked here, too: ``python namespace.py NAMESPACE FOLDER``.
 """
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader
-from yaml import safe_dump
-
 namespace = importlib.import_module(sys.argv[1])
-boring = importlib.import_module(f"{sys.argv[1]}.demos.boring_classes").BoringModel
-cli = importlib.import_module(f"{sys.argv[1]}.cli").LightningCLI
+known = set(sys.modules)
 
 import lightning_prune as lp  # noqa: E402 - after the namespace that it is to serve
+
+LOADED = sorted(set(sys.modules) - known)
+
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from yaml import safe_dump  # noqa: E402
+
+boring = importlib.import_module(f"{sys.argv[1]}.demos.boring_classes").BoringModel
+cli = importlib.import_module(f"{sys.argv[1]}.cli").LightningCLI
 
 RUN = {
     **{"accelerator": "cpu", "devices": 1, "max_epochs": 5, "limit_train_batches": 3, "limit_val_batches": 1},
@@ -76,8 +82,20 @@ def check_command_line(file: Path) -> None:
     assert type(done.trainer.callbacks[-1]) is namespace.callbacks.ModelCheckpoint
 
 
+def load_shrunk_model(folder: Path) -> None:
+    """Load the checkpoint of a shrunk model by the user's own class, in whose file nothing knows of pruning."""
+    sys.path.insert(0, str(folder))
+    network = importlib.import_module("nets").Net
+    model = network.load_from_checkpoint(folder / "small.ckpt").eval()
+    assert type(model) is network
+    torch.save({"out": model(torch.ones(1, 2, 6, 6)), "width": model.net[0].out_channels}, folder / "out.pt")
+
+
 if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    (folder / "loaded.json").write_text(json.dumps(LOADED))
     check_classes()
     check_at_init()
-    check_trainer(Path(sys.argv[2], "checkpoints"))
-    check_command_line(Path(sys.argv[2], "run.yaml"))
+    check_trainer(folder / "checkpoints")
+    check_command_line(folder / "run.yaml")
+    load_shrunk_model(folder)
