@@ -77,9 +77,9 @@ class ACDC(ScheduledTraining):
         return [*phases[: len(phases) // 2 * 2], (last, 1.0)]
 
     @override
-    def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
+    def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
         if amount:
-            return super().choose(model, position, amount)
+            return super().choose_masks(model, position, amount)
         return Masks({name: torch.ones_like(mask) for name, mask in self.masks.items()})
 
     @override

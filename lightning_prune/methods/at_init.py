@@ -18,7 +18,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.models.preserving import eager
 from lightning_prune.posttraining.prune import prune
 from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.training.masked import MaskedTraining, tell
+from lightning_prune.training.masked import MaskedTraining, log_info
 from lightning_prune.training.plan_text import plan
 from lightning_prune.training.step_inputs import inputs_of_step, silent_copy
 from lightning_prune.updates import target_sparsity as goal
@@ -89,8 +89,8 @@ class PruningAtInit(MaskedTraining):
         super().__init__(targets, ignore, log_layers)
 
     @override
-    def forget(self) -> None:
-        super().forget()
+    def reset(self) -> None:
+        super().reset()
         self._found: dict[str, nn.Parameter] = {}
 
     @property
@@ -110,7 +110,7 @@ class PruningAtInit(MaskedTraining):
         return plan(type(self).__name__, what, self._found, [(0, final)], "step")
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = list(pl_module.parameters())
         if any(map(is_lazy, parameters)):
             raise ValueError("the model must have no uninitialised parameters: run a batch through it before fit")
@@ -120,7 +120,7 @@ class PruningAtInit(MaskedTraining):
                 "ConstantSparsity()"
             )
         self._find(pl_module)
-        tell(self.explain())
+        log_info(self.explain())
 
     def _find(self, pl_module: LightningModule) -> None:
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
@@ -131,7 +131,7 @@ class PruningAtInit(MaskedTraining):
         if not self.masks:
             self._find(pl_module)  # layers may have been unfrozen since the start
             self._refuse_overlap(trainer)
-            self.put_in_force(trainer, pl_module, self._choose(trainer, pl_module, batch))
+            self.set_masks(trainer, pl_module, self._choose(trainer, pl_module, batch))
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Masks:
         model, example = _silent_copy(pl_module), pl_module.example_input_array

@@ -105,8 +105,8 @@ class SET(ScheduledTraining):
         super().__init__(*axes, horizon, targets, ignore, log_layers=log_layers)
 
     @override
-    def forget(self) -> None:
-        super().forget()
+    def reset(self) -> None:
+        super().reset()
         self._grown: dict[str, tuple[Tensor, Tensor]] = {}  # what has grown in an update, and what it begins with
 
     def growth(self, position: int) -> Criterion:
@@ -138,8 +138,8 @@ class SET(ScheduledTraining):
         return plan
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().begin(trainer, pl_module)
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_start(trainer, pl_module)
         self.masks = Masks({**self.masks, **self._draw(pl_module)})
 
     def _draw(self, model: nn.Module) -> Masks:
@@ -154,7 +154,7 @@ class SET(ScheduledTraining):
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._find_units(trainer, pl_module)
         if masks := self._draw(pl_module):
-            self.put_in_force(trainer, pl_module, Masks({**self.masks, **masks}))
+            self.set_masks(trainer, pl_module, Masks({**self.masks, **masks}))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -171,11 +171,11 @@ class SET(ScheduledTraining):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
-    def looks_at_pruned(self, trainer: Trainer) -> bool:
+    def needs_dense_gradients(self, trainer: Trainer) -> bool:
         return self._observing(trainer)
 
     @override
-    def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
+    def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
         held = {**self.masks, **self._draw(model)}
         masks = exchange(self._units, held, amount, self.growth(position), self.regrow)
         if self.grow_init != "zeros":

@@ -96,8 +96,8 @@ class GuardedPruning(rewinding.Rewinding):
         super().__init__(sparsity, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers=log_layers)
 
     @override
-    def forget(self) -> None:
-        super().forget()
+    def reset(self) -> None:
+        super().reset()
         limits = (self.mode, self.max_drop, self._ceiling, self.step, self.precision, self.patience, self.reference)
         self._search = Search(*limits)
         self._planned: list[tuple[int, float]] = []  # all updates so far, and one that is due
@@ -138,8 +138,8 @@ class GuardedPruning(rewinding.Rewinding):
         )
 
     @override
-    def choose(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
-        return self.choose_for(model, amount)
+    def choose_masks(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
+        return self.choose_masks_for(model, amount)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -151,16 +151,16 @@ class GuardedPruning(rewinding.Rewinding):
             )
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().begin(trainer, pl_module)
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_start(trainer, pl_module)
         if self._search.done:  # resumed from the last checkpoint
             trainer.should_stop = True
 
     @override
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._back_at is not None and self._steps >= self._back_at:
             self._go_back(trainer, pl_module)
-        super().advance(trainer, pl_module)
+        super().maybe_update(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,7 +223,7 @@ class GuardedPruning(rewinding.Rewinding):
             if callback.state_key in packed:
                 masks = fitting(unpack_all(packed[callback.state_key]), parameters).items()
                 placed = Masks({name: mask.to(parameters[name].device) for name, mask in masks})
-                callback.put_in_force(trainer, pl_module, placed)
+                callback.set_masks(trainer, pl_module, placed)
         # afterwards, since optimizers forget entries that come back
         rewinding.go_back(trainer, pl_module, self._best)
 

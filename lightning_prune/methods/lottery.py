@@ -94,8 +94,8 @@ class LotteryTicket(rewinding.Rewinding):
         super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
 
     @override
-    def forget(self) -> None:
-        super().forget()
+    def reset(self) -> None:
+        super().reset()
         self._memory: dict[str, Any] | None = None
         self._moment: int | None = None  # the optimizer step to go back to, resolved once
         self._back: int | None = None  # and by how many intervals trainings are shorter than the first
@@ -116,7 +116,7 @@ class LotteryTicket(rewinding.Rewinding):
         return f"{what} in {self.rounds} rounds", told, updates
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.rewind == "random":
             rewinding.check_resettable(pl_module)
         if self.frequency is None and math.isinf(length(trainer, self.interval, self._epochs)):
@@ -124,7 +124,7 @@ class LotteryTicket(rewinding.Rewinding):
         if self._moment is None:
             self._moment = self._resolve(trainer)
             self._back = self._shorter(trainer)
-        super().begin(trainer, pl_module)
+        super().on_start(trainer, pl_module)
         self._check_rounds(trainer)
         if self._memory is None and self._moment <= self._steps and any(map(is_lazy, pl_module.parameters())):
             raise ValueError(
@@ -183,7 +183,7 @@ class LotteryTicket(rewinding.Rewinding):
         return round(self.rewind_to * steps)
 
     @override
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._moment is not None
         # more than once, since schedulers may step between the end of a batch and the start of an epoch
         if self._steps == self._moment or (self._memory is None and self._steps > self._moment):
@@ -199,7 +199,7 @@ class LotteryTicket(rewinding.Rewinding):
             self._again = None
         if self.interval == "step":
             self._stop_if_trained(trainer, self._steps)
-        super().advance(trainer, pl_module)
+        super().maybe_update(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,10 +207,10 @@ class LotteryTicket(rewinding.Rewinding):
             self._stop_if_trained(trainer, trainer.current_epoch + 1)
 
     @override
-    def choose(self, model: nn.Module, position: int, amount: float) -> Masks:
+    def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
         level = self.sparsity
         assert level is not None
-        return self.choose_for(model, goal.after(level, amount))
+        return self.choose_masks_for(model, goal.after(level, amount))
 
     @override
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:

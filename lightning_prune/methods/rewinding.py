@@ -21,7 +21,7 @@ class Rewinding(ScheduledTraining):
     """The abstract base of the callbacks that put a whole run back to an earlier moment: a run has at most one."""
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check(trainer, pl_module)
         others = [type(other).__name__ for other in masked(trainer) if isinstance(other, Rewinding)]
         if len(others) > 1:
@@ -29,7 +29,7 @@ class Rewinding(ScheduledTraining):
                 f"callbacks must have at most one among them that rewinds the run, which each does for the whole "
                 f"model, got {others}: give one of them all targets"
             )
-        super().begin(trainer, pl_module)
+        super().on_start(trainer, pl_module)
 
 
 def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[s
 
     Of weights that a callback trains behind its masks, the copies are those without zeros.
     """
-    hidden = {name: weight for callback in masked(trainer) for name, weight in callback.hidden().items()}
+    hidden = {name: weight for callback in masked(trainer) for name, weight in callback.hidden_weights().items()}
     return {
         "tensors": _copy({**dict(_tensors(model)), **hidden}) if weights else {},
         "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
@@ -63,7 +63,7 @@ def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
 def mask_all(trainer: Trainer) -> None:
     """Let every callback that trains under masks take over weights that somebody else has put into the model."""
     for callback in masked(trainer):
-        callback.put_back()
+        callback.reapply_masks()
 
 
 def masked(trainer: Trainer) -> list[MaskedTraining]:

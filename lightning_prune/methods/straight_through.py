@@ -70,8 +70,8 @@ class SRSTE(MaskedTraining):
         super().__init__(targets, ignore, log_layers)
 
     @override
-    def forget(self) -> None:
-        super().forget()
+    def reset(self) -> None:
+        super().reset()
         self._units: list[Units] = []
         self._dense: dict[str, Tensor] = {}  # the weights without zeros, of this rank's pieces
         self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
@@ -85,11 +85,11 @@ class SRSTE(MaskedTraining):
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin(trainer, pl_module)
+        self.on_start(trainer, pl_module)
         super().rebuild(trainer, pl_module)
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
         self._units = []
@@ -112,7 +112,7 @@ class SRSTE(MaskedTraining):
 
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if masks := self._join(pl_module):
-            self.put_in_force(trainer, pl_module, Masks({**self.masks, **masks}))
+            self.set_masks(trainer, pl_module, Masks({**self.masks, **masks}))
 
     def _choose(self, units: list[Units]) -> Masks:
         if not units:
@@ -121,15 +121,17 @@ class SRSTE(MaskedTraining):
         return Masks({name: places.at_least(name, self.granularity.least) for name in places})
 
     @override
-    def looks_at_pruned(self, trainer: Trainer) -> bool:
+    def needs_dense_gradients(self, trainer: Trainer) -> bool:
         return True
 
     @override
     def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        self.before_step(trainer, optimizer)  # and no gradient is masked: those of pruned weights are the point
+        self.before_optimizer_step(
+            trainer, optimizer
+        )  # and no gradient is masked: those of pruned weights are the point
 
     @override
-    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+    def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         scale = gradient_scale(trainer, optimizer)
         if self._guard is None:
             self._guard = register_module_forward_pre_hook(partial(self._refuse, trainer, type(optimizer).__name__))
@@ -143,7 +145,7 @@ class SRSTE(MaskedTraining):
                 _add_hidden(local(unit.parameter.grad), dense, self.masks[unit.name], self.decay * scale)
 
     @override
-    def stepped(self, optimizer: Optimizer) -> None:
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
         units = [unit for unit in self._of(optimizer) if unit.name in self._open]
         self._open.difference_update(unit.name for unit in units)  # the hook of an optimizer may be called twice
         self._take(units)
@@ -185,13 +187,13 @@ class SRSTE(MaskedTraining):
             self._take_in(trainer, pl_module)
 
     @override
-    def hidden(self) -> dict[str, Tensor]:
+    def hidden_weights(self) -> dict[str, Tensor]:
         return self._dense
 
     @override
-    def put_back(self) -> None:
+    def reapply_masks(self) -> None:
         self._take(self._units)
-        super().put_back()
+        super().reapply_masks()
 
     @override
     def on_train_batch_end(

@@ -32,7 +32,7 @@ class ConstantSparsity(MaskedTraining):
         super().__init__(targets, ignore, log_layers)
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:
             # frozen ones, too: they may be trained later on
             found = find(pl_module, self.targets, self.ignore, frozen=True)

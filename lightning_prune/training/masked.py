@@ -44,8 +44,8 @@ _FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
 class MaskedTraining(Callback):
     """The abstract base of the callbacks: a subclass decides on masks, this holds them.
 
-    A subclass overrides ``begin`` (pick targets), ``before_step`` and ``advance`` (decide), and calls
-    ``put_in_force`` with new masks.
+    A subclass overrides ``on_start`` (pick targets), ``before_optimizer_step`` and ``maybe_update`` (decide), and calls
+    ``set_masks`` with new masks.
 
     Args:
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
@@ -63,13 +63,13 @@ class MaskedTraining(Callback):
         self.log_layers = flag("log_layers", log_layers)
         self._holding = Holding()
         self._running: weakref.ref[nn.Module] | None = None  # the model of the run that a trainer is in, of any kind
-        self.forget()
+        self.reset()
 
     @override
     def __repr__(self) -> str:
         return call_text(self)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forget masks and everything else about a run, and let go of its model."""
         self._holding.release()
         self.masks = Masks()
@@ -103,27 +103,27 @@ class MaskedTraining(Callback):
         # the names tell several callbacks of one class apart; other arguments may change from run to run
         return self._generate_state_key(targets=self.targets, ignore=self.ignore)
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pick the targets and prepare; called once a fit, with model, optimizer and counters restored."""
         raise NotImplementedError
 
-    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+    def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Look at the gradients of an optimizer that is about to step: accumulated and reduced.
 
-        Those of pruned weights may be masked by then, but where ``looks_at_pruned`` says so.
+        Those of pruned weights may be masked by then, but where ``needs_dense_gradients`` says so.
         """
 
-    def looks_at_pruned(self, trainer: Trainer) -> bool:
-        """Return whether ``before_step`` has to see the gradients of pruned weights in the coming step."""
+    def needs_dense_gradients(self, trainer: Trainer) -> bool:
+        """Return whether ``before_optimizer_step`` has to see the gradients of pruned weights in the coming step."""
         return False
 
-    def stepped(self, optimizer: Optimizer) -> None:
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Look at the weights of an optimizer that has just stepped, not yet masked; it may be called twice a step."""
 
-    def after_step(self) -> None:
+    def after_batch(self) -> None:
         """Count one training batch in which an optimizer has stepped."""
 
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
 
     def explain(self) -> str:
@@ -136,19 +136,19 @@ class MaskedTraining(Callback):
 
     # ------------------------------------------------------------------------------------------------ masks
 
-    def hidden(self) -> dict[str, Tensor]:
+    def hidden_weights(self) -> dict[str, Tensor]:
         """Return the weights, by parameter name, that are trained behind the masks: what the model has, without zeros.
 
-        >>> MaskedTraining().hidden()
+        >>> MaskedTraining().hidden_weights()
         {}
         """
         return {}
 
-    def put_back(self) -> None:
+    def reapply_masks(self) -> None:
         """Mask weights that another callback has put into the model, between two optimizer steps."""
         self._holding.apply()
 
-    def put_in_force(self, trainer: Trainer, pl_module: nn.Module, masks: Masks) -> None:
+    def set_masks(self, trainer: Trainer, pl_module: nn.Module, masks: Masks) -> None:
         """Hold these masks from now on, on the model and on averaged copies of it."""
         if not self._sparsity_now and not all(mask.all() for mask in masks.values()):
             _announce_pruning(trainer, pl_module)
@@ -207,7 +207,7 @@ class MaskedTraining(Callback):
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold the parameters that the model has now, since some are not those that were held."""
         self.masks = self._fitting(named_parameters(pl_module))
-        self.put_in_force(trainer, pl_module, self.masks)
+        self.set_masks(trainer, pl_module, self.masks)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -231,7 +231,7 @@ class MaskedTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
         if self._model is not None and self._model() is not pl_module:
-            self.forget()  # the callback of an earlier run, now with another model
+            self.reset()  # the callback of an earlier run, now with another model
         self._model = weakref.ref(pl_module)
         self._shown = None
         steps = trainer.global_step if pl_module.automatic_optimization else self._steps
@@ -242,17 +242,17 @@ class MaskedTraining(Callback):
         if self._restored:
             restore(self, pl_module, self.masks, "in the checkpoint")
         self._restored = False
-        self.begin(trainer, pl_module)
+        self.on_start(trainer, pl_module)
         if missed:
-            self.after_step()
+            self.after_batch()
         self._refuse_overlap(trainer)
         self._warn_of_judges(trainer)
         self._reads = reads_after_backward(trainer, pl_module), reads_before_step(trainer, pl_module)
         self._before = None if pl_module.automatic_optimization else partial(self._look, trainer)
         for optimizer in trainer.optimizers:
-            self._holding.attach(optimizer, self._before, self.stepped)
-        self.put_in_force(trainer, pl_module, self.masks)
-        self.advance(trainer, pl_module)
+            self._holding.attach(optimizer, self._before, self.after_optimizer_step)
+        self.set_masks(trainer, pl_module, self.masks)
+        self.maybe_update(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -260,21 +260,21 @@ class MaskedTraining(Callback):
         parameters = named_parameters(pl_module)
         if not self._holding.holds([parameters.get(name) for name in self.masks]):  # layers have been replaced
             self.rebuild(trainer, pl_module)
-        self.advance(trainer, pl_module)
+        self.maybe_update(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._reads[0] and not self.looks_at_pruned(trainer):
+        if self._reads[0] and not self.needs_dense_gradients(trainer):
             self._holding.mask_gradients()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._holding.attach(optimizer, self._before, self.stepped)
+        self._holding.attach(optimizer, self._before, self.after_optimizer_step)
         if pl_module.automatic_optimization:
             self._look(trainer, optimizer)
 
     def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        self.before_step(trainer, optimizer)
+        self.before_optimizer_step(trainer, optimizer)
         # weights are masked after the step; gradients only where those of pruned entries would touch others
         if self._reads[1] or not entrywise(optimizer):
             self._holding.mask_gradients(optimizer)
@@ -288,8 +288,8 @@ class MaskedTraining(Callback):
         self._holding.stepped = False
         if steps != self._steps:
             self._steps = steps
-            self.after_step()
-            self.advance(trainer, pl_module)
+            self.after_batch()
+            self.maybe_update(trainer, pl_module)
         self._show(trainer, pl_module)
 
     @override
@@ -369,7 +369,7 @@ class MaskedTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._expect(state_dict, "steps", "levels", "masks")
         masks = unpack_all(state_dict["masks"])
-        self.forget()
+        self.reset()
         self._model = self._running  # whose state it is; that of any model where the user loads it
         self.masks, self._restored, self._steps = Masks(masks), True, state_dict["steps"]
         # counted again, so that they are those of the masks whatever the state says
@@ -411,7 +411,7 @@ def _announce_pruning(trainer: Trainer, pl_module: nn.Module) -> None:
 
 
 @rank_zero_only
-def tell(message: str) -> None:
+def log_info(message: str) -> None:
     """Say what is going to happen, once for all ranks."""
     _log.info(message)
 

@@ -116,8 +116,8 @@ class Pruning(ScheduledTraining):
             self._shrink(trainer, pl_module)
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().begin(trainer, pl_module)
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_start(trainer, pl_module)
         self._warn_of_zeros()
 
     def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,7 +21,7 @@ from lightning_prune.tensors.distributed import reshard
 from lightning_prune.training.consistency import fitting
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import may_repair
-from lightning_prune.training.masked import MaskedTraining, gradient_scale, tell
+from lightning_prune.training.masked import MaskedTraining, gradient_scale, log_info
 from lightning_prune.training.plan_text import plan
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.step_inputs import inputs_of_step
@@ -35,7 +35,7 @@ from lightning_prune.validation.instances import instance
 
 
 class ScheduledTraining(MaskedTraining):
-    """The abstract base of the callbacks whose masks follow a plan: a subclass says ``plan``, and may say ``choose``.
+    """The abstract base of the callbacks whose masks follow a plan: a subclass defines ``plan``.
 
     Args:
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
@@ -90,11 +90,11 @@ class ScheduledTraining(MaskedTraining):
         """Return the updates as (position in intervals, amount), in order, for a window from first to last position."""
         raise NotImplementedError
 
-    def choose(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
+    def choose_masks(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
         """Return the masks of one update: here, of this fraction of the goal, by the criterion."""
-        return self.choose_for(model, self.sparsity, amount)
+        return self.choose_masks_for(model, self.sparsity, amount)
 
-    def choose_for(self, model: torch.nn.Module, sparsity: goal.Sparsity | None, due: float = 1.0) -> Masks:
+    def choose_masks_for(self, model: torch.nn.Module, sparsity: goal.Sparsity | None, due: float = 1.0) -> Masks:
         """Return masks, by the criterion, for a goal of which this fraction is due."""
         found = goal.find_targets(model, sparsity, self.targets, self.ignore, later=True)
         axes = (sparsity, self.threshold, self.criterion, self._scope)
@@ -118,8 +118,8 @@ class ScheduledTraining(MaskedTraining):
         return plan(type(self).__name__, what, parameters, updates, self.interval, told, self._left_out)
 
     @override
-    def forget(self) -> None:
-        super().forget()
+    def reset(self) -> None:
+        super().reset()
         self._units: list[Units] = []
         self._found: list[int] = []  # ids of the parameters that the units were looked up for
         self._left_out: dict[str, str] = {}
@@ -152,7 +152,7 @@ class ScheduledTraining(MaskedTraining):
             self._epochs = trainer.max_epochs
 
     @override
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._inputs is None:
             self._inputs = pl_module.example_input_array
         self._find_units(trainer, pl_module)
@@ -175,11 +175,11 @@ class ScheduledTraining(MaskedTraining):
             self._find_units(trainer, pl_module)
             self._refuse_overlap(trainer)
             self._announce(pl_module, length(trainer, self.interval, self._epochs))
-            self.put_in_force(trainer, pl_module, self.masks)
-            self.advance(trainer, pl_module)
+            self.set_masks(trainer, pl_module, self.masks)
+            self.maybe_update(trainer, pl_module)
 
     @override
-    def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+    def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._observing(trainer):
             check = getattr(trainer.precision_plugin, "scaler", None) is not None or may_repair(
                 trainer.lightning_module
@@ -187,11 +187,11 @@ class ScheduledTraining(MaskedTraining):
             self._observation.gradients(parameter_ids(optimizer), gradient_scale(trainer, optimizer), check)
 
     @override
-    def after_step(self) -> None:
+    def after_batch(self) -> None:
         self._observation.step()
 
     @override
-    def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # looks at the state and not at events: Lightning skips some hooks when a run is resumed
         clock = trainer.current_epoch if self.interval == "epoch" else self._steps
         if self._observation.full and any(self._applied < position <= clock for position, _ in self._updates):
@@ -235,7 +235,7 @@ class ScheduledTraining(MaskedTraining):
             return
         self._leave_out_unseen(trainer, pl_module)
         self._observation.finish()
-        masks = self.choose(pl_module, position, amount)
+        masks = self.choose_masks(pl_module, position, amount)
         held = fitting(self.masks, named_parameters(pl_module))  # of frozen parameters too, which keep their zeros
         frozen, before = [name for name in self._levels if name in held and name not in masks], self.reached
         masks = Masks({**held, **masks})
@@ -247,7 +247,7 @@ class ScheduledTraining(MaskedTraining):
             )
         if self.reached or not self.criterion.accumulates:
             self._observation.reset()
-        self.put_in_force(trainer, pl_module, masks)
+        self.set_masks(trainer, pl_module, masks)
         self.after_update(trainer, pl_module, amount)
 
     def _observing(self, trainer: Trainer) -> bool:
@@ -260,8 +260,8 @@ class ScheduledTraining(MaskedTraining):
         return self._steps >= in_steps(trainer, self.interval, position) - self.criterion.steps
 
     @override
-    def put_in_force(self, trainer: Trainer, pl_module: torch.nn.Module, masks: Masks) -> None:
-        super().put_in_force(trainer, pl_module, masks)
+    def set_masks(self, trainer: Trainer, pl_module: torch.nn.Module, masks: Masks) -> None:
+        super().set_masks(trainer, pl_module, masks)
         found = scarce(self._units, masks)
         if new := {name: left for name, left in found.items() if left < self._scarce.get(name, 2)}:
             self._scarce.update(new)
@@ -312,7 +312,7 @@ class ScheduledTraining(MaskedTraining):
     def _announce(self, pl_module: LightningModule, length: float) -> None:
         """Say what is going to happen, and warn if the run is too short for it."""
         name = type(self).__name__
-        tell(self.explain())
+        log_info(self.explain())
         lazy = any(map(is_lazy, pl_module.parameters()))
         if not self._units and not self.target_names() and not lazy:
             rank_zero_warn(f"{name} finds all its targets frozen: it prunes them once they are trained")

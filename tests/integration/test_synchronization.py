@@ -135,7 +135,7 @@ def test_the_trap_sees_what_waits(wait: Callable[[Tensor], Any], trap: Trap) -> 
     class Waits(Pruning):
         """Looks at a value in every step."""
 
-        def before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
             wait(torch.ones(1))
 
     fit(MLP(), Waits(0.5, start=1, end=2))
