@@ -13,7 +13,7 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.schedules import Horizon, positions
-from lightning_prune.training.enforcement import forget_momentum
+from lightning_prune.training.enforcement import reset_momentum
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.validation.arguments import fractions
@@ -22,8 +22,8 @@ from lightning_prune.validation.arguments import fractions
 class ACDC(ScheduledTraining):
     """Alternate compressed and decompressed phases (AC/DC), so that one run gives a sparse and nearly a dense model.
 
-    The run begins dense. Each compressed phase chooses its masks anew from all weights; in a decompressed phase nothing
-    is pruned, weights come back from zero, and momentum is reset where it begins. The phase before the last is
+    The run begins dense. Each compressed phase chooses its masks from all weights; in a decompressed phase nothing is
+    pruned, weights come back from zero, and momentum is reset where it begins. The phase before the last is
     decompressed and may be a longer one, the last is compressed and lasts from ``end`` to the end of the run.
 
     Args:
@@ -86,4 +86,4 @@ class ACDC(ScheduledTraining):
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         if not amount:
             for optimizer in trainer.optimizers:
-                forget_momentum(optimizer)
+                reset_momentum(optimizer)

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,12 +19,26 @@ from lightning_prune.masks import Masks
 from lightning_prune.models.preserving import eager
 from lightning_prune.posttraining.prune import prune
 from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.training.masked import MaskedTraining, log_info
+from lightning_prune.training.checks import check_targets
+from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.plan_text import plan
+from lightning_prune.training.sparsity_log import log_info
+from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.training.step_inputs import inputs_of_step, silent_copy
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import function, instance
+
+
+@dataclass(eq=False)
+class AtInitState(RunState):
+    """What ``PruningAtInit`` knows of its run.
+
+    Attributes:
+        found: The targets, by name.
+    """
+
+    found: dict[str, nn.Parameter] = field(default_factory=dict, metadata=TRANSIENT)
 
 
 class PruningAtInit(MaskedTraining):
@@ -62,6 +77,9 @@ class PruningAtInit(MaskedTraining):
     SNIP(window=1)
     """
 
+    State: ClassVar[type[RunState]] = AtInitState
+    state: AtInitState
+
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
@@ -88,11 +106,6 @@ class PruningAtInit(MaskedTraining):
         self.min_density = goal.density(min_density)
         super().__init__(targets, ignore, log_layers)
 
-    @override
-    def reset(self) -> None:
-        super().reset()
-        self._found: dict[str, nn.Parameter] = {}
-
     @property
     @override
     def reached(self) -> bool:
@@ -101,13 +114,13 @@ class PruningAtInit(MaskedTraining):
     @override
     def target_names(self) -> list[str]:
         # before a fit has found them, those of the checkpoint; of coupled channels, not those that have no units
-        names = list(self._found) or list(self._levels)
+        names = list(self.state.found) or list(self.state.levels)
         return [name for name in names if name in self.masks] if self.masks else names
 
     @override
     def explain(self) -> str:
         what, final = goal.describe(self.sparsity, self.threshold)
-        return plan(type(self).__name__, what, self._found, [(0, final)], "step")
+        return plan(type(self).__name__, what, self.state.found, [(0, final)], "step")
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,13 +137,13 @@ class PruningAtInit(MaskedTraining):
 
     def _find(self, pl_module: LightningModule) -> None:
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
-        self._found = {target.name: target.parameter for target in found}
+        self.state.found = {target.name: target.parameter for target in found}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.masks:
             self._find(pl_module)  # layers may have been unfrozen since the start
-            self._refuse_overlap(trainer)
+            check_targets(self, trainer)
             self.set_masks(trainer, pl_module, self._choose(trainer, pl_module, batch))
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Masks:
@@ -163,9 +176,6 @@ class PruningAtInit(MaskedTraining):
                 else example,
                 distributed=trainer.world_size > 1,
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": {}}
 
 
 def _silent_copy(pl_module: LightningModule) -> LightningModule:

@@ -2,28 +2,25 @@
 
 import weakref
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_prune.methods.gradient_injection import Joining, gradient_at, outputs_of
-from lightning_prune.models.copying import copied
-from lightning_prune.tensors.distributed import is_sharded
+from lightning_prune.methods.teacher import MANY, Teacher, find_layer, warn_if_it_learns
 from lightning_prune.training.compat import Callback
-from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import integer, number, text
+from lightning_prune.validation.states import ANY, optional, table
 from lightning_prune.validation.values import shown
 
-_MANY = 10  # losses at the beginning and at the end that say whether a model is still learning
+_RULES = {"teacher": optional(table(ANY))}
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
@@ -49,7 +46,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: 
 
 
 class Distillation(Callback):
-    """Train the model towards what a teacher puts out, beside its own loss and without a change to its code.
+    """Train the model towards the outputs of a teacher, beside its own loss and without a change to its code.
 
     The gradients become those of ``(1 - weight) * loss + weight * distance``: the loss that ``training_step`` returns
     is left as it is, and the gradient of the distance joins in where it flows back through the model's output. The
@@ -102,9 +99,7 @@ class Distillation(Callback):
         self.layer = None if layer is None else text("layer", layer, "the name of a layer")
         self.network = text("network", network, "the name of a network inside the model")
         self.dim = integer("dim", dim)
-        self._teaching: nn.Module | None = None
-        self._restored: dict[str, Any] | None = None  # the teacher of a checkpoint, until there is a model for it
-        self._model: weakref.ref[nn.Module] | None = None
+        self._teacher = Teacher(teacher, self.network)
         self._running: weakref.ref[nn.Module] | None = None  # the model of the run that a trainer is in, of any kind
         self._joining: Joining | None = None
         self._backwards = 0
@@ -124,46 +119,9 @@ class Distillation(Callback):
 
     def on_before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the model for the teacher while it is dense; called by the callback that is about to prune it."""
-        self._know(pl_module)
-        if self.teacher == "dense" and self._restored is None and self._teaching is None:
-            _warn_if_it_learns(self._losses)
+        if self._teacher.watch(pl_module):
+            warn_if_it_learns(self._losses)
             self._losses = []
-            self._teaching = self._copy(pl_module).eval()
-
-    def _know(self, pl_module: LightningModule) -> None:
-        if self._model is not None and self._model() is not pl_module:
-            self._teaching = self._restored = None  # those of an earlier run
-        self._model = weakref.ref(pl_module)
-
-    def _copy(self, pl_module: LightningModule, state: dict[str, Any] | None = None) -> nn.Module:
-        if any(map(is_sharded, pl_module.parameters())):
-            raise ValueError(f"teacher must be a module where the model is sharded, got {self.teacher!r}")
-        try:
-            model = copied(pl_module).requires_grad_(False)
-        except Exception as error:  # of any type: whatever a user's attributes raise
-            raise ValueError(
-                f"teacher must be a module where copy.deepcopy cannot copy the model, got {self.teacher!r} ({error})"
-            ) from error
-        if state is not None:
-            model.load_state_dict(state)
-        return model.get_submodule(self.network)
-
-    def _appoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find or make the teacher, if it is not there yet."""
-        self._know(pl_module)
-        if isinstance(self.teacher, nn.Module):
-            self._teaching = trainer.precision_plugin.convert_module(self.teacher)
-        elif self._restored is not None:
-            self._teaching = self._copy(pl_module)
-            self._teaching.load_state_dict(self._restored)
-        elif self._teaching is None and self.teacher != "dense":
-            self._teaching = self._copy(pl_module, _read(self.teacher))
-        elif self._teaching is None:
-            _expect_dense(trainer)
-            self._copy(pl_module)  # for nothing: what cannot be copied is better known before the first step
-        self._restored = None
-        if self._teaching is not None:
-            self._teaching.to(pl_module.device).eval()
 
     # ------------------------------------------------------------------------------------------------ lesson
 
@@ -171,9 +129,10 @@ class Distillation(Callback):
         self, trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any], found: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the gradients, with respect to the outputs found, of their distance to those of the teacher."""
-        assert self._teaching is not None
-        with torch.no_grad(), outputs_of(self._teaching.get_submodule(self.layer or "")) as wanted:
-            self._teaching(*args, **kwargs)
+        teacher = self._teacher.module
+        assert teacher is not None
+        with torch.no_grad(), outputs_of(teacher.get_submodule(self.layer or "")) as wanted:
+            teacher(*args, **kwargs)
         if [output.shape for output in wanted] != [output.shape for output in found]:
             shapes = f"{[tuple(output.shape) for output in wanted]} and {[tuple(output.shape) for output in found]}"
             raise ValueError(f"outputs of teacher and model must have the same shapes, got {shapes}")
@@ -205,25 +164,25 @@ class Distillation(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
-        network = _layer(pl_module, "network", self.network)
-        watched = _layer(network, "layer", self.layer or "")
-        self._appoint(trainer, pl_module)
+        network = find_layer(pl_module, "network", self.network)
+        watched = find_layer(network, "layer", self.layer or "")
+        self._teacher.appoint(trainer, pl_module)
         if isinstance(self.teacher, nn.Module):
-            _layer(self.teacher, "layer", self.layer or "")
+            find_layer(self.teacher, "layer", self.layer or "")
             if {*map(id, self.teacher.parameters())}.intersection(map(id, pl_module.parameters())):
                 raise ValueError('teacher must not share parameters with the model: copy it, or use teacher="dense"')
 
         def active() -> bool:
-            return self._teaching is not None and bool(trainer.training)
+            return self._teacher.module is not None and bool(trainer.training)
 
         self._joining = Joining(network, watched, partial(self._teach, trainer), active)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._teaching is None:
+        if self._teacher.module is None:
             self._losses.append(loss.detach().clone())
-            del self._losses[_MANY:-_MANY]
-        if self._joining is not None and self._teaching is not None and loss.requires_grad:
+            del self._losses[MANY:-MANY]
+        if self._joining is not None and self._teacher.module is not None and loss.requires_grad:
             self._joining.open = True
             self._backwards += 1
             loss.register_hook(lambda gradient: gradient * (1 - self.weight))
@@ -271,71 +230,22 @@ class Distillation(Callback):
         if self._joining is not None:
             self._joining.close()
         self._joining, self._distances, self._losses, self._backwards = None, [], [], 0
-        if self._teaching is not None:
-            self._teaching.cpu()
+        if self._teacher.module is not None:
+            self._teacher.module.cpu()
 
     # ------------------------------------------------------------------------------------------------ state
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        known = self._teaching.state_dict() if self._teaching is not None and self.teacher == "dense" else None
-        return {"version": 1, "teacher": self._restored or (None if known is None else dict(known))}
+        return {"version": states.VERSION, "teacher": self._teacher.saved()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        states.check("Distillation", state_dict, "teacher")
+        states.check("Distillation", state_dict, _RULES, list(_RULES))
         self._let_go()
-        self._model = self._running  # whose teacher it is; that of any model where the user loads it
-        self._teaching, self._restored = None, state_dict["teacher"]
+        self._teacher.load(state_dict["teacher"], self._running)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy keeps the teacher, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {
-            **state,
-            "_joining": None,
-            "_model": None,
-            "_running": None,
-            "_distances": [],
-            "_losses": [],
-            "_backwards": 0,
-        }
-
-
-def _warn_if_it_learns(losses: Sequence[Tensor]) -> None:
-    """Warn of a teacher whose loss is still falling: it fell by more than a tenth, from the first ones to the last."""
-    several = len(losses) // 2
-    if several < _MANY // 2:
-        return
-    first, last = (float(torch.stack(list(part)).mean()) for part in (losses[:several], losses[-several:]))
-    if first - last > 0.1 * abs(first):
-        rank_zero_warn(
-            f'teacher="dense" is the model as it is now, while its loss is still falling, from {first:.3g} to '
-            f"{last:.3g}: start from trained weights, let pruning start later, or give a trained teacher"
-        )
-
-
-def _layer(module: nn.Module, argument: str, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError as error:
-        names = [known for known, _ in module.named_modules() if known]
-        close = get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
-        raise ValueError(f"{argument} must be the name of a module, got {name!r}; close names: {close}") from error
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    """Return the weights in a checkpoint of Lightning or in a saved ``state_dict``."""
-    if not Path(path).is_file():
-        raise ValueError(f'teacher must be "dense", a module or the path of a checkpoint, got no such file: {path}')
-    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    weights: dict[str, Any] = found.get("state_dict", found)
-    return weights
-
-
-def _expect_dense(trainer: Trainer) -> None:
-    """Refuse a teacher that there will never be."""
-    pruning = [c for c in trainer.callbacks if isinstance(c, MaskedTraining)]  # type: ignore[attr-defined]
-    if not pruning or any(callback.sparsity_now for callback in pruning):
-        found = "a model that is pruned already" if pruning else "no pruning callback in the Trainer"
-        raise ValueError(f'teacher="dense" is the model before it is pruned, got {found}')
+        return {**state, "_joining": None, "_running": None, "_distances": [], "_losses": [], "_backwards": 0}

@@ -1,7 +1,7 @@
 """Sparse training: networks that are sparse from the first step, and exchange weak weights for new ones on the way."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -11,13 +11,13 @@ from typing_extensions import override
 
 from lightning_prune import schedules, scopes
 from lightning_prune.criteria import Criterion, Random
-from lightning_prune.criteria.gradients import GradientMean
 from lightning_prune.granularities import Weight
 from lightning_prune.masks import Masks
-from lightning_prune.methods.exchange import exchange, steps, uniform
+from lightning_prune.methods.exchange import Gradient, exchange, steps, uniform
 from lightning_prune.tensors.distributed import local
 from lightning_prune.training.scheduled import ScheduledTraining
-from lightning_prune.units.units import Units
+from lightning_prune.training.scheduled_state import ScheduledState
+from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.decision import decide
 from lightning_prune.validation.arguments import choice, flag, integer, number
@@ -30,6 +30,17 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 }
 _SETTLED = 50  # steps: less and new weights are dropped before they have grown (measured with RigL on LeNet-300-100)
 DecayName = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(eq=False)
+class ExchangeState(ScheduledState):
+    """What ``SET`` knows of its run.
+
+    Attributes:
+        grown: In an update, which weights have grown, and what they start with, by name of the target.
+    """
+
+    grown: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, metadata=TRANSIENT)
 
 
 class SET(ScheduledTraining):
@@ -72,7 +83,9 @@ class SET(ScheduledTraining):
     True
     """
 
-    _GROW_INITS: ClassVar[tuple[str, ...]] = ("zeros", "random")
+    State: ClassVar[type[RunState]] = ExchangeState
+    state: ExchangeState
+    grow_inits: ClassVar[tuple[str, ...]] = ("zeros", "random")
 
     def __init__(
         self,
@@ -98,16 +111,11 @@ class SET(ScheduledTraining):
         self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
         self.decay = decay
         self.seed = integer("seed", seed)
-        self.grow_init = choice("grow_init", grow_init, self._GROW_INITS)
+        self.grow_init = choice("grow_init", grow_init, self.grow_inits)
         self.regrow = flag("regrow", regrow)
         horizon = schedules.Horizon(start, end, interval, frequency)
-        axes = (sparsity, self.growth(0), Weight(), scope)
+        axes = (sparsity, Random(self.seed), Weight(), scope)
         super().__init__(*axes, horizon, targets, ignore, log_layers=log_layers)
-
-    @override
-    def reset(self) -> None:
-        super().reset()
-        self._grown: dict[str, tuple[Tensor, Tensor]] = {}  # what has grown in an update, and what it begins with
 
     def growth(self, position: int) -> Criterion:
         """Return what scores the weights that may grow in the update at a position: the highest do."""
@@ -121,7 +129,7 @@ class SET(ScheduledTraining):
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         what = "the zeros that it has" if self.sparsity is None else f"sparsity {self.sparsity}"
-        return what, "exchanged", self._updates
+        return what, "exchanged", self.state.updates
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
@@ -140,20 +148,20 @@ class SET(ScheduledTraining):
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_start(trainer, pl_module)
-        self.masks = Masks({**self.masks, **self._draw(pl_module)})
+        self.state.masks = Masks({**self.masks, **self._draw()})
 
-    def _draw(self, model: nn.Module) -> Masks:
+    def _draw(self) -> Masks:
         """Return masks for targets that have none: all when training starts, later lazy ones and those unfrozen."""
-        new = [unit for unit in self._units if unit.name not in self.masks]
+        new = [unit for unit in self.state.units if unit.name not in self.masks]
         if self.sparsity is None or not new:
             return Masks({unit.name: local(unit.parameter) != 0 for unit in new})
-        found = goal.find_targets(model, self.sparsity, self.targets, self.ignore, later=True)
         drawn = Random(self.seed)
-        return decide(new, drawn, goal.allocation(found, self.sparsity, None, drawn, self._scope), {}).masks
+        allocate = goal.allocation(self.state.targets, self.sparsity, None, drawn, self.share_out)
+        return decide(new, drawn, allocate, {}).masks
 
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._find_units(trainer, pl_module)
-        if masks := self._draw(pl_module):
+        self.find_units(trainer, pl_module)
+        if masks := self._draw():
             self.set_masks(trainer, pl_module, Masks({**self.masks, **masks}))
 
     @override
@@ -172,29 +180,30 @@ class SET(ScheduledTraining):
 
     @override
     def needs_dense_gradients(self, trainer: Trainer) -> bool:
-        return self._observing(trainer)
+        return self.observing(trainer)
 
     @override
     def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
-        held = {**self.masks, **self._draw(model)}
-        masks = exchange(self._units, held, amount, self.growth(position), self.regrow)
+        held = {**self.masks, **self._draw()}
+        units = self.state.units
+        masks = exchange(units, held, amount, self.growth(position), self.regrow)
         if self.grow_init != "zeros":
-            grown = {unit.name: masks[unit.name] & ~held[unit.name] for unit in self._units}
+            grown = {unit.name: masks[unit.name] & ~held[unit.name] for unit in units}
             noise = Random(self.seed + 1_000_003 * position + 1)
             start = steps if self.grow_init == "gradient" else partial(uniform, noise=noise, held=held)
-            self._grown = {unit.name: (grown[unit.name], start(unit, grown[unit.name])) for unit in self._units}
+            self.state.grown = {unit.name: (grown[unit.name], start(unit, grown[unit.name])) for unit in units}
         return masks
 
     @override
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
-        for unit in self._units if self._grown else ():
-            grown, values = self._grown[unit.name]
+        for unit in self.state.units if self.state.grown else ():
+            grown, values = self.state.grown[unit.name]
             rate = rates.get(id(unit.parameter), 0.0) if self.grow_init == "gradient" else 1.0
             weight = local(unit.parameter)
             weight[grown] = (values * rate).to(weight.dtype)
-        self._grown = {}
+        self.state.grown = {}
 
 
 class RigL(SET):
@@ -224,7 +233,7 @@ class RigL(SET):
     Gradient(window=1)
     """
 
-    _GROW_INITS: ClassVar[tuple[str, ...]] = ("zeros", "random", "gradient")
+    grow_inits: ClassVar[tuple[str, ...]] = ("zeros", "random", "gradient")
 
     def __init__(
         self,
@@ -262,35 +271,8 @@ class RigL(SET):
             grow_init=grow_init,
             regrow=regrow,
         )
+        self.criterion = Gradient(self.window)
 
     @override
     def growth(self, position: int) -> Criterion:
         return Gradient(self.window)
-
-
-@dataclass(frozen=True)
-class Gradient(GradientMean):
-    """The size of the gradient of a weight, pruned or not, summed over a window: ``|sum dL/dw|``. Needs gradients.
-
-    Args:
-        window: Number of optimizer steps observed before an update.
-
-    Raises:
-        ValueError: If the window is shorter than one step.
-    """
-
-    window: int = 1
-
-    @override
-    def term(self, units: Units) -> Tensor:
-        return units.sum(_gradient)
-
-    @override
-    def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic.abs()
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad

@@ -14,7 +14,7 @@ Gradients = Callable[[tuple[Any, ...], dict[str, Any], Sequence[Tensor]], Sequen
 
 
 class Joining:
-    """What a network puts out in training, forward pass by forward pass, and the gradients that join there.
+    """The outputs of a network in training, forward pass by forward pass, and the gradients that join there.
 
     Args:
         network: The module whose forward pass is one pass.

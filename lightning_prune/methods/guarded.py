@@ -1,8 +1,8 @@
 """Guarded pruning: as sparse as possible, as long as a metric stays within a bound."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,19 +14,23 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
-from lightning_prune.methods.sparsity_search import Mode, Search, mode_of, settled
+from lightning_prune.methods.guarded_state import GuardedState
+from lightning_prune.methods.sparsity_search import Mode, Search, checked_mode, settled
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.training.consistency import fitting, restore
+from lightning_prune.training.hooks import training_methods
+from lightning_prune.training.scheduled import decide
+from lightning_prune.training.state import RunState
 from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.validation.arguments import choice, integer, number, text
+from lightning_prune.validation.arguments import integer, number, text
 
 
 class GuardedPruning(rewinding.Rewinding):
     """Raise the sparsity step by step while a monitored metric stays within a bound of the dense model's.
 
-    The first validation measures the dense model. Each further sparsity is pruned at once and fine-tuned for up to
+    The first validation measures the dense model. Each further sparsity is pruned in one step and fine-tuned for up to
     ``patience`` validations. Once it is within the bound, the model is remembered (weights, buffers, masks, optimizers
     and learning-rate schedulers, on the CPU and in checkpoints) and the next one is tried. If it does not come within
     the bound, training goes back to what was remembered, and half the step is tried. Validations count once all other
@@ -64,6 +68,9 @@ class GuardedPruning(rewinding.Rewinding):
     []
     """
 
+    State: ClassVar[type[RunState]] = GuardedState
+    state: GuardedState
+
     def __init__(
         self,
         monitor: str,
@@ -84,7 +91,7 @@ class GuardedPruning(rewinding.Rewinding):
     ) -> None:
         self.monitor = text("monitor", monitor, "the name of a metric")
         self.max_drop = number("max_drop", max_drop, "[0, inf)")
-        self.mode: Mode = _mode(mode, self.monitor)
+        self.mode: Mode = checked_mode(mode, self.monitor)
         self.reference = None if reference is None else number("reference", reference)
         self.step = number("step", step, "(0, 1)")
         self.precision = number("precision", precision, "(0, 1)")
@@ -95,23 +102,15 @@ class GuardedPruning(rewinding.Rewinding):
         goal.check(self._ceiling, None, granularity)
         super().__init__(sparsity, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers=log_layers)
 
-    @override
-    def reset(self) -> None:
-        super().reset()
+    @property
+    def _search(self) -> Search:
         limits = (self.mode, self.max_drop, self._ceiling, self.step, self.precision, self.patience, self.reference)
-        self._search = Search(*limits)
-        self._planned: list[tuple[int, float]] = []  # all updates so far, and one that is due
-        self._best: dict[str, Any] | None = None
-        self._back_at: int | None = None  # the optimizer step at which to go back to it
-        self._validations = 0
-        self._outgrown = False  # whether the metric has become much better than the reference
-        self._settling: list[float] = []  # the metric in the validations that were waited for it to settle
-        self._trials: list[tuple[int, float, float, bool]] = []
+        return replace(Search(*limits), **(self.state.search or {}))
 
     @property
     def trials(self) -> list[tuple[int, float, float, bool]]:
         """What was judged, in order: (optimizer step, sparsity, value of the metric, whether it was kept)."""
-        return list(self._trials)
+        return list(self.state.trials)
 
     @property
     @override
@@ -120,11 +119,11 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
-        return self._planned
+        return self.state.planned
 
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
-        return f"at most {self.max_drop} of {self.monitor} lost", "level", self._planned
+        return f"at most {self.max_drop} of {self.monitor} lost", "level", self.state.planned
 
     @override
     def explain(self) -> str:
@@ -139,7 +138,7 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def choose_masks(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
-        return self.choose_masks_for(model, amount)
+        return decide(self, amount)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -158,7 +157,7 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._back_at is not None and self._steps >= self._back_at:
+        if self.state.back_at is not None and self.state.steps >= self.state.back_at:
             self._go_back(trainer, pl_module)
         super().maybe_update(trainer, pl_module)
 
@@ -167,20 +166,21 @@ class GuardedPruning(rewinding.Rewinding):
         if trainer.state.fn != "fit":
             return
         value = self._value(trainer)
-        pending = self._back_at is not None or (bool(self._planned) and self._applied < self._planned[-1][0])
-        others = all(callback.reached for callback in rewinding.masked(trainer) if callback is not self)
+        planned = self.state.planned
+        pending = self.state.back_at is not None or (bool(planned) and self.state.applied < planned[-1][0])
+        others = all(callback.reached for callback in training_methods(trainer) if callback is not self)
         if trainer.sanity_checking or self._search.done or pending or not others:
             return
-        self._validations += 1
+        self.state.validations += 1
         if self._is_warm(value):
             self._judge(trainer, pl_module, value)
 
     def _is_warm(self, value: float) -> bool:
         if self.warmup != "settled":
-            return self._validations > self.warmup
-        if not self._trials:
-            self._settling.append(value)
-        return bool(self._trials) or settled(self._settling, self.mode, self.patience, self.max_drop)
+            return self.state.validations > self.warmup
+        if not self.state.trials:
+            self.state.settling.append(value)
+        return bool(self.state.trials) or settled(self.state.settling, self.mode, self.patience, self.max_drop)
 
     def _value(self, trainer: Trainer) -> float:
         """Return the metric, the same on all ranks."""
@@ -191,91 +191,54 @@ class GuardedPruning(rewinding.Rewinding):
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:
         """Decide what is done after the next optimizer step; until then, what was validated may be saved."""
-        level = self._search.level
-        verdict = self._search.judge(value)
-        self._trials.append((self._steps, level, value, verdict == "keep"))
-        if self.reference is None and not self._outgrown and self._search.outgrows(value):
-            self._outgrown = True
+        search = self._search
+        level, verdict = search.level, search.judge(value)
+        self.state.search = search.found()
+        self.state.trials.append((self.state.steps, level, value, verdict == "keep"))
+        if self.reference is None and not self.state.outgrown and search.outgrows(value):
+            self.state.outgrown = True
             rank_zero_warn(
-                f"{type(self).__name__} holds {self.monitor!r} against {self._search.reference:g}, that of a model in "
+                f"{type(self).__name__} holds {self.monitor!r} against {search.reference:g}, that of a model in "
                 f'training: it has come to {value:g} since. Train longer before the search, with warmup="settled" or a '
                 f"number of validations, start from trained weights, or give a reference"
             )
         if verdict == "keep":
             with torch.inference_mode(False):
                 memory = rewinding.remember(trainer, pl_module)
-            masks = {callback.state_key: pack_all(callback.masks) for callback in rewinding.masked(trainer)}
-            self._best = {**memory, "masks": masks.pop(self.state_key), "others": masks, "steps": self._steps}
+            masks = {callback.state_key: pack_all(callback.masks) for callback in training_methods(trainer)}
+            self.state.best = {**memory, "masks": masks.pop(self.state_key), "others": masks, "steps": self.state.steps}
         if verdict == "back":
-            self._back_at = self._steps + 1
-        if self._search.done:
+            self.state.back_at = self.state.steps + 1
+        if search.done:
             trainer.should_stop = True
-        elif verdict != "wait" and not self._search.last:
-            self._planned.append((self._steps + 1 + self.criterion.steps, self._search.level))
+        elif verdict != "wait" and not search.last:
+            self.state.planned.append((self.state.steps + 1 + self.criterion.steps, search.level))
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._best is not None
-        self._back_at = None
-        self._observation.reset()
+        assert self.state.best is not None
+        self.state.back_at = None
+        self.observation.reset()
         parameters = named_parameters(pl_module)
-        packed = {self.state_key: self._best["masks"], **self._best.get("others", {})}
-        for callback in rewinding.masked(trainer):
+        packed = {self.state_key: self.state.best["masks"], **self.state.best.get("others", {})}
+        for callback in training_methods(trainer):
             if callback.state_key in packed:
                 masks = fitting(unpack_all(packed[callback.state_key]), parameters).items()
                 placed = Masks({name: mask.to(parameters[name].device) for name, mask in masks})
                 callback.set_masks(trainer, pl_module, placed)
         # afterwards, since optimizers forget entries that come back
-        rewinding.go_back(trainer, pl_module, self._best)
+        rewinding.go_back(trainer, pl_module, self.state.best)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._best is not None and self._best["steps"] != self._steps:
+        if self.state.best is not None and self.state.best["steps"] != self.state.steps:
             self._go_back(trainer, pl_module)
-        if not self._search.good:
+        search = self._search
+        if not search.good:
             rank_zero_warn(
                 f"{type(self).__name__} ended without pruning anything: no sparsity held {self.monitor!r} within "
-                f"{self.max_drop} of {self._search.reference}, judged: {self._trials}"
+                f"{self.max_drop} of {search.reference}, judged: {self.state.trials}"
             )
-        self._search.settled = self._best is not None
+        search.settled = self.state.best is not None
+        self.state.search = search.found()
         restore(self, pl_module, self.masks, "when training ended")
-        self._let_go(pl_module)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        found = asdict(self._search)
-        return {
-            **super().state_dict(),
-            "search": {name: found[name] for name in _FOUND},
-            "planned": [list(update) for update in self._planned],
-            "best": self._best,
-            "back_at": self._back_at,
-            "validations": self._validations,
-            "settling": list(self._settling),
-            "trials": [list(trial) for trial in self._trials],
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._expect(state_dict, "search", "planned", "best", "back_at", "validations", "trials")
-        super().load_state_dict(state_dict)
-        for name in _FOUND:
-            setattr(self._search, name, state_dict["search"][name])
-        self._planned = [(position, level) for position, level in state_dict["planned"]]
-        self._best, self._back_at = state_dict["best"], state_dict["back_at"]
-        self._validations, self._settling = state_dict["validations"], list(state_dict.get("settling", []))
-        self._trials = [(step, level, value, held) for step, level, value, held in state_dict["trials"]]
-
-
-def _mode(mode: Literal["max", "min"] | None, monitor: str) -> Mode:
-    """Return whether more or less is better, as is said or as the name says."""
-    named = mode_of(monitor)
-    chosen: Mode = (named or "max") if mode is None else choice("mode", mode, ("max", "min"))
-    if named is not None and named != chosen:
-        raise ValueError(
-            f'mode must be "{named}" for {monitor!r}, by its name, got {mode!r}: log it under another name'
-        )
-    return chosen
-
-
-# what a search has found out; the rest are arguments, which a resumed run may change
-_FOUND = ("reference", "step", "level", "good", "bad", "waited", "last", "done", "settled")
+        self.release(pl_module)

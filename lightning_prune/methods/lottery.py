@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,10 +17,36 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
+from lightning_prune.methods.rewinding import MEMORY
 from lightning_prune.schedules import Horizon, after
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
+from lightning_prune.training.scheduled import decide
+from lightning_prune.training.scheduled_state import ScheduledState
+from lightning_prune.training.state import RunState, saved
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.validation.arguments import choice, fractions, integer, position
+from lightning_prune.validation.states import optional, row, whole
+
+
+@dataclass(eq=False)
+class LotteryState(ScheduledState):
+    """What ``LotteryTicket`` knows of its run.
+
+    Attributes:
+        memory: What is rewound to.
+        moment: The optimizer step to go back to, resolved once.
+        back: By how many intervals trainings are shorter than the first; 0 in states of earlier releases.
+        again: At which step to go back once more, and to what.
+        stop: When the ticket is trained, in intervals.
+    """
+
+    memory: dict[str, Any] | None = field(default=None, metadata=saved(optional(MEMORY)))
+    moment: int | None = field(default=None, metadata=saved(optional(whole())))
+    back: int | None = field(default=None, metadata=saved(optional(whole()), absent=0))
+    again: tuple[int, dict[str, Any]] | None = field(
+        default=None, metadata=saved(optional(row(whole(), MEMORY)), absent=None)
+    )
+    stop: float = math.inf
 
 
 class LotteryTicket(rewinding.Rewinding):
@@ -43,7 +70,7 @@ class LotteryTicket(rewinding.Rewinding):
         sparsity: Fraction of zeros among the targets at the end, in [0, 1), or ``{pattern: fraction}`` per layer.
         rounds: How often is pruned and rewound, at least 1.
         rewind: "weights" rewinds everything; "learning_rate" keeps the trained weights; "random" is the control
-            experiment: the rounds are those of "weights", but the ticket's weights are then initialised anew, by the
+            experiment: the rounds are those of "weights", but the ticket's weights are then initialised again, by the
             ``reset_parameters`` of the modules.
         rewind_to: The moment to go back to: an int counts optimizer steps, a float in [0, 1] is a fraction of the run.
         frequency: T, the length of the first training, in intervals; None is the run divided by ``rounds + 1``.
@@ -67,6 +94,9 @@ class LotteryTicket(rewinding.Rewinding):
     >>> LotteryTicket(0.75, rounds=2).plan(10, 20)
     [(10, 0.5), (20, 1.0)]
     """
+
+    State: ClassVar[type[RunState]] = LotteryState
+    state: LotteryState
 
     def __init__(
         self,
@@ -94,111 +124,99 @@ class LotteryTicket(rewinding.Rewinding):
         super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
 
     @override
-    def reset(self) -> None:
-        super().reset()
-        self._memory: dict[str, Any] | None = None
-        self._moment: int | None = None  # the optimizer step to go back to, resolved once
-        self._back: int | None = None  # and by how many intervals trainings are shorter than the first
-        self._again: tuple[int, dict[str, Any]] | None = None  # at which step to go back once more, and to what
-        self._stop = math.inf  # in intervals
-
-    @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         apart = (last - first) / max(1, self.rounds - 1)
-        back = self._back or 0
+        back = self.state.back or 0
         return [(round(first + i * apart) - i * back, (i + 1) / self.rounds) for i in range(self.rounds)]
 
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         what, told, updates = super().describe()
         if isinstance(self.sparsity, float):
-            updates = [(at, after(done, self.sparsity)) for at, done in self._updates]
+            updates = [(at, after(done, self.sparsity)) for at, done in self.state.updates]
         return f"{what} in {self.rounds} rounds", told, updates
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.rewind == "random":
             rewinding.check_resettable(pl_module)
-        if self.frequency is None and math.isinf(length(trainer, self.interval, self._epochs)):
+        if self.frequency is None and math.isinf(length(trainer, self.interval, self.max_epochs)):
             raise ValueError("frequency must be given where the length of the run is unknown, got None")
-        if self._moment is None:
-            self._moment = self._resolve(trainer)
-            self._back = self._shorter(trainer)
+        state = self.state
+        if state.moment is None:
+            state.moment = self._resolve(trainer)
+            state.back = self._shorter(trainer, state.moment)
         super().on_start(trainer, pl_module)
         self._check_rounds(trainer)
-        if self._memory is None and self._moment <= self._steps and any(map(is_lazy, pl_module.parameters())):
+        if state.memory is None and state.moment <= state.steps and any(map(is_lazy, pl_module.parameters())):
             raise ValueError(
                 "the model must have no uninitialised parameters to be rewound to its start: run a batch through it "
                 "before fit, or let rewind_to be at least 1"
             )
-        self._stop = self._end(trainer)
-        self._stop_if_trained(trainer, self._clock(trainer))
+        state.stop = self._end(trainer)
+        self._stop_if_trained(trainer, self.clock(trainer))
 
     def _end(self, trainer: Trainer) -> float:
         """Return when the ticket is trained, in intervals; infinite where the run ends by itself."""
-        later = self.reached and self._clock(trainer) < self._updates[-1][0]  # another fit, which goes on with a ticket
-        if later or not self._back:
+        another_fit = self.reached and self.clock(trainer) < self.state.updates[-1][0]  # it goes on with a ticket
+        if another_fit or not self.state.back:
             return math.inf
-        duration = length(trainer, self.interval, self._epochs)
+        duration = length(trainer, self.interval, self.max_epochs)
         whole = duration if self.frequency is None else self.frequency * (self.rounds + 1)
-        return math.inf if duration > whole else whole - self.rounds * self._back
+        return math.inf if duration > whole else whole - self.rounds * self.state.back
 
     def _check_rounds(self, trainer: Trainer) -> None:
-        positions = [0, *(position for position, _ in self._updates)]
+        moment, positions = self.state.moment, [0, *(position for position, _ in self.state.updates)]
         first = in_steps(trainer, self.interval, positions[1])
-        if self._memory is None and self._moment is not None and self._moment >= first > 0:
-            raise ValueError(f"rewind_to must lie before the first round ends, got step {self._moment} of {first:g}")
+        if self.state.memory is None and moment is not None and moment >= first > 0:
+            raise ValueError(f"rewind_to must lie before the first round ends, got step {moment} of {first:g}")
         if any(later <= earlier for earlier, later in pairwise(positions)):
             raise ValueError(
                 f"rounds must fit into the run, with at least one {self.interval} for each of the {self.rounds + 1} "
                 f"trainings, got rounds={self.rounds} that end at the {self.interval}s {positions[1:]}"
             )
 
-    def _clock(self, trainer: Trainer) -> int:
-        return trainer.current_epoch if self.interval == "epoch" else self._steps
-
     def _stop_if_trained(self, trainer: Trainer, clock: int) -> None:
-        if clock >= self._stop:
+        if clock >= self.state.stop:
             trainer.should_stop = True
 
-    def _shorter(self, trainer: Trainer) -> int:
+    def _shorter(self, trainer: Trainer, moment: int) -> int:
         """Return by how many intervals trainings are shorter than the first."""
-        assert self._moment is not None
         per_epoch = steps_per_epoch(trainer)
-        if self.interval == "step" or not self._moment:
-            return self._moment
+        if self.interval == "step" or not moment:
+            return moment
         if not per_epoch:
             raise ValueError(
                 f"rewind_to must be 0 where the length of an epoch is unknown, got {self.rewind_to}: count in steps, "
                 f'with interval="step" and frequency'
             )
-        return int(self._moment // per_epoch)
+        return int(moment // per_epoch)
 
     def _resolve(self, trainer: Trainer) -> int:
         if isinstance(self.rewind_to, int):
             return self.rewind_to
-        steps = length(trainer, "step", self._epochs)
+        steps = length(trainer, "step", self.max_epochs)
         if math.isinf(steps):
             raise ValueError(f"rewind_to must be an int where the length of the run is unknown, got {self.rewind_to}")
         return round(self.rewind_to * steps)
 
     @override
     def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._moment is not None
+        state = self.state
+        assert state.moment is not None
         # more than once, since schedulers may step between the end of a batch and the start of an epoch
-        if self._steps == self._moment or (self._memory is None and self._steps > self._moment):
-            if self._steps > self._moment:
-                rank_zero_warn(
-                    f"{type(self).__name__} was not there at step {self._moment}: it will rewind to step {self._steps}"
-                )
-                self._moment = self._steps
-            self._memory = rewinding.remember(trainer, pl_module, weights=self.rewind != "learning_rate")
-        if self._again is not None and self._steps >= self._again[0]:
-            rewinding.go_back(trainer, pl_module, self._again[1])
-            self._observation.reset()
-            self._again = None
+        if state.steps == state.moment or (state.memory is None and state.steps > state.moment):
+            if state.steps > state.moment:
+                name = type(self).__name__
+                rank_zero_warn(f"{name} was not there at step {state.moment}: it will rewind to step {state.steps}")
+                state.moment = state.steps
+            state.memory = rewinding.remember(trainer, pl_module, weights=self.rewind != "learning_rate")
+        if state.again is not None and state.steps >= state.again[0]:
+            rewinding.go_back(trainer, pl_module, state.again[1])
+            self.observation.reset()
+            state.again = None
         if self.interval == "step":
-            self._stop_if_trained(trainer, self._steps)
+            self._stop_if_trained(trainer, state.steps)
         super().maybe_update(trainer, pl_module)
 
     @override
@@ -208,40 +226,26 @@ class LotteryTicket(rewinding.Rewinding):
 
     @override
     def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
-        level = self.sparsity
-        assert level is not None
-        return self.choose_masks_for(model, goal.after(level, amount))
+        assert self.sparsity is not None
+        return decide(self, goal.after(self.sparsity, amount))
 
     @override
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
-        assert self._memory is not None
-        memory = self._memory
-        anew = self.rewind == "random" and amount == 1.0
-        if anew:  # what optimizers know of the weights that were rewound to is nothing to the new ones
+        assert self.state.memory is not None
+        memory = self.state.memory
+        random = self.rewind == "random" and amount == 1.0
+        if random:  # what optimizers know of the weights that were rewound to is nothing to the new ones
             memory = {**memory, "optimizers": [{**saved, "state": {}} for saved in memory["optimizers"]]}
         rewinding.go_back(trainer, pl_module, memory)
-        self._observation.reset()  # of a training that is undone
-        if anew:
+        self.observation.reset()  # of a training that is undone
+        if random:
             rewinding.reset(pl_module, self.seed)
             rewinding.mask_all(trainer)
         self._wait(trainer, pl_module)
 
     def _wait(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back once more in the batch of an epoch that was remembered: only then epochs end where they ended."""
-        assert self._moment is not None
+        assert self.state.moment is not None
         per_epoch = int(steps_per_epoch(trainer)) if self.interval == "epoch" else 0
-        ahead = (self._moment - self._steps) % per_epoch if per_epoch else 0
-        self._again = (self._steps + ahead, rewinding.remember(trainer, pl_module)) if ahead else None
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        found = {"memory": self._memory, "moment": self._moment, "back": self._back, "again": self._again}
-        return {**super().state_dict(), **found}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._expect(state_dict, "memory", "moment")
-        super().load_state_dict(state_dict)
-        self._memory, self._moment = state_dict["memory"], state_dict["moment"]
-        # a run of an earlier version goes on as it began: with trainings of one length
-        self._back, self._again = state_dict.get("back", 0), state_dict.get("again")
+        ahead = (self.state.moment - self.state.steps) % per_epoch if per_epoch else 0
+        self.state.again = (self.state.steps + ahead, rewinding.remember(trainer, pl_module)) if ahead else None

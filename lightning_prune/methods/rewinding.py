@@ -13,8 +13,13 @@ from typing_extensions import override
 
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.scheduled import ScheduledTraining
+from lightning_prune.validation.states import ANY, NAMES, TENSOR, items, record, table, whole
+
+_OPTIMIZER = record(state=ANY, param_groups=items(record(params=items(whole()))))
+# what a checkpoint has of what ``remember`` returns
+MEMORY = record(tensors=table(TENSOR), optimizers=items(_OPTIMIZER), schedulers=items(NAMES))
 
 
 class Rewinding(ScheduledTraining):
@@ -23,7 +28,7 @@ class Rewinding(ScheduledTraining):
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check(trainer, pl_module)
-        others = [type(other).__name__ for other in masked(trainer) if isinstance(other, Rewinding)]
+        others = [type(other).__name__ for other in training_methods(trainer) if isinstance(other, Rewinding)]
         if len(others) > 1:
             raise ValueError(
                 f"callbacks must have at most one among them that rewinds the run, which each does for the whole "
@@ -37,7 +42,9 @@ def remember(trainer: Trainer, model: nn.Module, weights: bool = True) -> dict[s
 
     Of weights that a callback trains behind its masks, the copies are those without zeros.
     """
-    hidden = {name: weight for callback in masked(trainer) for name, weight in callback.hidden_weights().items()}
+    hidden: dict[str, Tensor] = {}
+    for callback in training_methods(trainer):
+        hidden.update(callback.hidden_weights())
     return {
         "tensors": _copy({**dict(_tensors(model)), **hidden}) if weights else {},
         "optimizers": [_copy(optimizer.state_dict()) for optimizer in trainer.optimizers],
@@ -62,13 +69,8 @@ def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
 
 def mask_all(trainer: Trainer) -> None:
     """Let every callback that trains under masks take over weights that somebody else has put into the model."""
-    for callback in masked(trainer):
+    for callback in training_methods(trainer):
         callback.reapply_masks()
-
-
-def masked(trainer: Trainer) -> list[MaskedTraining]:
-    """Return the callbacks that train under masks."""
-    return [found for found in trainer.callbacks if isinstance(found, MaskedTraining)]  # type: ignore[attr-defined]
 
 
 def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -105,13 +107,13 @@ def check_resettable(model: nn.Module) -> None:
     for name, module in _trained(model):
         if not _resets(module):
             raise ValueError(
-                f"every module with parameters must have reset_parameters to be initialised anew, got "
+                f"every module with parameters must have reset_parameters to be initialised again, got "
                 f"{type(module).__name__} without it at {name or 'the top'!r}"
             )
 
 
 def reset(model: nn.Module, seed: int) -> None:
-    """Initialise every module that is trained anew, by its ``reset_parameters``; no global generator is touched.
+    """Initialise every module that is trained again, by its ``reset_parameters``; no global generator is touched.
 
     >>> one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> reset(one, 7)

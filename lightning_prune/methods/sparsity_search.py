@@ -4,7 +4,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from lightning_prune.validation.arguments import choice
+
+FOUND = ("reference", "step", "level", "good", "bad", "waited", "last", "done", "settled")
 
 Mode = Literal["max", "min"]
 _LESS = {
@@ -44,6 +48,21 @@ def mode_of(monitor: str) -> Mode | None:
     if less == more or words & _TURNED or monitor.startswith("-"):
         return None
     return "min" if less else "max"
+
+
+def checked_mode(mode: Literal["max", "min"] | None, monitor: str) -> Mode:
+    """Return whether more or less is better, as is said or as the name says.
+
+    Raises:
+        ValueError: If the two contradict each other.
+    """
+    named = mode_of(monitor)
+    chosen: Mode = (named or "max") if mode is None else choice("mode", mode, ("max", "min"))
+    if named is not None and named != chosen:
+        raise ValueError(
+            f'mode must be "{named}" for {monitor!r}, by its name, got {mode!r}: log it under another name'
+        )
+    return chosen
 
 
 def settled(values: Sequence[float], mode: Mode, patience: int, margin: float) -> bool:
@@ -137,6 +156,14 @@ class Search:
     last: bool = False
     done: bool = False
     settled: bool = False
+
+    def found(self) -> dict[str, Any]:
+        """Return what the search has found so far; the rest are arguments, which a resumed run may change.
+
+        >>> Search("max", 0.01, 0.9, 0.5, 0.25, patience=1).found()["level"]
+        0.0
+        """
+        return {name: getattr(self, name) for name in FOUND}
 
     def judge(self, value: float) -> Literal["keep", "wait", "back"]:
         """Take the metric of the model at ``level``; afterwards ``level`` is what to try next.

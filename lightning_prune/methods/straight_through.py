@@ -1,15 +1,16 @@
 """Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.criteria import Magnitude
 from lightning_prune.granularities import NM
@@ -18,18 +19,56 @@ from lightning_prune.models.parameters import find
 from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, local_shard
 from lightning_prune.training.enforcement import parameter_ids
-from lightning_prune.training.masked import MaskedTraining, gradient_scale, mask_averages
+from lightning_prune.training.gradient_readers import gradient_scale
+from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.protocols import mask_averages
+from lightning_prune.training.state import TRANSIENT, RunState, saved
 from lightning_prune.units.finding import make_units
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import score
 from lightning_prune.validation.arguments import number
+from lightning_prune.validation.states import TENSOR, table
+
+
+@dataclass(eq=False)
+class StraightThroughState(RunState):
+    """What ``SRSTE`` knows of its run.
+
+    Attributes:
+        dense: The weights without zeros, by name: this rank's shards.
+        full: The names of those that come from a checkpoint, as full tensors, and wait for their parameter.
+        units: The targets, as groups of m weights.
+        open: The targets that are without zeros in the model itself, during a step.
+        guard: Rejects forward passes meanwhile.
+    """
+
+    dense: dict[str, Tensor] = field(
+        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: state.full_weights(), load=dict)
+    )
+    full: set[str] = field(default_factory=set)
+    units: list[Units] = field(default_factory=list, metadata=TRANSIENT)
+    open: set[str] = field(default_factory=set, metadata=TRANSIENT)
+    guard: RemovableHandle | None = field(default=None, metadata=TRANSIENT)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return the weights without zeros as full tensors on the CPU; all ranks must call it."""
+        shards = {name: weight for name, weight in self.dense.items() if name not in self.full}
+        found = {name: weight.to("cpu", copy=True) for name, weight in self.full_tensors(shards).items()}
+        return {**found, **{name: self.dense[name] for name in self.dense if name in self.full}}
+
+    @classmethod
+    @override
+    def load(cls, owner: str, values: Any) -> Self:
+        state = super().load(owner, values)
+        state.full = set(state.dense)
+        return state
 
 
 class SRSTE(MaskedTraining):
     """Train N:M sparse weights from the first step, straight through the mask (SR-STE).
 
     Of every m weights that follow each other along the inputs the n largest are used, and which these are is decided
-    anew after every step. The callback keeps the weights without zeros: their gradient is that of the masked ones,
+    again after every step. The callback keeps the weights without zeros: their gradient is that of the masked ones,
     and those that are pruned decay a little, so that the choice settles. Between two steps the model has the masked
     weights only, as validation and checkpoints see them. The others are part of the callback's state, at one number for
     each weight, and are what training goes on with when it is resumed.
@@ -54,6 +93,10 @@ class SRSTE(MaskedTraining):
     NM(n=2, m=4)
     """
 
+    State: ClassVar[type[RunState]] = StraightThroughState
+    state: StraightThroughState
+    trains_pruned: ClassVar[bool] = True
+
     def __init__(
         self,
         n: int = 2,
@@ -69,19 +112,10 @@ class SRSTE(MaskedTraining):
         self.decay = number("decay", decay, "[0, inf)")
         super().__init__(targets, ignore, log_layers)
 
-    @override
-    def reset(self) -> None:
-        super().reset()
-        self._units: list[Units] = []
-        self._dense: dict[str, Tensor] = {}  # the weights without zeros, of this rank's pieces
-        self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
-        self._open: set[str] = set()  # the targets that are without zeros in the model itself, during a step
-        self._guard: RemovableHandle | None = None  # refuses forward passes meanwhile
-
     @property
     @override
     def settled(self) -> bool:
-        return not self._open
+        return not self.state.open
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,22 +126,24 @@ class SRSTE(MaskedTraining):
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
-        self._units = []
-        self.masks = Masks({**self.masks, **self._join(pl_module)})
+        self.state.units = []
+        self.state.masks = Masks({**self.masks, **self._join(pl_module)})
 
     def _join(self, pl_module: nn.Module) -> Masks:
         """Take in the targets that are new, lazy or frozen until now, and return masks for those that have none."""
         found = find(pl_module, self.targets, self.ignore, later=True)
-        known = {id(unit.parameter) for unit in self._units}
+        known = {id(unit.parameter) for unit in self.state.units}
         joined = make_units([t for t in found if id(t.parameter) not in known], pl_module, self.granularity)
         for unit in joined:
             weight = local(unit.parameter)
-            if unit.name in self._saved:
-                self._dense[unit.name] = local_shard(self._saved.pop(unit.name), unit.parameter).to(weight, copy=True)
-            dense = self._dense.get(unit.name)
+            if unit.name in self.state.full:
+                self.state.full.remove(unit.name)
+                full = self.state.dense[unit.name]
+                self.state.dense[unit.name] = local_shard(full, unit.parameter).to(weight, copy=True)
+            dense = self.state.dense.get(unit.name)
             if dense is None or dense.shape != weight.shape or not ((weight == dense) | (weight == 0)).all():
-                self._dense[unit.name] = weight.clone()  # there are none, or they are not those of this model
-        self._units += joined
+                self.state.dense[unit.name] = weight.clone()  # there are none, or they are not those of this model
+        self.state.units += joined
         return self._choose([unit for unit in joined if unit.name not in self.masks])
 
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,44 +157,36 @@ class SRSTE(MaskedTraining):
         return Masks({name: places.at_least(name, self.granularity.least) for name in places})
 
     @override
-    def needs_dense_gradients(self, trainer: Trainer) -> bool:
-        return True
-
-    @override
-    def _look(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        self.before_optimizer_step(
-            trainer, optimizer
-        )  # and no gradient is masked: those of pruned weights are the point
-
-    @override
     def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         scale = gradient_scale(trainer, optimizer)
-        if self._guard is None:
-            self._guard = register_module_forward_pre_hook(partial(self._refuse, trainer, type(optimizer).__name__))
+        if self.state.guard is None:
+            self.state.guard = register_module_forward_pre_hook(
+                partial(self._refuse, trainer, type(optimizer).__name__)
+            )
         for unit in self._of(optimizer):
-            if unit.name not in self._open and unit.parameter.grad is not None:
+            if unit.name not in self.state.open and unit.parameter.grad is not None:
                 if unit.parameter.grad.is_sparse:
                     raise ValueError(f"{unit.name!r} must have a dense gradient for SRSTE, got a sparse one: ignore it")
-                self._open.add(unit.name)
-                dense = self._dense[unit.name]
+                self.state.open.add(unit.name)
+                dense = self.state.dense[unit.name]
                 local(unit.parameter).copy_(dense)
                 _add_hidden(local(unit.parameter.grad), dense, self.masks[unit.name], self.decay * scale)
 
     @override
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        units = [unit for unit in self._of(optimizer) if unit.name in self._open]
-        self._open.difference_update(unit.name for unit in units)  # the hook of an optimizer may be called twice
+        units = [unit for unit in self._of(optimizer) if unit.name in self.state.open]
+        self.state.open.difference_update(unit.name for unit in units)  # the hook of an optimizer may be called twice
         self._take(units)
-        if not self._open:
+        if not self.state.open:
             self._shut()
 
     def _take(self, units: list[Units]) -> None:
         """Choose the masks of weights that are without zeros in the model, and keep a copy of them."""
         for unit in units:
-            self._dense[unit.name].copy_(local(unit.parameter))
+            self.state.dense[unit.name].copy_(local(unit.parameter))
         chosen = self._choose(units)
-        self._holding.change({unit.parameter: chosen[unit.name] for unit in units})
-        self.masks = Masks({**self.masks, **chosen})
+        self.enforcement.replace({unit.parameter: chosen[unit.name] for unit in units})
+        self.state.masks = Masks({**self.masks, **chosen})
 
     def _refuse(self, trainer: Trainer, optimizer: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Let no forward pass of the model see the weights without zeros."""
@@ -169,17 +197,17 @@ class SRSTE(MaskedTraining):
 
     def _shut(self) -> None:
         """End a step: that it is open is no longer so, whether it was taken or not."""
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
-        if self._open:  # it was not taken
-            self._open.clear()
-            self._holding.apply()
+        if self.state.guard is not None:
+            self.state.guard.remove()
+            self.state.guard = None
+        if self.state.open:  # it was not taken
+            self.state.open.clear()
+            self.enforcement.apply()
 
     @override
-    def _let_go(self, pl_module: nn.Module) -> None:
+    def release(self, pl_module: nn.Module) -> None:
         self._shut()
-        super()._let_go(pl_module)
+        super().release(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -188,11 +216,11 @@ class SRSTE(MaskedTraining):
 
     @override
     def hidden_weights(self) -> dict[str, Tensor]:
-        return self._dense
+        return {name: weight for name, weight in self.state.dense.items() if name not in self.state.full}
 
     @override
     def reapply_masks(self) -> None:
-        self._take(self._units)
+        self._take(self.state.units)
         super().reapply_masks()
 
     @override
@@ -202,26 +230,12 @@ class SRSTE(MaskedTraining):
         self._shut()
         if batch_idx == 0:  # lazy layers exist after their first forward pass
             self._take_in(trainer, pl_module)
-        mask_averages(trainer, self.masks)
+        mask_averages(trainer.callbacks, self.masks)  # type: ignore[attr-defined]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _of(self, optimizer: Optimizer) -> list[Units]:
         stepping = parameter_ids(optimizer)
-        return [unit for unit in self._units if id(unit.parameter) in stepping]
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        dense = {name: self._whole(name, weight).to("cpu", copy=True) for name, weight in self._dense.items()}
-        return {**super().state_dict(), "dense": {**dense, **self._saved}}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._expect(state_dict, "dense")
-        super().load_state_dict(state_dict)
-        self._saved = dict(state_dict["dense"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_units": [], "_open": set(), "_guard": None}
+        return [unit for unit in self.state.units if id(unit.parameter) in stepping]
 
 
 def _add_hidden(gradient: Tensor, weight: Tensor, mask: Tensor, times: float) -> None:

@@ -44,7 +44,7 @@ def plot_schedule(callback: "Pruning", length: int, ax: "Axes | None" = None) ->
     instance("callback", callback, Pruning)
     length = integer("length", length, 1)
     fig, ax = _axes(ax, 6.4, 3.2)
-    updates = callback.plan(*callback._horizon.window(length))
+    updates = callback.plan(*callback.horizon.window(length))
     final = callback.sparsity if isinstance(callback.sparsity, float) else 1.0
     steps = [0, *(position for position, _ in updates), length]
     levels = [0.0, *(amount * final for _, amount in updates)]

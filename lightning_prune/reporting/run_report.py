@@ -17,23 +17,33 @@ from typing_extensions import override
 
 from lightning_prune.methods.distillation import Distillation
 from lightning_prune.models import summary as report
-from lightning_prune.models.flops import dense_flops, sparse_flops
-from lightning_prune.models.forward import example_of
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.reporting import plots
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
+from lightning_prune.reporting.sizes import sizes
 from lightning_prune.reporting.yaml_config import as_yaml, plain
 from lightning_prune.tensors.distributed import full_tensor, local, reshard
 from lightning_prune.training.compat import Callback
+from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import flag
 from lightning_prune.validation.instances import path as as_path
+from lightning_prune.validation.states import FRACTION, NUMBER, TEXT, items, row, table
+from lightning_prune.validation.states import whole as whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_RULES = {
+    "sparsity": items(row(whole_number(), FRACTION)),
+    "metrics": table(items(row(whole_number(), NUMBER))),
+    "before": table(NUMBER),
+    "validated": items(TEXT),
+}
 
 
 class PruningReport(Callback):
@@ -54,7 +64,7 @@ class PruningReport(Callback):
 
     Raises:
         ModuleNotFoundError: Before training, if matplotlib is not installed.
-        ValueError: If the path has another suffix than .html; before training, if a pruning callback stands behind this
+        ValueError: If the path has another suffix than .html; before training, if a pruning callback comes after this
             one, since some change the model once more when training ends.
 
     >>> PruningReport("report.html").history
@@ -67,9 +77,9 @@ class PruningReport(Callback):
             raise ValueError(f"path must end in .html, got {path}")
         self.path = None if path is None else os.fspath(path)
         self.log_figures = flag("log_figures", log_figures)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.history = History()
         self._before: dict[str, float] = {}
         self._levels: list[float] = []
@@ -94,14 +104,12 @@ class PruningReport(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[callbacks.index(self) :]:
             if isinstance(callback, MaskedTraining):
-                raise ValueError(
-                    f"PruningReport must stand behind {type(callback).__name__} in callbacks, got it before"
-                )
+                raise ValueError(f"PruningReport must come after {type(callback).__name__} in callbacks, got it before")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:  # another run than the one before
-            self._forget()
+            self._reset()
         self._before = self._before or sizes(pl_module)
 
     @override
@@ -110,7 +118,7 @@ class PruningReport(Callback):
 
     def _look(self, trainer: Trainer, model: nn.Module) -> None:
         """Note the sparsity of the targets of all callbacks together, if that of one has changed."""
-        callbacks = _masked(trainer)
+        callbacks = training_methods(trainer)
         levels = [callback.sparsity_now for callback in callbacks]
         if levels == self._levels:
             return
@@ -165,7 +173,7 @@ class PruningReport(Callback):
     def _found(self, trainer: Trainer, model: LightningModule) -> dict[str, Any]:
         """Return all that the page says, as JSON has it."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in report.rows(model, (), ())]
-        callbacks = _masked(trainer)
+        callbacks = training_methods(trainer)
         return {
             "model": type(model).__name__,
             "made_by": f"lightning_prune {version('lightning-prune')}",
@@ -188,39 +196,11 @@ class PruningReport(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        states.check("PruningReport", state_dict, "sparsity", "metrics", "before", "validated")
+        states.check("PruningReport", state_dict, _RULES, list(_RULES))
         pairs = {name: [(at, value) for at, value in values] for name, values in state_dict["metrics"].items()}
         self.history = History([(at, level) for at, level in state_dict["sparsity"]], pairs)
         self._before = dict(state_dict["before"])
         self._validated = set(state_dict["validated"])
-
-
-def sizes(model: nn.Module) -> dict[str, float]:
-    """Return the numbers of parameters, bytes and FLOPs of a model; with sharded parameters all ranks must call it.
-
-    FLOPs are those of its ``example_input_array``, if it has one.
-
-    >>> sizes(nn.Linear(4, 2, bias=False))
-    {'parameters': 8, 'active_parameters': 8, 'bytes': 32, 'packed_bytes': 33.0}
-    """
-    parameters = named_parameters(model)
-    kept = {name: parameter.numel() - report.zeros(parameter) for name, parameter in parameters.items()}
-    found: dict[str, float] = {
-        "parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "active_parameters": sum(kept.values()),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
-        "packed_bytes": sum(kept[name] * p.element_size() + p.numel() / 8 for name, p in parameters.items()),
-    }
-    example = example_of(model, None)
-    if example is not None:
-        dense = dense_flops(model, example)
-        found["flops"] = sum(dense.values())
-        found["active_flops"] = sparse_flops(dense, {n: kept[n] / parameters[n].numel() for n in dense if n})
-    return found
-
-
-def _masked(trainer: Trainer) -> list[MaskedTraining]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, MaskedTraining)]  # type: ignore[attr-defined]
 
 
 def _configuration(trainer: Trainer) -> str:
@@ -236,7 +216,7 @@ def _configuration(trainer: Trainer) -> str:
 def _masks(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]:
     """Return the whole masks of all targets, as their weights show them."""
     parameters = named_parameters(model)
-    names = [name for callback in _masked(trainer) for name in callback.target_names()]
+    names = [name for callback in training_methods(trainer) for name in callback.target_names()]
     return {name: full_tensor(local(parameters[name]) != 0, parameters[name]) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Agreement: whether the masks that are held fit the model, and whether what they prune is zero in it."""
+"""Consistency: whether masks fit the model, and whether the weights that they prune are zero in it."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.masks import Masks
 from lightning_prune.models.parameters import named_parameters
-from lightning_prune.tensors.distributed import is_sharded, local, reshard
+from lightning_prune.tensors.distributed import is_sharded, local, local_shard, reshard
 from lightning_prune.tensors.masking import zero_pruned
 
 
@@ -20,6 +20,44 @@ def fitting(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Ma
     ['weight']
     """
     return Masks({n: m for n, m in masks.items() if n in parameters and local(parameters[n]).shape == m.shape})
+
+
+def drop_missing(owner: object, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Masks:
+    """Return the masks of parameters that the model still has, and warn of the others."""
+    held = fitting(masks, parameters)
+    if len(held) < len(masks):
+        gone = [name for name in masks if name not in held]
+        rank_zero_warn(
+            f"{type(owner).__name__} drops the masks of {gone[:5]}: the model has no parameter of that name and shape "
+            f"any more"
+        )
+    return held
+
+
+def place(owner: object, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor], full: bool) -> Masks:
+    """Return masks on the devices of their parameters.
+
+    Args:
+        owner: The callback, for messages.
+        masks: The masks.
+        parameters: The parameters of the model, by name.
+        full: Whether the masks are full tensors, as checkpoints have them, of which this rank takes its shard.
+
+    Raises:
+        ValueError: If a full mask does not fit the model.
+    """
+    if not full:
+        held = drop_missing(owner, masks, parameters)
+        return Masks({name: mask.to(parameters[name].device) for name, mask in held.items()})
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "no parameter of that name"
+            raise ValueError(
+                f"the model must have a parameter {name!r} of shape {tuple(mask.shape)}, as the checkpoint of "
+                f"{type(owner).__name__} has a mask for it, got {found}"
+            )
+    shards = {name: local_shard(mask, parameters[name]).contiguous() for name, mask in masks.items()}
+    return Masks({name: shard.to(parameters[name].device) for name, shard in shards.items()})
 
 
 @torch.no_grad()

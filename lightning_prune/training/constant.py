@@ -36,4 +36,4 @@ class ConstantSparsity(MaskedTraining):
         if not self.masks:
             # frozen ones, too: they may be trained later on
             found = find(pl_module, self.targets, self.ignore, frozen=True)
-            self.masks = Masks({target.name: local(target.parameter) != 0 for target in found})
+            self.state.masks = Masks({target.name: local(target.parameter) != 0 for target in found})

@@ -1,6 +1,6 @@
-"""Holding: parameters stay at their masks, because every optimizer applies them right after its step."""
+"""Mask enforcement: parameters stay at their masks, because every optimizer applies them right after its step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.tensors.distributed import local
 from lightning_prune.tensors.masking import by_row, zero_pruned
 
-_ENTRYWISE = (
+_ELEMENTWISE = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
     *(torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD),
 )
@@ -24,8 +24,10 @@ _ZERO_AT_FIRST = (
 _OPTION_AT_FIRST = {"sum": ("initial_accumulator_value",), "step_size": ("initial_lr", "lr")}
 
 
-class Holding:
-    """Masks in force: on the parameters, after each step of the optimizers, and on gradients.
+class MaskEnforcement:
+    """Keeps parameters at their masks: now, after each step of the optimizers, and in gradients.
+
+    A copy enforces nothing, since the parameters and the optimizers are not copied.
 
     Attributes:
         stepped: Whether an optimizer has stepped since somebody set this to False.
@@ -33,27 +35,31 @@ class Holding:
 
     def __init__(self) -> None:
         self.stepped = False
-        self._masks: dict[int, Tensor] = {}
-        self._parameters: list[nn.Parameter] = []
-        self._handles: dict[int, tuple[Optimizer, list[RemovableHandle]]] = {}
+        self._masked: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the id of the parameter
+        self._hooks: dict[int, tuple[Optimizer, list[RemovableHandle]]] = {}
 
-    def hold(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-        """Put masks in force for these parameters (by name), and apply them now."""
-        self._parameters = [parameters[name] for name in masks]
-        self._masks = {id(parameters[name]): by_row(mask) for name, mask in masks.items()}
+    def __reduce__(self) -> tuple[type["MaskEnforcement"], tuple[()]]:
+        return MaskEnforcement, ()
+
+    def enforce(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        """Enforce masks on these parameters (by name) from now on."""
+        self._masked = {}
+        for name, mask in masks.items():
+            self._masked[id(parameters[name])] = (parameters[name], by_row(mask))
         self.apply()
 
-    def holds(self, parameters: Sequence[nn.Parameter | None]) -> bool:
-        """Return whether these very parameters are held, in this order."""
-        return list(map(id, parameters)) == list(map(id, self._parameters))
+    def covers(self, parameters: Sequence[nn.Parameter | None]) -> bool:
+        """Return whether these very parameters are masked, in this order."""
+        return list(map(id, parameters)) == list(self._masked)
 
     def apply(self) -> None:
         """Apply the masks to all parameters, also those that no optimizer has."""
-        zero_pruned((local(parameter), mask) for parameter, mask in self._held())
+        zero_pruned([(local(parameter), mask) for parameter, mask in self._masked.values()])
 
-    def change(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
+    def replace(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace the masks of some parameters from their next application on."""
-        self._masks.update({id(parameter): mask for parameter, mask in masks.items()})
+        for parameter, mask in masks.items():
+            self._masked[id(parameter)] = (parameter, mask)
 
     def attach(
         self,
@@ -71,58 +77,56 @@ class Holding:
         Raises:
             TypeError: If the optimizer was not set up as a torch optimizer.
         """
-        if id(optimizer) in self._handles:
+        if id(optimizer) in self._hooks:
             return
         try:
             handles = []
             if after is not None:
                 handles.append(optimizer.register_step_post_hook(lambda stepped, args, kwargs: after(stepped)))
-            handles.append(optimizer.register_step_post_hook(self._after_step))
+            handles.append(optimizer.register_step_post_hook(self.after_step))
             if before is not None:
                 handles.append(optimizer.register_step_pre_hook(lambda stepping, args, kwargs: before(stepping)))
         except AttributeError as error:
             raise TypeError(
                 f"optimizer must be set up by torch.optim.Optimizer.__init__, got {type(optimizer).__name__} without it"
             ) from error
-        self._handles[id(optimizer)] = (optimizer, handles)
+        self._hooks[id(optimizer)] = (optimizer, handles)
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # its own parameters only: others may be part of a graph that is still to be differentiated. Counts nothing,
-        # since it can fire twice in one step, or for a step that changed nothing.
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Apply the masks to the parameters of an optimizer that has stepped: its post-step hook.
+
+        Counts nothing, since it can be called twice in one step, or for a step that changed nothing.
+        """
+        # its own parameters only: others may be part of a graph that is still to be differentiated
         self.stepped = True
         zero_pruned((local(parameter), mask) for parameter, mask in self._of(optimizer))
 
     def mask_gradients(self, optimizer: Optimizer | None = None) -> None:
-        """Zero the gradients of pruned entries: they must not count in a norm, nor in the line search of LBFGS.
+        """Zero the gradients of pruned elements: they must not count in a norm, nor in the line search of LBFGS.
 
         Args:
             optimizer: Of whose parameters; None means all.
         """
-        held = self._held() if optimizer is None else self._of(optimizer)
-        zero_pruned(_gradient(p.grad, m) for p, m in held if p.grad is not None)
+        masked = self._masked.values() if optimizer is None else self._of(optimizer)
+        zero_pruned(_gradient(p.grad, m) for p, m in masked if p.grad is not None)
 
     def release(self) -> None:
         """Apply the masks once more and remove every hook; idempotent."""
         self.apply()
-        for _, handles in self._handles.values():
+        for _, handles in self._hooks.values():
             for handle in handles:
                 handle.remove()
-        self._handles.clear()
-        self._parameters, self._masks = [], {}
-
-    def _held(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        return ((parameter, self._masks[id(parameter)]) for parameter in self._parameters)
+        self._hooks, self._masked = {}, {}
 
     def _of(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for group in optimizer.param_groups:  # read anew each time: groups may be added while training
+        for group in optimizer.param_groups:  # looked up each time: groups may be added while training
             for parameter in group["params"]:
-                mask = self._masks.get(id(parameter))
-                if mask is not None:
-                    yield parameter, mask
+                if id(parameter) in self._masked:
+                    yield self._masked[id(parameter)]
 
 
 def _gradient(gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entries of a gradient and of its mask; of a sparse one, as embeddings give, those of its rows."""
+    """Return the elements of a gradient and of its mask; of a sparse one, as embeddings give, those of its rows."""
     if gradient.layout != torch.sparse_coo:
         return local(gradient), mask
     return gradient._values(), mask[tuple(gradient._indices())]
@@ -133,17 +137,30 @@ def parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def entrywise(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer steps every entry of a parameter by itself, whatever the gradients of the others."""
-    return type(optimizer) in _ENTRYWISE
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer steps every element by its own gradient alone."""
+    return type(optimizer) in _ELEMENTWISE
 
 
-def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
-    """Reset what an optimizer remembers of the entries of a parameter where ``changed`` (bool): they start afresh.
+def reset_changed(
+    optimizers: Iterable[Optimizer],
+    parameters: Mapping[str, nn.Parameter],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> None:
+    """Reset the optimizers' state of the elements that come or go with new masks; with a first mask, those that go."""
+    for name, mask in after.items():
+        changed = mask ^ before[name] if name in before else ~mask
+        for optimizer in optimizers if changed.any() else ():
+            reset_elements(optimizer, parameters[name], changed)
 
-    Optimizers of torch have the entries that they begin with. Of other optimizers only averages of gradients and copies
-    of weights are reset, to zero: what else they keep may be a divisor. LBFGS forgets everything, since its curvature
-    under other masks would lead pruned weights away from zero.
+
+def reset_elements(optimizer: Optimizer, parameter: nn.Parameter, changed: Tensor) -> None:
+    """Reset the optimizer's state of the elements of a parameter where ``changed`` (bool).
+
+    Optimizers of torch get the values that they start with. Of other optimizers only averages of gradients and copies
+    of weights are reset, to zero: what else they keep may be a divisor. The state of LBFGS is cleared, since its
+    curvature under other masks would lead pruned weights away from zero.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
@@ -158,7 +175,7 @@ def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, changed: Tenso
 
 
 def _initial(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> float | None:
-    """Return what entries of the state of an optimizer begin with; None if nobody knows."""
+    """Return what elements of the state of an optimizer start with; None if that is unknown."""
     if isinstance(optimizer, _TORCH) and key in _ZERO_AT_FIRST:
         return 0.0
     if isinstance(optimizer, _TORCH) and key in _OPTION_AT_FIRST:
@@ -174,7 +191,7 @@ def _is_symmetric(matrix: Tensor) -> bool:
     return square and torch.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-3 * float(matrix.abs().max()))
 
 
-def forget_momentum(optimizer: Optimizer) -> None:
+def reset_momentum(optimizer: Optimizer) -> None:
     """Zero the momentum, or the running mean of the gradients, of all parameters of an optimizer."""
     for state in optimizer.state.values():
         for key in ("momentum_buffer", "exp_avg"):

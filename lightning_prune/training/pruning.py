@@ -15,7 +15,7 @@ from lightning_prune.models import summary as report
 from lightning_prune.structure.cut_record import Kept
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
-from lightning_prune.training.masked import averages
+from lightning_prune.training.protocols import averaged_models
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Measure
@@ -121,19 +121,20 @@ class Pruning(ScheduledTraining):
         self._warn_of_zeros()
 
     def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        others = averages(trainer)
-        mine = what_to_keep(pl_module, self._inputs, self.masks, averages=others)
+        state = self.state
+        others = averaged_models(trainer.callbacks)  # type: ignore[attr-defined]
+        mine = what_to_keep(pl_module, state.inputs, state.masks, averages=others)
         kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
         cut_all(pl_module, kept, trainer.optimizers, others)
-        self.masks = Masks({name: kept.of_mask(name, mask) for name, mask in self.masks.items()})
-        self._units, self._found = [], []  # and the sparsity stays that of the targets as they were
+        state.masks = Masks({name: kept.of_mask(name, mask) for name, mask in state.masks.items()})
+        state.units, state.targets = [], []  # and the sparsity stays that of the targets as they were
 
     def _warn_of_zeros(self) -> None:
         if self.masks:
             return
-        zeros = {unit: report.zeros(unit.parameter) for unit in self._units}
+        zeros = {unit: report.zeros(unit.parameter) for unit in self.state.units}
         partly = sum(count for unit, count in zeros.items() if count < unit.parameter.numel())  # else an initialisation
-        share = partly / max(1, sum(unit.parameter.numel() for unit in self._units))
+        share = partly / max(1, sum(unit.parameter.numel() for unit in self.state.units))
         if share > 0.01:
             name = type(self).__name__
             rank_zero_warn(

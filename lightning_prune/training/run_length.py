@@ -1,8 +1,9 @@
-"""Clock: how long a run is, and when its epochs begin, in optimizer steps."""
+"""Run length: how long a run is, and when its epochs begin, in optimizer steps."""
 
 import math
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def length(trainer: Trainer, interval: str, set_epochs: int | None) -> float:
@@ -25,7 +26,7 @@ def length(trainer: Trainer, interval: str, set_epochs: int | None) -> float:
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """Return the optimizer steps of an epoch; 0, so that observation begins at once, where they are unknown."""
+    """Return the optimizer steps of an epoch; 0, so that observation begins immediately, where they are unknown."""
     batches = trainer.num_training_batches
     return 0.0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
@@ -33,3 +34,13 @@ def steps_per_epoch(trainer: Trainer) -> float:
 def in_steps(trainer: Trainer, interval: str, position: int) -> float:
     """Return the optimizer step of a position; 0 where it is an epoch and their length is unknown."""
     return position if interval == "step" else position * steps_per_epoch(trainer)
+
+
+def warn_if_too_short(owner: object, interval: str, last: int, duration: float) -> None:
+    """Warn if a run of this length ends before the last update, at this position."""
+    reachable = duration - 1 if interval == "epoch" else duration
+    if last > reachable:
+        rank_zero_warn(
+            f"{type(owner).__name__} will not reach its target: the last update is due at {interval} {last}, and the "
+            f"run ends after {duration:g} {interval}s: train longer, or give a smaller end"
+        )

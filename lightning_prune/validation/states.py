@@ -1,6 +1,6 @@
 """States: what the state of a callback in a checkpoint has to look like, checked before any of it is taken up."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
@@ -12,20 +12,21 @@ VERSION = 1  # of all states that this release writes
 Rule = Callable[[str, Any], None]  # from the path of a value, and the value; refuses it with a ValueError
 
 
-def check(owner: str, state: Any, *keys: str) -> None:
+def check(owner: str, state: Any, rules: Mapping[str, Rule], required: Sequence[str]) -> None:
     """Refuse a state that is damaged, or that a later release wrote.
 
-    Keys that ``RULES`` does not know are those of a user's subclass.
+    Keys without a rule are not looked at.
 
     Args:
         owner: The name of the callback.
-        state: What a checkpoint holds of it.
-        keys: What has to be there; what else is there has to be right.
+        state: What a checkpoint has of it.
+        rules: What the values have to look like, by key.
+        required: The keys that have to be there.
 
     Raises:
         ValueError: If it is not; the message names the key.
 
-    >>> check("Pruning", {"version": 1, "steps": -3}, "steps")
+    >>> check("Pruning", {"version": 1, "steps": -3}, {"steps": whole()}, ["steps"])
     Traceback (most recent call last):
     ValueError: the state of Pruning must have a whole number of at least 0 in 'steps', got -3
     """
@@ -37,36 +38,15 @@ def check(owner: str, state: Any, *keys: str) -> None:
             f"the state of {owner} must be of 'version' 1 to {VERSION}, got {short(version)}: a later one needs the "
             f"release of lightning-prune that wrote it"
         )
-    missing = set(keys).difference(state)
+    missing = set(required).difference(state)
     if missing:
         raise ValueError(f"the state of {owner} must have {sorted(missing)}, got {list(state)}")
     try:
-        for key, rule in RULES.items():
+        for key, rule in rules.items():
             if key in state:
                 rule(key, state[key])
     except ValueError as error:
         raise ValueError(f"the state of {owner} must have {error}") from error
-    _check_levels(owner, state)
-    _check_position(owner, state)
-
-
-def _check_levels(owner: str, state: Mapping[str, Any]) -> None:
-    """Refuse targets that have no mask."""
-    masks = state["masks"]["shapes"] if "masks" in state else state.get("levels", {})
-    for name in state.get("levels", ()):
-        if name not in masks:
-            raise ValueError(f"the state of {owner} must have, in 'masks', a mask of {name!r}, got {list(masks)}")
-
-
-def _check_position(owner: str, state: Mapping[str, Any]) -> None:
-    """Refuse a last update that lies behind all updates."""
-    window, planned = state.get("window") or (), state.get("planned", ())
-    last = max([-1, *window, *(position for position, _ in planned)])
-    if state.get("applied", -1) > last:
-        raise ValueError(
-            f"the state of {owner} must have in 'applied' the position of an update, at most {last} by 'window' and "
-            f"'planned', got {state['applied']}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- rules
@@ -119,7 +99,7 @@ def table(rule: Rule) -> Rule:
     """Return the rule that every value of a dict with names for keys has to fit a rule."""
 
     def each(path: str, value: Any) -> None:
-        _DICT(path, value)
+        NAMES(path, value)
         for name, item in value.items():
             rule(f"{path}.{name}", item)
 
@@ -130,7 +110,7 @@ def record(**rules: Rule) -> Rule:
     """Return the rule for a dict with at least these keys."""
 
     def each(path: str, value: Any) -> None:
-        _DICT(path, value)
+        NAMES(path, value)
         if missing := rules.keys() - value.keys():
             raise ValueError(f"{sorted(missing)} in {path!r}, got {list(value)}")
         for name, rule in rules.items():
@@ -153,7 +133,12 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a plain number; a bool is none.
+
+    >>> is_number(0.5), is_number(True)
+    (True, False)
+    """
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -162,12 +147,12 @@ def _is_list(value: Any) -> bool:
 
 
 _LIST = one("a list", _is_list)
-_DICT = one("a dict of names", lambda value: isinstance(value, Mapping) and all(isinstance(n, str) for n in value))
+NAMES = one("a dict of names", lambda value: isinstance(value, Mapping) and all(isinstance(n, str) for n in value))
 ANY: Rule = one("anything", lambda value: True)
 FLAG = one("True or False", lambda value: isinstance(value, bool))
 TEXT = one("a string", lambda value: isinstance(value, str))
-NUMBER = one("a number", _is_number)
-FRACTION = one("a fraction in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
+NUMBER = one("a number", is_number)
+FRACTION = one("a fraction in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 TENSOR = one("a tensor", lambda value: isinstance(value, Tensor))
 IN_ORDER = one("a first position that is not behind the last", lambda value: value[0] <= value[1])
 
@@ -181,52 +166,3 @@ def _unpacks(path: str, value: Any) -> None:
 
 _BITS = one("a tensor of one dimension", lambda value: isinstance(value, Tensor) and value.ndim == 1)
 MASKS = every(record(shapes=table(items(whole())), bits=_BITS), _unpacks)
-_OPTIMIZER = record(state=ANY, param_groups=items(record(params=items(whole()))))
-MEMORY = record(tensors=table(TENSOR), optimizers=items(_OPTIMIZER), schedulers=items(_DICT))
-_SEARCH = record(
-    reference=optional(NUMBER),
-    step=one("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1),
-    level=FRACTION,
-    good=optional(FRACTION),
-    bad=FRACTION,
-    waited=whole(),
-    last=FLAG,
-    done=FLAG,
-    settled=FLAG,
-)
-
-# every key that a callback of this package saves, whichever has it: a name means one thing
-RULES: dict[str, Rule] = {
-    # all that train under masks
-    "steps": whole(),
-    "levels": table(FRACTION),
-    "masks": MASKS,
-    # those that follow a plan
-    "applied": whole(-1),
-    "window": optional(every(row(whole(), whole()), IN_ORDER)),
-    "observed": record(steps=whole(), seen=items(TEXT), statistics=table(items(optional(TENSOR)))),
-    "unseen": items(TEXT),
-    "arguments": optional(table(TEXT)),
-    # LotteryTicket
-    "memory": optional(MEMORY),
-    "moment": optional(whole()),
-    "back": optional(whole()),
-    "again": optional(row(whole(), MEMORY)),
-    # GuardedPruning
-    "search": _SEARCH,
-    "planned": items(row(whole(), FRACTION)),
-    "best": optional(every(MEMORY, record(masks=MASKS, steps=whole()))),
-    "back_at": optional(whole()),
-    "validations": whole(),
-    "settling": items(NUMBER),
-    "trials": items(row(whole(), FRACTION, NUMBER, FLAG)),
-    # SRSTE
-    "dense": table(TENSOR),
-    # Distillation
-    "teacher": optional(table(ANY)),
-    # PruningReport
-    "sparsity": items(row(whole(), FRACTION)),
-    "metrics": table(items(row(whole(), NUMBER))),
-    "before": table(NUMBER),
-    "validated": items(TEXT),
-}

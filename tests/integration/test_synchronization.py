@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from variants import CRITERIA
 
 from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, Pruning, Weight, prune
-from lightning_prune.training.enforcement import Holding
+from lightning_prune.training.enforcement import MaskEnforcement
 from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.observed import ObservedTraining
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.updates.statistics import Observation
 
@@ -81,10 +82,10 @@ def trap(monkeypatch: pytest.MonkeyPatch) -> Trap:
     for owner, name, wrapper in (
         (MaskedTraining, "on_before_optimizer_step", trapped),
         (MaskedTraining, "on_train_batch_end", trapped),
-        (Holding, "_after_step", trapped),
+        (MaskEnforcement, "after_step", trapped),
         (Observation, "forward", trapped),
-        (ScheduledTraining, "_update", updating),
-        (ScheduledTraining, "_find_units", updating),  # once a window
+        (ScheduledTraining, "update", updating),
+        (ObservedTraining, "find_units", updating),  # once a window
         *((Tensor, name, noted) for name in ("tolist", "numpy", "cpu")),  # on the CPU these dispatch nothing
     ):
         monkeypatch.setattr(owner, name, wrapper(trap, getattr(owner, name)))

@@ -93,7 +93,7 @@ def test_the_target_is_reached_in_the_last_phase_only() -> None:
 def test_the_phases_are_those_of_the_paper() -> None:
     """ResNet-50 for 100 epochs: dense for 10, phases of 5, decompressed from 75 to 85, sparse to the end."""
     callback = ACDC(0.9, interval="epoch")
-    first, last = callback._horizon.window(100)
+    first, last = callback.horizon.window(100)
     assert callback.plan(first, last) == [
         *[(at, float(at % 10 == 0)) for at in range(10, 80, 5)],
         (85, 1.0),

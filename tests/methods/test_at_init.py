@@ -136,7 +136,7 @@ def test_a_teacher_is_taken_before_the_first_weight_goes() -> None:
     model, distillation = MLP(), Distillation()
     dense = state(model)
     fit(model, PruningAtInit(0.9), distillation, max_epochs=1)
-    assert torch.equal(distillation._teaching.net[0].weight, dense["net.0.weight"])
+    assert torch.equal(distillation._teacher.module.net[0].weight, dense["net.0.weight"])
     assert zeros(model) == round(0.9 * size(model))
 
 

@@ -16,8 +16,7 @@ from modes import BATCHES, SGD, Probe, Regression, mlp
 from torch import Tensor, nn
 
 from lightning_prune import SET, ConstantSparsity, RigL, Weight, prune, scopes, sparsity
-from lightning_prune.methods.dynamic_sparse import Gradient
-from lightning_prune.methods.exchange import exchange
+from lightning_prune.methods.exchange import Gradient, exchange
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.finding import make_units
@@ -203,7 +202,7 @@ def test_gradients_are_looked_at_right_before_an_update_only(window: int, monkey
     callback = RigL(0.6, frequency=3, end=7, window=window)
 
     def spy(criterion: Gradient, units: Any, *args: Any) -> Tensor:
-        seen.append((callback._steps + 1, units.name))
+        seen.append((callback.state.steps + 1, units.name))
         return observe(criterion, units, *args)
 
     monkeypatch.setattr(Gradient, "observe", spy)

@@ -252,7 +252,7 @@ def test_wrong_paths_and_a_missing_package_are_told_before_training(monkeypatch:
 
 def test_a_pruning_callback_behind_the_report_is_refused(tmp_path: Path) -> None:
     report = PruningReport(str(tmp_path / "report.html"))
-    with pytest.raises(ValueError, match="PruningReport must stand behind MagnitudePruning in callbacks"):
+    with pytest.raises(ValueError, match="PruningReport must come after MagnitudePruning in callbacks"):
         fit(MLP(), report, MagnitudePruning(0.5))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.tensors.masking import by_row, zero_pruned
-from lightning_prune.training.enforcement import Holding
+from lightning_prune.training.enforcement import MaskEnforcement
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -101,9 +101,9 @@ def test_holding_keeps_one_entry_a_row_and_masks_of_columns_whole() -> None:
     dead = torch.tensor([True, False, True, False])
     masks = {"0.weight": (~dead)[:, None].repeat(1, 3), "0.bias": ~dead, "1.weight": (~dead).repeat(3, 1)}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    holding = Holding()
-    holding.hold(dict(model.named_parameters()), masks)
-    assert sorted(mask.numel() for mask in holding._masks.values()) == [4, 4, 12]
+    enforcement = MaskEnforcement()
+    enforcement.enforce(dict(model.named_parameters()), masks)
+    assert sorted(mask.numel() for mask in enforcement.masks.values()) == [4, 4, 12]
     for name, parameter in model.named_parameters():
         kept: Tensor = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
         assert torch.equal(parameter, before[name] * kept)

@@ -1,4 +1,4 @@
-"""Holding: zeros survive every step of every kind of optimizer, and nothing stays behind afterwards."""
+"""MaskEnforcement: zeros survive every step of every kind of optimizer, and nothing stays behind afterwards."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ from foreign import Divided, ScheduleFree, Shampoo
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_prune.training.enforcement import Holding, entrywise, forget_entries
+from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise, reset_elements
 
 MASK = torch.tensor([[True, False], [False, True]])
 
@@ -22,12 +22,12 @@ def layer() -> nn.Linear:
     return linear
 
 
-def held(model: nn.Module, optimizer: Optimizer | None = None, **masks: Tensor) -> Holding:
-    holding = Holding()
-    holding.hold(dict(model.named_parameters()), masks or {"weight": MASK})
+def held(model: nn.Module, optimizer: Optimizer | None = None, **masks: Tensor) -> MaskEnforcement:
+    enforcement = MaskEnforcement()
+    enforcement.enforce(dict(model.named_parameters()), masks or {"weight": MASK})
     if optimizer is not None:
-        holding.attach(optimizer)
-    return holding
+        enforcement.attach(optimizer)
+    return enforcement
 
 
 def step(optimizer: Optimizer, model: nn.Module) -> None:
@@ -69,13 +69,13 @@ def test_zeros_stay_after_every_step(build: Callable[[Iterable[nn.Parameter]], O
     optimizer = build(linear.parameters())
     for _ in range(3):
         step(optimizer, linear)  # momentum that was gathered before there were masks must not bring weights back
-    holding = held(linear, optimizer)
+    enforcement = held(linear, optimizer)
     before = linear.weight.detach().clone()
     for _ in range(4):
         step(optimizer, linear)
         assert (linear.weight[~MASK] == 0).all()
     assert (linear.weight[MASK] != before[MASK]).all()
-    assert holding.stepped
+    assert enforcement.stepped
 
 
 def test_kept_weights_move_as_without_masks() -> None:
@@ -145,8 +145,8 @@ def test_parameter_groups_that_are_added_later_are_held() -> None:
 def test_new_masks_replace_the_old_ones() -> None:
     linear = layer()
     optimizer = SGD(linear.parameters(), 0.1)
-    holding = held(linear, optimizer)
-    holding.hold(dict(linear.named_parameters()), {"weight": torch.tensor([[False, True], [True, True]])})
+    enforcement = held(linear, optimizer)
+    enforcement.enforce(dict(linear.named_parameters()), {"weight": torch.tensor([[False, True], [True, True]])})
     assert linear.weight.tolist() == [[0.0, 0.0], [0.0, 4.0]]
     step(optimizer, linear)
     assert linear.weight[0, 0] == 0
@@ -160,8 +160,8 @@ def test_an_optimizer_holds_its_own_parameters_only() -> None:
     a, b = layer(), layer()
     model = nn.ModuleDict({"a": a, "b": b})
     first, second = SGD(a.parameters(), 0.1), SGD(b.parameters(), 0.1)
-    holding = held(model, first, **{"a.weight": MASK, "b.weight": MASK})
-    holding.attach(second)
+    enforcement = held(model, first, **{"a.weight": MASK, "b.weight": MASK})
+    enforcement.attach(second)
     b.weight.data.fill_(1.0)  # as if it were in the middle of something
     version = b.weight._version
     step(first, a)
@@ -175,8 +175,8 @@ def test_a_graph_of_other_parameters_can_still_be_differentiated() -> None:
     # as a generator and its discriminator do: both forwards first, then step after step
     a, b = layer(), layer()
     first, second = SGD(a.parameters(), 0.1), SGD(b.parameters(), 0.1)
-    holding = held(nn.ModuleDict({"a": a, "b": b}), first, **{"a.weight": MASK, "b.weight": MASK})
-    holding.attach(second)
+    enforcement = held(nn.ModuleDict({"a": a, "b": b}), first, **{"a.weight": MASK, "b.weight": MASK})
+    enforcement.attach(second)
     x = torch.ones(1, 2, requires_grad=True)
     loss_a, loss_b = a(x).sum(), b(x).sum()
     loss_a.backward()
@@ -189,9 +189,9 @@ def test_a_graph_of_other_parameters_can_still_be_differentiated() -> None:
 
 def test_parameters_that_no_optimizer_has_are_held_on_demand() -> None:
     linear = layer()
-    holding = held(linear)
+    enforcement = held(linear)
     linear.weight.data.fill_(1.0)
-    holding.apply()
+    enforcement.apply()
     assert linear.weight.tolist() == MASK.float().tolist()
 
 
@@ -201,18 +201,18 @@ def test_parameters_that_no_optimizer_has_are_held_on_demand() -> None:
 def test_attaching_twice_is_attaching_once() -> None:
     linear = layer()
     optimizer = SGD(linear.parameters(), 0.1)
-    holding = held(linear, optimizer)
-    holding.attach(optimizer)
+    enforcement = held(linear, optimizer)
+    enforcement.attach(optimizer)
     assert hooks(optimizer) == 1
 
 
 def test_after_release_no_hook_remains_and_weights_move_freely() -> None:
     linear = layer()
     optimizers = [SGD([linear.weight], 0.1), SGD([linear.bias], 0.1)]
-    holding = held(linear, optimizers[0])
-    holding.attach(optimizers[1], before=lambda optimizer: None)
+    enforcement = held(linear, optimizers[0])
+    enforcement.attach(optimizers[1], before=lambda optimizer: None)
     assert [hooks(optimizer) for optimizer in optimizers] == [1, 2]
-    holding.release()
+    enforcement.release()
     assert [hooks(optimizer) for optimizer in optimizers] == [0, 0]
     step(optimizers[0], linear)
     assert (linear.weight[0] != 0).all()
@@ -221,22 +221,22 @@ def test_after_release_no_hook_remains_and_weights_move_freely() -> None:
 def test_release_applies_the_masks_once_more_and_may_be_repeated() -> None:
     linear = layer()
     optimizer = SGD(linear.parameters(), 0.1)
-    holding = held(linear, optimizer)
+    enforcement = held(linear, optimizer)
     linear.weight.data.fill_(1.0)
-    holding.release()
+    enforcement.release()
     assert linear.weight.tolist() == MASK.float().tolist()
     linear.weight.data.fill_(1.0)
-    holding.release()
+    enforcement.release()
     assert linear.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 def test_what_was_released_can_hold_again() -> None:
     linear = layer()
     optimizer = SGD(linear.parameters(), 0.1)
-    holding = held(linear, optimizer)
-    holding.release()
-    holding.hold(dict(linear.named_parameters()), {"weight": MASK})
-    holding.attach(optimizer)
+    enforcement = held(linear, optimizer)
+    enforcement.release()
+    enforcement.enforce(dict(linear.named_parameters()), {"weight": MASK})
+    enforcement.attach(optimizer)
     step(optimizer, linear)
     assert (linear.weight[~MASK] == 0).all()
     assert hooks(optimizer) == 1
@@ -261,9 +261,9 @@ def test_what_is_to_be_done_before_a_step_sees_gradients_and_old_weights() -> No
     def before(stepping: Optimizer) -> None:
         seen.append((stepping, linear.weight.grad is not None, linear.weight.tolist()))
 
-    holding = Holding()
-    holding.hold(dict(linear.named_parameters()), {"weight": MASK})
-    holding.attach(optimizer, before)
+    enforcement = MaskEnforcement()
+    enforcement.enforce(dict(linear.named_parameters()), {"weight": MASK})
+    enforcement.attach(optimizer, before)
     step(optimizer, linear)
     assert seen == [(optimizer, True, [[1.0, 0.0], [0.0, 4.0]])]
 
@@ -271,13 +271,13 @@ def test_what_is_to_be_done_before_a_step_sees_gradients_and_old_weights() -> No
 def test_an_optimizer_says_that_it_has_stepped() -> None:
     linear = layer()
     optimizer = SGD(linear.parameters(), 0.1)
-    holding = held(linear, optimizer)
-    assert not holding.stepped
+    enforcement = held(linear, optimizer)
+    assert not enforcement.stepped
     step(optimizer, linear)
-    assert holding.stepped
-    holding.stepped = False
+    assert enforcement.stepped
+    enforcement.stepped = False
     step(optimizer, linear)
-    assert holding.stepped
+    assert enforcement.stepped
 
 
 class Bare(Optimizer):
@@ -293,7 +293,7 @@ class Bare(Optimizer):
 def test_an_optimizer_without_the_set_up_of_torch_is_refused() -> None:
     linear = layer()
     with pytest.raises(TypeError, match=r"set up by torch\.optim\.Optimizer\.__init__, got Bare without it"):
-        Holding().attach(Bare(linear.parameters()))
+        MaskEnforcement().attach(Bare(linear.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------ gradients
@@ -302,10 +302,10 @@ def test_an_optimizer_without_the_set_up_of_torch_is_refused() -> None:
 def test_gradients_of_pruned_weights_are_zeroed() -> None:
     linear = layer()
     optimizer = SGD(linear.parameters(), 0.1)
-    holding = held(linear, optimizer)
+    enforcement = held(linear, optimizer)
     linear.weight.grad = torch.tensor([[3.0, 100.0], [-100.0, 4.0]])
     linear.bias.grad = torch.ones(2)
-    holding.mask_gradients(optimizer)
+    enforcement.mask_gradients(optimizer)
     assert linear.weight.grad.tolist() == [[3.0, 0.0], [0.0, 4.0]]
     assert linear.bias.grad.tolist() == [1.0, 1.0]
     assert nn.utils.get_total_norm([linear.weight.grad]) == 5.0
@@ -314,9 +314,9 @@ def test_gradients_of_pruned_weights_are_zeroed() -> None:
 def test_gradients_that_are_missing_or_not_its_own_are_left() -> None:
     model = nn.ModuleDict({"a": layer(), "b": layer()})
     optimizer = SGD(model["a"].parameters(), 0.1)
-    holding = held(model, optimizer, **{"a.weight": MASK, "b.weight": MASK})
+    enforcement = held(model, optimizer, **{"a.weight": MASK, "b.weight": MASK})
     model["b"].weight.grad = torch.ones(2, 2)
-    holding.mask_gradients(optimizer)
+    enforcement.mask_gradients(optimizer)
     assert model["a"].weight.grad is None
     assert model["b"].weight.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
@@ -325,9 +325,9 @@ def test_gradients_that_are_missing_or_not_its_own_are_left() -> None:
 def test_sparse_gradients_of_pruned_weights_are_zeroed(mask: list[list[int]]) -> None:
     table, mask = nn.Embedding(3, 2, sparse=True), torch.tensor(mask).bool()
     optimizer = SGD(table.parameters(), 0.1)
-    holding = held(table, optimizer, weight=mask)
+    enforcement = held(table, optimizer, weight=mask)
     table(torch.tensor([0, 1, 1])).sum().backward()  # not coalesced: row 1 twice
-    holding.mask_gradients()
+    enforcement.mask_gradients()
     assert table.weight.grad is not None
     assert table.weight.grad.to_dense().tolist() == (torch.tensor([[1.0], [2.0], [0.0]]) * mask).tolist()
     optimizer.step()
@@ -344,27 +344,27 @@ def test_an_entrywise_optimizer_moves_kept_weights_alike_whatever_the_gradients_
     layers = [layer(), layer()]
     for linear, masked in zip(layers, (False, True), strict=True):
         optimizer = build(linear.parameters())
-        assert entrywise(optimizer)
-        holding = held(linear, optimizer)
+        assert is_elementwise(optimizer)
+        enforcement = held(linear, optimizer)
         for _ in range(3):
             linear.weight.grad = torch.tensor([[1.0, 50.0], [-50.0, 2.0]])
             linear.bias.grad = torch.ones(2)
             if masked:
-                holding.mask_gradients(optimizer)
+                enforcement.mask_gradients(optimizer)
             optimizer.step()
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
 @pytest.mark.parametrize("build", [torch.optim.LBFGS, lambda ps: Outer(ps, lr=0.1)])
 def test_other_optimizers_are_not_taken_for_entrywise(build: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
-    assert not entrywise(build(layer().parameters()))
+    assert not is_elementwise(build(layer().parameters()))
 
 
 def test_lbfgs_forgets_steps_under_other_masks() -> None:
     linear = layer()
     optimizer = torch.optim.LBFGS(linear.parameters())
     optimizer.state[linear.weight]["old_dirs"] = [torch.ones(6)]
-    forget_entries(optimizer, linear.weight, ~MASK)
+    reset_elements(optimizer, linear.weight, ~MASK)
     assert not optimizer.state
 
 
@@ -401,7 +401,7 @@ def test_changed_entries_start_afresh_and_the_others_keep_their_state(
     step(optimizer, linear)
     step(optimizer, linear)
     before = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-    forget_entries(optimizer, linear.weight, MASK)
+    reset_elements(optimizer, linear.weight, MASK)
     assert initial.keys() <= optimizer.state[linear.weight].keys()
     for key, value in before[linear.weight].items():
         kept = value.masked_fill(MASK, initial[key]) if value.shape == MASK.shape else value
@@ -416,7 +416,7 @@ def test_the_first_step_size_of_rprop_is_that_before_a_scheduler() -> None:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
     step(optimizer, linear)
     scheduler.step()
-    forget_entries(optimizer, linear.weight, MASK)
+    reset_elements(optimizer, linear.weight, MASK)
     assert optimizer.state[linear.weight]["step_size"].tolist() == [[pytest.approx(0.1)] * 2] * 2
 
 
@@ -428,6 +428,6 @@ def test_of_other_optimizers_neither_divisors_nor_preconditioners_are_reset(
     optimizer = make(linear.parameters())
     for mask in (MASK, ~MASK, MASK):
         step(optimizer, linear)
-        forget_entries(optimizer, linear.weight, mask)
+        reset_elements(optimizer, linear.weight, mask)
         step(optimizer, linear)
     assert all(parameter.isfinite().all() for parameter in linear.parameters())

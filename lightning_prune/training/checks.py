@@ -1,0 +1,71 @@
+"""Checks: whether a run, and its other callbacks, suit a callback that trains under masks."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prune.training.hooks import TrainingMethod, training_methods
+
+_FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
+
+
+def check_strategy(callback: TrainingMethod, trainer: Trainer) -> None:
+    """Reject strategies that flatten parameters, and warn of those from which callbacks do not come back.
+
+    Raises:
+        ValueError: If the strategy flattens parameters.
+    """
+    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if found := names.intersection(_FLATTENING):
+        raise ValueError(
+            f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
+            f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
+        )
+    launcher = type(getattr(trainer.strategy, "launcher", None))
+    if any(cls.__name__ == "_MultiProcessingLauncher" for cls in launcher.__mro__):  # its processes end with the run
+        rank_zero_warn(
+            f"{type(callback).__name__} holds its masks in the processes that the strategy starts, and what comes back "
+            f"is the weights and the logged metrics: count the zeros with sparsity(model), find the masks in a "
+            f"checkpoint, and train on with ConstantSparsity()"
+        )
+
+
+def check_targets(callback: TrainingMethod, trainer: Trainer) -> None:
+    """Reject targets that another callback prunes, too.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    for other in training_methods(trainer):
+        both = set(callback.target_names()).intersection(other.target_names() if other is not callback else ())
+        if both:
+            names = f"{type(callback).__name__} and in {type(other).__name__}"
+            raise ValueError(f"pruning callbacks must have disjoint targets, got {sorted(both)[:5]} in {names}")
+
+
+def warn_of_judges(callback: TrainingMethod, trainer: Trainer) -> None:
+    """Warn once a run of callbacks that may take the dense model for the best."""
+    waiting = next((found for found in training_methods(trainer) if not found.reached), None)
+    if waiting is callback and (found := judges(trainer)):
+        rank_zero_warn(
+            f"{', '.join(dict.fromkeys(found))} may take the model for the best before {type(callback).__name__} has "
+            f"reached its target: use SparseModelCheckpoint and SparseEarlyStopping, which wait for it"
+        )
+
+
+def judges(trainer: Trainer) -> list[str]:
+    """Return the names of the callbacks, of either namespace, that keep or stop a run by a metric of any model.
+
+    Those that wait for the target sparsity are left out: their class says so by ``waits_for_target``.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [type(callback).__name__ for callback in callbacks if _judges(callback)]
+
+
+def _judges(callback: Any) -> bool:
+    names = {cls.__name__ for cls in type(callback).__mro__}
+    if getattr(type(callback), "waits_for_target", False):
+        return False
+    keeps_best = "ModelCheckpoint" in names and callback.monitor is not None and callback.save_top_k > 0
+    return keeps_best or "EarlyStopping" in names
