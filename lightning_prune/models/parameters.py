@@ -90,7 +90,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(named_parameters(nn.Linear(2, 2)))
     ['weight', 'bias']
     """
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return {_WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters()}
 
 
 def matches(pattern: str, names: Sequence[str]) -> bool:

@@ -43,10 +43,12 @@ class MaskEnforcement:
 
     def enforce(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         """Enforce masks on these parameters (by name) from now on."""
-        self._masked = {}
+        self._masked, pairs = {}, []
         for name, mask in masks.items():
-            self._masked[id(parameters[name])] = (parameters[name], by_row(mask))
-        self.apply()
+            parameter, rows = parameters[name], by_row(mask)
+            self._masked[id(parameter)] = (parameter, rows)
+            pairs.append((local(parameter), rows))
+        zero_pruned(pairs)
 
     def covers(self, parameters: Sequence[nn.Parameter | None]) -> bool:
         """Return whether these very parameters are masked, in this order."""

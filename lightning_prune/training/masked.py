@@ -5,6 +5,7 @@ import weakref
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
@@ -19,7 +20,7 @@ from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise
 from lightning_prune.training.gradient_readers import GradientReaders
 from lightning_prune.training.hooks import TrainingMethod
 from lightning_prune.training.protocols import mask_averages, show_dense_model
-from lightning_prune.training.sparsity_log import counted, log_sparsity
+from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
 
 
 class MaskedTraining(TrainingMethod):
@@ -41,7 +42,7 @@ class MaskedTraining(TrainingMethod):
     def set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         before, parameters = self.state.masks, named_parameters(pl_module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not self.state.sparsity and not all(mask.all() for mask in masks.values()):
+        if not self.state.sparsity and not all(map(torch.all, masks.values())):
             show_dense_model(callbacks, trainer, pl_module)
         self.enforcement.enforce(parameters, masks)
         if masks is not before:
@@ -84,6 +85,7 @@ class MaskedTraining(TrainingMethod):
         check_targets(self, trainer)
         warn_of_judges(self, trainer)
         self._readers = GradientReaders.of(trainer, pl_module)
+        state.metric = metric_name(self, trainer)
         for optimizer in trainer.optimizers:
             self._attach(trainer, optimizer)
         self.set_masks(trainer, pl_module, self.masks)
@@ -134,7 +136,7 @@ class MaskedTraining(TrainingMethod):
         # what was logged is shown, and logged, until the end of the epoch
         if self.state.logged != (trainer.current_epoch, self.state.levels):
             self.state.logged = trainer.current_epoch, self.state.levels
-            log_sparsity(self, trainer, pl_module)
+            log_sparsity(self, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

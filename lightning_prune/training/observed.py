@@ -5,13 +5,14 @@ from typing import ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
 from lightning_prune.masks import Masks
-from lightning_prune.models.parameters import Target, left_out
+from lightning_prune.models.parameters import left_out
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale, may_repair
 from lightning_prune.training.masked import MaskedTraining
@@ -84,17 +85,32 @@ class ObservedTraining(MaskedTraining):
             self.state.observation = Observation(self.criterion, [])
         return self.state.observation
 
+    @property
+    def observes(self) -> bool:
+        """Whether the criterion observes the training at all; otherwise it scores weights alone."""
+        return self.criterion.needs != "weights"
+
+    @property
+    def has_observed(self) -> bool:
+        """Whether the criterion has observed enough to score."""
+        return not self.observes or self.observation.full
+
     def find_units(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the targets up: lazy ones appear after the first forward, frozen ones once they are trained."""
         state = self.state
+        parameters = [(id(p), p.requires_grad, is_lazy(p)) for p in pl_module.parameters()]
+        if parameters == state.parameters:  # so the targets are those of the last time
+            return
         found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore, later=True)
         state.waits = (self.granularity.coupled is True or self.of == "flops") and state.inputs is None
-        if state.waits or list(map(_identity, found)) == list(map(_identity, state.targets)):
+        if state.waits:
             return
-        reasons = state.take_up(found, pl_module, self.criterion, self.granularity, trainer.world_size > 1)
-        patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
-        state.left_out = {**left_out(pl_module, patterns, self.ignore), **reasons}
-        _count_budget(self, trainer, pl_module)
+        if [id(target.parameter) for target in found] != [id(target.parameter) for target in state.targets]:
+            reasons = state.take_up(found, pl_module, self.criterion, self.granularity, trainer.world_size > 1)
+            patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
+            state.left_out = {**left_out(pl_module, patterns, self.ignore), **reasons}
+            _count_budget(self, trainer, pl_module)
+        state.parameters = parameters
 
     @override
     def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -105,7 +121,8 @@ class ObservedTraining(MaskedTraining):
 
     @override
     def after_batch(self) -> None:
-        self.observation.step()
+        if self.observes:
+            self.observation.step()
 
     @override
     def set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
@@ -119,10 +136,6 @@ class ObservedTraining(MaskedTraining):
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.find_units(trainer, pl_module)
         super().rebuild(trainer, pl_module)
-
-
-def _identity(target: Target) -> int:
-    return id(target.parameter)
 
 
 def _count_budget(callback: ObservedTraining, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -127,7 +127,11 @@ class Pruning(ScheduledTraining):
         kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
         cut_all(pl_module, kept, trainer.optimizers, others)
         state.masks = Masks({name: kept.of_mask(name, mask) for name, mask in state.masks.items()})
-        state.units, state.targets = [], []  # and the sparsity stays that of the targets as they were
+        state.units, state.targets, state.parameters = (
+            [],
+            [],
+            [],
+        )  # and the sparsity stays that of the targets as they were
 
     def _warn_of_zeros(self) -> None:
         if self.masks:

@@ -97,7 +97,8 @@ class ScheduledTraining(ObservedTraining):
     @property
     @override
     def reached(self) -> bool:
-        return self.state.reached
+        updates = self.state.updates
+        return bool(updates) and self.state.applied >= updates[-1][0]
 
     # ------------------------------------------------------------------------------------------------ a run
 
@@ -125,12 +126,19 @@ class ScheduledTraining(ObservedTraining):
     @override
     def observing(self, trainer: Trainer) -> bool:
         # from the start of the window of optimizer steps before the next update
-        position = self.state.next_position
-        if position is None or not self.observation.needed:
+        position = self.next_position()
+        if position is None or not self.observes:
             return False
         if self.criterion.accumulates and self.observation.steps:
             return True
         return self.state.steps >= in_steps(trainer, self.interval, position) - self.criterion.steps
+
+    def next_position(self) -> int | None:
+        """Return the position of the next update; None after the last one."""
+        for position, _ in self.state.updates:
+            if position > self.state.applied:
+                return position
+        return None
 
     def clock(self, trainer: Trainer) -> int:
         """Return the position of the run, in the intervals of the plan."""
@@ -140,8 +148,8 @@ class ScheduledTraining(ObservedTraining):
     def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # looks at the state and not at events: Lightning skips some hooks when a run is resumed
         clock = self.clock(trainer)
-        position = self.state.next_position
-        if self.observation.full and position is not None and position <= clock:
+        position = self.next_position()
+        if position is not None and position <= clock and self.has_observed:
             # an update that had to wait may end up where the next one is due: one serves both
             per_epoch = steps_per_epoch(trainer) if self.interval == "epoch" else 0
             begins = max(clock, self.state.steps // per_epoch) if per_epoch else clock
@@ -158,10 +166,11 @@ class ScheduledTraining(ObservedTraining):
         reshard(pl_module)
         self.find_units(trainer, pl_module)
         # frozen targets are due once they are trained, lazy ones after their first forward, new ones once observed
-        if not state.units or any(map(is_lazy, pl_module.parameters())) or not self.observation.full:
+        if not state.units or not self.has_observed or any(map(is_lazy, pl_module.parameters())):
             return
-        leave_out_unseen(self, trainer, pl_module)
-        self.observation.finish()
+        if self.observes:
+            leave_out_unseen(self, trainer, pl_module)
+            self.observation.finish()
         masks = self.choose_masks(pl_module, position, amount)
         held = fitting(state.masks, named_parameters(pl_module))  # of frozen parameters too, which keep their zeros
         frozen = [name for name in state.levels if name in held and name not in masks]
@@ -171,7 +180,7 @@ class ScheduledTraining(ObservedTraining):
                 f"{type(self).__name__} made its last update while {frozen[:5]} was frozen, and kept the zeros that "
                 f"are there: the goal is met by the other targets alone"
             )
-        if self.reached or not self.criterion.accumulates:
+        if self.observes and (self.reached or not self.criterion.accumulates):
             self.observation.reset()
         self.set_masks(trainer, pl_module, Masks({**held, **masks}))
         self.after_update(trainer, pl_module, amount)

@@ -45,6 +45,7 @@ class ScheduledState(RunState):
         updates: The planned updates, as (position, amount).
         left_out: Why targets are left out, by name.
         scarce: Targets of which a warning has said how few units are left.
+        parameters: Of all parameters of the model, when targets were last looked up, what decides over that.
         targets: The targets that were found last.
         units: Their units.
         inputs: Example inputs of the model, where they are needed.
@@ -71,25 +72,13 @@ class ScheduledState(RunState):
     updates: list[tuple[int, float]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     scarce: dict[str, int] = field(default_factory=dict)
+    parameters: list[tuple[int, bool, bool]] = field(default_factory=list, metadata=TRANSIENT)
     targets: list[Target] = field(default_factory=list, metadata=TRANSIENT)
     units: list[Units] = field(default_factory=list, metadata=TRANSIENT)
     inputs: Inputs = field(default=None, metadata=TRANSIENT)
     waits: bool = field(default=False, metadata=TRANSIENT)
     budget: Budget | None = field(default=None, metadata=TRANSIENT)
     observation: Observation | None = field(default=None, metadata=TRANSIENT)
-
-    @property
-    def reached(self) -> bool:
-        """Whether the last update has been made."""
-        return bool(self.updates) and self.applied >= self.updates[-1][0]
-
-    @property
-    def next_position(self) -> int | None:
-        """The position of the next update; None after the last one."""
-        for position, _ in self.updates:
-            if position > self.applied:
-                return position
-        return None
 
     def take_up(
         self, found: list[Target], model: nn.Module, criterion: Criterion, granularity: Granularity, distributed: bool

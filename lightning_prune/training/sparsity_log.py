@@ -34,21 +34,23 @@ def counted(
         kept.append(count(masks[name]) if not distributed or counts_here(parameters[name]) else 0)
     if distributed:
         kept = over_ranks(torch.tensor(kept)).tolist()
-    zeros = sum(sizes.values()) - sum(kept)
-    levels = {name: 1.0 - number / size for (name, size), number in zip(sizes.items(), kept, strict=True)}
+    levels, zeros = {}, 0
+    for (name, size), left in zip(sizes.items(), kept, strict=True):
+        levels[name] = 1.0 - left / size
+        zeros += size - left
     return levels, zeros / total if total else 0.0
 
 
-def log_sparsity(callback: TrainingMethod, trainer: Trainer, pl_module: LightningModule) -> None:
+def log_sparsity(callback: TrainingMethod, pl_module: LightningModule) -> None:
     """Log the sparsity of a callback and, where it is to, of each of its targets."""
-    name = _metric(callback, trainer)
-    pl_module.log(name, callback.state.sparsity, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+    state = callback.state
+    pl_module.log(state.metric, state.sparsity, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
     if callback.log_layers:
-        layers = {f"pruning/sparsity/{layer}": level for layer, level in callback.state.levels.items()}
+        layers = {f"pruning/sparsity/{layer}": level for layer, level in state.levels.items()}
         pl_module.log_dict(layers, on_step=True, on_epoch=False, batch_size=1)
 
 
-def _metric(callback: TrainingMethod, trainer: Trainer) -> str:
+def metric_name(callback: TrainingMethod, trainer: Trainer) -> str:
     """Return the name by which the sparsity of a callback is logged, another one for each."""
     others = [other for other in training_methods(trainer) if other is not callback]
     if not others:

@@ -62,6 +62,7 @@ class RunState:
         sparsity: The fraction of zeros among all targets.
         restored: Whether the masks come from a checkpoint, as full tensors, and have not been placed on a model yet.
         logged: The epoch and the levels of the last log entry.
+        metric: The name by which the sparsity is logged in the run.
         model: The model whose masks these are.
     """
 
@@ -76,6 +77,7 @@ class RunState:
     sparsity: float = 0.0
     restored: bool = False
     logged: tuple[int, dict[str, float]] | None = None
+    metric: str = "pruning/sparsity"
     model: "weakref.ref[nn.Module] | None" = field(default=None, metadata=TRANSIENT)
 
     def saved(self) -> dict[str, Any]:
