@@ -334,7 +334,7 @@ def test_the_impossible_is_refused(arguments: dict[str, Any], message: str) -> N
         ({"rounds": 4}, MLP, "rounds must fit into the run, with at least one epoch for each of the 5 trainings"),
         ({"rounds": 2, "rewind_to": 4}, MLP, "rewind_to must lie before the first round ends, got step 4 of 4"),
         ({"rounds": 2, "rewind_to": 0.5}, MLP, "rewind_to must lie before the first round ends, got step 6 of 4"),
-        ({"rounds": 2, "rewind": "random"}, Unresettable, "must have reset_parameters to be initialised anew"),
+        ({"rounds": 2, "rewind": "random"}, Unresettable, "must have reset_parameters to be initialised again"),
     ],
 )
 def test_what_a_run_cannot_do_is_refused_before_its_first_step(

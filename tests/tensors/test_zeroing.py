@@ -103,7 +103,7 @@ def test_holding_keeps_one_entry_a_row_and_masks_of_columns_whole() -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     enforcement = MaskEnforcement()
     enforcement.enforce(dict(model.named_parameters()), masks)
-    assert sorted(mask.numel() for mask in enforcement.masks.values()) == [4, 4, 12]
+    assert sorted(mask.numel() for _, mask in enforcement._masked.values()) == [4, 4, 12]
     for name, parameter in model.named_parameters():
         kept: Tensor = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
         assert torch.equal(parameter, before[name] * kept)
