@@ -26,10 +26,11 @@ from lightning_prune.masks import Masks
 from lightning_prune.methods.acdc import ACDC
 from lightning_prune.methods.at_init import PruningAtInit
 from lightning_prune.methods.distillation import Distillation
-from lightning_prune.methods.dynamic_sparse import SET, RigL
+from lightning_prune.methods.dynamic_sparse import SET
 from lightning_prune.methods.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.methods.guarded import GuardedPruning
 from lightning_prune.methods.lottery import LotteryTicket
+from lightning_prune.methods.rigl import RigL
 from lightning_prune.methods.straight_through import SRSTE
 from lightning_prune.models.summary import sparsity, summary
 from lightning_prune.posttraining.batch_norms import recalibrate

@@ -63,7 +63,7 @@ _MOVED = {
     "shards": "tensors.distributed",
     "shrinking": "structure.shrinking",
     "sparse_layers": "export.sparse_layers",
-    "sparse_training": "methods.dynamic_sparse",
+    "sparse_training": "methods.rigl",
     "sparsegpt": "posttraining.sparsegpt",
     "states": "validation.states",
     "straight_through": "methods.straight_through",

@@ -19,10 +19,10 @@ FLOORS = [
     {"tensors"},
     {"validation"},
     {"models"},
-    {"granularities", "masks", "schedules"},
+    {"masks", "schedules"},
     {"structure"},
     {"units"},
-    {"criteria"},
+    {"granularities", "criteria"},
     {"scopes"},
     {"updates"},
     {"training", "posttraining", "export"},
@@ -34,29 +34,18 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITH_TRAINER = {"training", "methods", "reporting"}
 
-OF_TORCH = {"_parameters"}  # of nn.Module
+OF_TORCH = {"_parameters", "_values"}  # of nn.Module and of sparse tensors
 METHODS, LINES, FILE_LINES = 20, 160, 250
 
 # what is still to be mended: these lists only get shorter
 LIGHTNING = {
     "structure/checkpoints.py",  # names, when asked, the function with which Lightning's command line makes models
-    "posttraining/sensitivity.py",  # for type checkers alone
 }
-FAT_CLASSES = {"CoupledUnits", "Units"}
-LONG_FILES = {
-    "granularities.py",
-    "posttraining/prune.py",
-    "posttraining/sensitivity.py",
-    "structure/tracing.py",
-    "tensors/selection.py",
-    "units/coupled.py",
-    "units/units.py",
-    "updates/statistics.py",
-}
+FAT_CLASSES = {"Units", "WeightUnits"}
+LONG_FILES = {"models/parameters.py", "posttraining/sensitivity.py", "structure/tracing.py"}
 PRIVATE = {
     "training/protocols.py",  # declares, as a protocol, a private name of Lightning
-    "units/coupled.py",
-    "units/units.py",
+    "units/pooled.py",
 }
 
 
@@ -70,8 +59,17 @@ def room(file: str) -> str:
 
 
 def imported(file: str) -> Iterator[str]:
-    """The modules that a file imports anywhere, also late and for type checkers."""
+    """The modules that a file imports anywhere, also late, but for type checkers alone."""
+    types_only = {
+        inner
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for part in node.body
+        for inner in ast.walk(part)
+    }
     for node in ast.walk(tree(file)):
+        if node in types_only:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -6,7 +6,7 @@ that any update must do: one pass that reads every weight and takes its absolute
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -19,9 +19,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_prune import NM, Channel, Criterion, Granularity, Magnitude, Masks, Sensitivity, Weight, scopes
-from lightning_prune.units.units import Units, make_units
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.decision import make_masks
+from lightning_prune.models.parameters import find
+from lightning_prune.tensors.selection import Scores
+from lightning_prune.units import Units, make_units
+from lightning_prune.updates.decision import decide
+from lightning_prune.updates.target_sparsity import SparsityTarget
 
 SIZES = {  # weights: number of tensors, side of each
     "1 M": (4, 512),
@@ -29,6 +31,7 @@ SIZES = {  # weights: number of tensors, side of each
     "100 M": (24, 2048),
     "1,000 M": (60, 4096),
 }
+TARGET = SparsityTarget(1.0 - 1e-9)
 PASS = "one pass of abs"
 MASK = "one comparison into new masks"
 TORCH = "prune.global_unstructured"
@@ -54,7 +57,7 @@ class Update:
         first: bool = False,
     ) -> None:
         self.criterion = criterion
-        self.found = goal.find_targets(model, 0.9, (), ())
+        self.found = find(model)
         self.units = make_units(self.found, model, granularity)
         self.scope = scopes.resolve(scope)
         self.held = Masks()
@@ -64,8 +67,10 @@ class Update:
             self.held = self(0.8)
 
     def __call__(self, due: float = 0.9) -> Masks:
-        allocate = goal.allocation(self.found, 1.0 - 1e-9, None, self.criterion, self.scope, due)
-        return make_masks(self.units, self.criterion, allocate, self.held)
+        def allocate(scores: Scores) -> Mapping[str, int]:
+            return TARGET.allocate(scores, self.found, self.criterion, self.scope, due)
+
+        return decide(self.units, self.criterion, allocate, self.held).masks
 
 
 def updates(model: nn.Module) -> dict[str, Callable[[], Update]]:

@@ -15,7 +15,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.schedules import Horizon, positions
 from lightning_prune.training.enforcement import reset_momentum
 from lightning_prune.training.scheduled import ScheduledTraining
-from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import fractions
 
 
@@ -65,9 +65,10 @@ class ACDC(ScheduledTraining):
         ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(fractions("sparsity", sparsity), None, granularity)
+        target = SparsityTarget(fractions("sparsity", sparsity))
+        target.check_granularity(granularity)
         horizon = Horizon(start, end, interval, frequency)
-        super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
+        super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:

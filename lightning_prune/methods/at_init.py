@@ -25,7 +25,7 @@ from lightning_prune.training.plan_text import plan
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.training.step_inputs import inputs_of_step, silent_copy
-from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.target_sparsity import MOST_ROUNDS, SparsityTarget
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import function, instance
 
@@ -94,16 +94,17 @@ class PruningAtInit(MaskedTraining):
         log_layers: bool = False,
         min_density: float = 0.0,
     ) -> None:
-        goal.check(sparsity, threshold, granularity, min_density)
+        self.sparsity_target = SparsityTarget(sparsity, threshold, min_density)
+        self.sparsity_target.check_granularity(granularity)
         scopes.resolve(scope)
-        self.sparsity = goal.amount(sparsity)
+        self.sparsity = self.sparsity_target.sparsity
         self.criterion = instance("criterion", criterion, Criterion)
         self.granularity = granularity
         self.scope = scope
-        self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+        self.rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
         self.loss = None if loss is None else function("loss", loss, "model", "batch")
-        self.threshold = goal.level(threshold)
-        self.min_density = goal.density(min_density)
+        self.threshold = self.sparsity_target.threshold
+        self.min_density = self.sparsity_target.min_density
         super().__init__(targets, ignore, log_layers)
 
     @property
@@ -119,8 +120,8 @@ class PruningAtInit(MaskedTraining):
 
     @override
     def explain(self) -> str:
-        what, final = goal.describe(self.sparsity, self.threshold)
-        return plan(type(self).__name__, what, self.state.found, [(0, final)], "step")
+        target = self.sparsity_target
+        return plan(type(self).__name__, str(target), self.state.found, [(0, target.final)], "step")
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +137,7 @@ class PruningAtInit(MaskedTraining):
         log_info(self.explain())
 
     def _find(self, pl_module: LightningModule) -> None:
-        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+        found = self.sparsity_target.find(pl_module, self.targets, self.ignore)
         self.state.found = {target.name: target.parameter for target in found}
 
     @override

@@ -40,8 +40,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: 
     >>> round(divergence(logits, logits).item(), 4), round(divergence(logits, -logits).item(), 4)
     (0.0, 1.5232)
     """
-    wanted = (teacher / temperature).log_softmax(dim)
-    found = (student / temperature).log_softmax(dim)
+    wanted, found = ((logits / temperature).log_softmax(dim) for logits in (teacher, student))
     return temperature**2 * (wanted.exp() * (wanted - found)).sum(dim).mean()
 
 

@@ -1,4 +1,4 @@
-"""Sparse training: networks that are sparse from the first step, and exchange weak weights for new ones on the way."""
+"""SET: networks that are sparse from the first step, and exchange weak weights for random new ones on the way."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,12 @@ from lightning_prune import schedules, scopes
 from lightning_prune.criteria import Criterion, Random
 from lightning_prune.granularities import Weight
 from lightning_prune.masks import Masks
-from lightning_prune.methods.exchange import Gradient, exchange, steps, uniform
+from lightning_prune.methods.exchange import exchange, steps, uniform
 from lightning_prune.tensors.distributed import local
-from lightning_prune.training.scheduled import ScheduledTraining
+from lightning_prune.training.scheduled import ScheduledTraining, decide
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import TRANSIENT, RunState
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.decision import decide
+from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import choice, flag, integer, number
 from lightning_prune.validation.instances import named
 
@@ -105,8 +104,7 @@ class SET(ScheduledTraining):
         grow_init: Literal["zeros", "random", "gradient"] = "zeros",
         regrow: bool = False,
     ) -> None:
-        if sparsity is not None:
-            goal.check(sparsity, None)
+        target = SparsityTarget(0.0 if sparsity is None else sparsity)
         schedules.value_at("decay", named("decay", decay, _DECAYS, "progress"), 0.0)
         self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
         self.decay = decay
@@ -114,8 +112,8 @@ class SET(ScheduledTraining):
         self.grow_init = choice("grow_init", grow_init, self.grow_inits)
         self.regrow = flag("regrow", regrow)
         horizon = schedules.Horizon(start, end, interval, frequency)
-        axes = (sparsity, Random(self.seed), Weight(), scope)
-        super().__init__(*axes, horizon, targets, ignore, log_layers=log_layers)
+        super().__init__(target, Random(self.seed), Weight(), scope, horizon, targets, ignore, log_layers)
+        self.sparsity = None if sparsity is None else target.sparsity
 
     def growth(self, position: int) -> Criterion:
         """Return what scores the weights that may grow in the update at a position: the highest do."""
@@ -155,9 +153,7 @@ class SET(ScheduledTraining):
         new = [unit for unit in self.state.units if unit.name not in self.masks]
         if self.sparsity is None or not new:
             return Masks({unit.name: local(unit.parameter) != 0 for unit in new})
-        drawn = Random(self.seed)
-        allocate = goal.allocation(self.state.targets, self.sparsity, None, drawn, self.share_out)
-        return decide(new, drawn, allocate, {}).masks
+        return decide(self, self.sparsity_target, units=new, criterion=Random(self.seed))
 
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.find_units(trainer, pl_module)
@@ -204,75 +200,3 @@ class SET(ScheduledTraining):
             weight = local(unit.parameter)
             weight[grown] = (values * rate).to(weight.dtype)
         self.state.grown = {}
-
-
-class RigL(SET):
-    """Train sparse from the first step: now and then drop the smallest weights, and grow where the gradient is largest.
-
-    The gradient of all weights, pruned ones too, is looked at in the ``window`` optimizer steps before an update only.
-    These steps are taken as any other, and the masks change right after the last of them (in the paper the update takes
-    the place of a step, which costs a step without saving anything here). What is said of masks and of new weights in
-    ``SET`` holds here, too. The authors' code lets weights that have just been dropped grow again: ``regrow=True``.
-
-    Args:
-        sparsity: Fraction of zeros among the targets, in [0, 1), drawn at random when training starts, or
-            ``{pattern: fraction}`` per layer; None keeps as many zeros as each target has.
-        drop_fraction: Fraction of the weights of every target that the first update exchanges, in (0, 1].
-        decay: What becomes of the drop fraction between ``start`` and ``end``: "constant", or it falls to nothing along
-            a "linear" or "cosine" curve; or a callable from progress to what is left of it, 0 to 1.
-        window: Number of optimizer steps whose gradients are summed up for an update: more than one for small batches.
-
-    The other arguments are those of ``SET``, and are given by name.
-
-    Raises:
-        ValueError: As ``SET``, and if a target gets no gradient.
-
-    Reference: Evci et al., 2020, "Rigging the Lottery: Making All Tickets Winners", arXiv:1911.11134.
-
-    >>> RigL(0.9, frequency=100).growth(100)
-    Gradient(window=1)
-    """
-
-    grow_inits: ClassVar[tuple[str, ...]] = ("zeros", "random", "gradient")
-
-    def __init__(
-        self,
-        sparsity: float | dict[str, float] | None = None,
-        drop_fraction: float = 0.3,
-        decay: DecayName | Callable[[float], float] = "cosine",
-        window: int = 1,
-        *,
-        scope: scopes.ScopeName | scopes.Scope = "erk",
-        seed: int = 0,
-        start: int | float = 0,
-        end: int | float = 0.75,
-        interval: Literal["step", "epoch"] = "step",
-        frequency: int | None = None,
-        targets: Sequence[str] = (),
-        ignore: Sequence[str] = (),
-        log_layers: bool = False,
-        grow_init: Literal["zeros", "random", "gradient"] = "zeros",
-        regrow: bool = False,
-    ) -> None:
-        self.window = integer("window", window, 1)
-        super().__init__(
-            sparsity,
-            drop_fraction,
-            decay,
-            scope=scope,
-            seed=seed,
-            start=start,
-            end=end,
-            interval=interval,
-            frequency=frequency,
-            targets=targets,
-            ignore=ignore,
-            log_layers=log_layers,
-            grow_init=grow_init,
-            regrow=regrow,
-        )
-        self.criterion = Gradient(self.window)
-
-    @override
-    def growth(self, position: int) -> Criterion:
-        return Gradient(self.window)

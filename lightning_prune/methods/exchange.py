@@ -1,14 +1,11 @@
 """Exchanging: weak weights make way for as many new ones, which start from zero or from somewhere near it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_prune.criteria import Criterion, Magnitude
-from lightning_prune.criteria.gradients import GradientMean
 from lightning_prune.masks import Masks
 from lightning_prune.tensors.distributed import is_sharded, local, over_ranks
 from lightning_prune.tensors.selection import Scores
@@ -74,31 +71,3 @@ def steps(units: Units, grown: Tensor) -> Tensor:
     """Return the mean gradient of new weights, reversed: at the learning rate, a step of plain gradient descent."""
     assert units.statistic is not None
     return units.statistic.view(grown.shape)[grown] / -float(units.steps)
-
-
-@dataclass(frozen=True)
-class Gradient(GradientMean):
-    """The size of the gradient of a weight, pruned or not, summed over a window: ``|sum dL/dw|``. Needs gradients.
-
-    Args:
-        window: Number of optimizer steps observed before an update.
-
-    Raises:
-        ValueError: If the window is shorter than one step.
-    """
-
-    window: int = 1
-
-    @override
-    def term(self, units: Units) -> Tensor:
-        return units.sum(_gradient)
-
-    @override
-    def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        return units.statistic.abs()
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad

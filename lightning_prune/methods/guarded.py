@@ -23,7 +23,7 @@ from lightning_prune.training.consistency import fitting, restore
 from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.scheduled import decide
 from lightning_prune.training.state import RunState
-from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import integer, number, text
 
 
@@ -99,8 +99,9 @@ class GuardedPruning(rewinding.Rewinding):
         until = isinstance(warmup, str) and warmup == "settled"
         self.warmup: int | Literal["settled"] = "settled" if until else integer("warmup", warmup, 0, unit="validations")
         self._ceiling = number("sparsity", sparsity, "[0, 1)")
-        goal.check(self._ceiling, None, granularity)
-        super().__init__(sparsity, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers=log_layers)
+        target = SparsityTarget(self._ceiling)
+        target.check_granularity(granularity)
+        super().__init__(target, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers)
 
     @property
     def _search(self) -> Search:
@@ -138,7 +139,7 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def choose_masks(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
-        return decide(self, amount)
+        return decide(self, SparsityTarget(amount))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -23,7 +23,7 @@ from lightning_prune.training.run_length import in_steps, length, steps_per_epoc
 from lightning_prune.training.scheduled import decide
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import RunState, saved
-from lightning_prune.updates import target_sparsity as goal
+from lightning_prune.updates.target_sparsity import MOST_ROUNDS, SparsityTarget
 from lightning_prune.validation.arguments import choice, fractions, integer, position
 from lightning_prune.validation.states import optional, row, whole
 
@@ -114,14 +114,15 @@ class LotteryTicket(rewinding.Rewinding):
         ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
-        goal.check(fractions("sparsity", sparsity), None, granularity)
-        self.rounds = integer("rounds", rounds, 1, most=goal.MOST_ROUNDS)
+        target = SparsityTarget(fractions("sparsity", sparsity))
+        target.check_granularity(granularity)
+        self.rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
         self.rewind = choice("rewind", rewind, ("weights", "learning_rate", "random"))
         self.rewind_to = position("rewind_to", rewind_to)
         self.seed = integer("seed", seed)
         first = 1 / (self.rounds + 1) if frequency is None else integer("frequency", frequency, 1, unit=interval)
         horizon = Horizon(first, first * self.rounds, interval, frequency)
-        super().__init__(sparsity, criterion, granularity, scope, horizon, targets, ignore, log_layers=log_layers)
+        super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
@@ -226,14 +227,12 @@ class LotteryTicket(rewinding.Rewinding):
 
     @override
     def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
-        assert self.sparsity is not None
-        return decide(self, goal.after(self.sparsity, amount))
+        return decide(self, *self.sparsity_target.round(amount))
 
     @override
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
-        assert self.state.memory is not None
-        memory = self.state.memory
-        random = self.rewind == "random" and amount == 1.0
+        memory, random = self.state.memory, self.rewind == "random" and amount == 1.0
+        assert memory is not None
         if random:  # what optimizers know of the weights that were rewound to is nothing to the new ones
             memory = {**memory, "optimizers": [{**saved, "state": {}} for saved in memory["optimizers"]]}
         rewinding.go_back(trainer, pl_module, memory)

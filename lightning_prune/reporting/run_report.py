@@ -1,6 +1,5 @@
 """Pruning report: one page that says what a run was to do, what it did, and how to do it again."""
 
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -15,14 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.methods.distillation import Distillation
 from lightning_prune.models import summary as report
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.reporting import plots
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
 from lightning_prune.reporting.sizes import sizes
-from lightning_prune.reporting.yaml_config import as_yaml, plain
+from lightning_prune.reporting.yaml_config import configuration, plain
 from lightning_prune.tensors.distributed import full_tensor, local, reshard
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.hooks import training_methods
@@ -187,7 +185,7 @@ class PruningReport(Callback):
             ],
             "history": self.history.as_json(),
             "layers": rows,
-            "config": _configuration(trainer),
+            "config": configuration(trainer),
         }
 
     @override
@@ -203,18 +201,8 @@ class PruningReport(Callback):
         self._validated = set(state_dict["validated"])
 
 
-def _configuration(trainer: Trainer) -> str:
-    """Return the YAML of this package's callbacks, and of the Trainer's arguments that decide over the steps."""
-    defaults = inspect.signature(Trainer.__init__).parameters
-    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
-    given = {name: getattr(trainer, name) for name in names if getattr(trainer, name) != defaults[name].default}
-    own: list[Any] = [c for c in trainer.callbacks if isinstance(c, MaskedTraining | Distillation)]  # type: ignore[attr-defined]
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    return as_yaml(given, own, None if seed is None else int(seed))
-
-
 def _masks(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole masks of all targets, as their weights show them."""
+    """Return the full masks of all targets, as their weights show them."""
     parameters = named_parameters(model)
     names = [name for callback in training_methods(trainer) for name in callback.target_names()]
     return {name: full_tensor(local(parameters[name]) != 0, parameters[name]) for name in names}

@@ -1,13 +1,17 @@
 """Configuration: the arguments of objects as YAML that LightningCLI reads back."""
 
 import inspect
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
+from lightning.pytorch import Trainer
 from torch import nn
 
+from lightning_prune.methods.distillation import Distillation
+from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.representation import parameters_of
 from lightning_prune.validation.values import scalar
 
@@ -99,3 +103,13 @@ def _path(value: Any) -> str:
     package, name = __name__.partition(".")[0], value.__qualname__
     short = getattr(sys.modules[package], name, None) is value
     return f"{package if short else value.__module__}.{name}"
+
+
+def configuration(trainer: Trainer) -> str:
+    """Return the YAML of this package's callbacks, and of the Trainer's arguments that decide over the steps."""
+    defaults = inspect.signature(Trainer.__init__).parameters
+    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+    given = {name: getattr(trainer, name) for name in names if getattr(trainer, name) != defaults[name].default}
+    own: list[Any] = [c for c in trainer.callbacks if isinstance(c, MaskedTraining | Distillation)]  # type: ignore[attr-defined]
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return as_yaml(given, own, None if seed is None else int(seed))

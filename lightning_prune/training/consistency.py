@@ -19,7 +19,11 @@ def fitting(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Ma
     >>> list(fitting({"weight": torch.ones(1, 2).bool(), "gone": torch.ones(1).bool()}, {"weight": torch.ones(1, 2)}))
     ['weight']
     """
-    return Masks({n: m for n, m in masks.items() if n in parameters and local(parameters[n]).shape == m.shape})
+    found = Masks()
+    for name, mask in masks.items():
+        if name in parameters and local(parameters[name]).shape == mask.shape:
+            found[name] = mask
+    return found
 
 
 def drop_missing(owner: object, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Masks:

@@ -11,17 +11,14 @@ from typing_extensions import override
 
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
-from lightning_prune.masks import Masks
 from lightning_prune.models.parameters import left_out
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale, may_repair
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import RunState
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.budget import Measure
-from lightning_prune.updates.remaining import scarce, told
 from lightning_prune.updates.statistics import Observation, scorable
+from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.instances import instance
 
 
@@ -29,13 +26,12 @@ class ObservedTraining(MaskedTraining):
     """The abstract base of the callbacks with a criterion that observes the training: a subclass says when.
 
     Args:
-        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
+        sparsity_target: What is to be reached.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
         log_layers: Whether to log the sparsity of every target beside the total.
-        of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model.
     """
 
     State: ClassVar[type[RunState]] = ScheduledState
@@ -43,13 +39,12 @@ class ObservedTraining(MaskedTraining):
 
     def __init__(
         self,
-        sparsity: goal.Sparsity | None,
+        sparsity_target: SparsityTarget,
         criterion: Criterion,
         granularity: Granularity,
         targets: Sequence[str] = (),
         ignore: Sequence[str] = (),
         log_layers: bool = False,
-        of: Measure = "units",
     ) -> None:
         own = type(instance("criterion", criterion, Criterion))
         if own.backward is not Criterion.backward or own.passes is not Criterion.passes:
@@ -57,10 +52,13 @@ class ObservedTraining(MaskedTraining):
                 f"criterion must observe the training that is under way, got {criterion}, which needs passes of its "
                 f"own: use PruningAtInit(..., criterion={type(criterion).__name__}()), or prune(model, ...) before fit"
             )
-        self.sparsity = goal.amount(sparsity)
+        self.sparsity_target = sparsity_target
+        self.sparsity = sparsity_target.sparsity
+        self.threshold = sparsity_target.threshold
+        self.min_density = sparsity_target.min_density
+        self.of = sparsity_target.of
         self.criterion = criterion
         self.granularity = instance("granularity", granularity, Granularity)
-        self.of = of
         super().__init__(targets, ignore, log_layers)
 
     def observing(self, trainer: Trainer) -> bool:
@@ -101,7 +99,7 @@ class ObservedTraining(MaskedTraining):
         parameters = [(id(p), p.requires_grad, is_lazy(p)) for p in pl_module.parameters()]
         if parameters == state.parameters:  # so the targets are those of the last time
             return
-        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore, later=True)
+        found = self.sparsity_target.find(pl_module, self.targets, self.ignore, later=True)
         state.waits = (self.granularity.coupled is True or self.of == "flops") and state.inputs is None
         if state.waits:
             return
@@ -125,14 +123,6 @@ class ObservedTraining(MaskedTraining):
             self.observation.step()
 
     @override
-    def set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
-        super().set_masks(trainer, pl_module, masks)
-        few = scarce(self.state.units, masks)
-        if new := {name: left for name, left in few.items() if left < self.state.scarce.get(name, 2)}:
-            self.state.scarce.update(new)
-            rank_zero_warn(told(type(self).__name__, new))
-
-    @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.find_units(trainer, pl_module)
         super().rebuild(trainer, pl_module)
@@ -140,9 +130,10 @@ class ObservedTraining(MaskedTraining):
 
 def _count_budget(callback: ObservedTraining, trainer: Trainer, pl_module: LightningModule) -> None:
     """Count what the sparsity is a fraction of."""
-    state = callback.state
-    counted = (callback.sparsity, callback.of, callback.granularity, state.units, pl_module, state.inputs)
-    state.budget = goal.budget_of(*counted, trainer.world_size > 1) if state.units else None
+    state, count = callback.state, callback.sparsity_target.budget
+    distributed = trainer.world_size > 1
+    given = (callback.granularity, state.units, pl_module, state.inputs, distributed)
+    state.budget = count(*given) if state.units else None
 
 
 def leave_out_unseen(callback: ObservedTraining, trainer: Trainer, pl_module: LightningModule) -> None:

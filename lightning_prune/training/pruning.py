@@ -17,8 +17,8 @@ from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.protocols import averaged_models
 from lightning_prune.training.scheduled import ScheduledTraining
-from lightning_prune.updates import target_sparsity as goal
 from lightning_prune.updates.budget import Measure
+from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import flag, number, position
 
 
@@ -87,7 +87,8 @@ class Pruning(ScheduledTraining):
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
-        goal.check(sparsity, threshold, granularity, min_density, of)
+        target = SparsityTarget(sparsity, threshold, min_density, of)
+        target.check_granularity(granularity)
         self.shrink_at_end = flag("shrink_at_end", shrink_at_end)
         granularity = shrinkable(granularity) if shrink_at_end else granularity
         self._schedule = schedules.begin_at(initial, sparsity, schedules.resolve(schedule))
@@ -95,8 +96,7 @@ class Pruning(ScheduledTraining):
         self.initial = number("initial", initial, "[0, 1)")
         last = start if schedule == "one_shot" else end
         horizon = schedules.Horizon(start, last, interval, frequency)
-        axes = (sparsity, criterion, granularity, scope)
-        super().__init__(*axes, horizon, targets, ignore, threshold, log_layers, min_density, of)
+        super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
         self.end = position("end", end)
 
     @override
@@ -127,11 +127,8 @@ class Pruning(ScheduledTraining):
         kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
         cut_all(pl_module, kept, trainer.optimizers, others)
         state.masks = Masks({name: kept.of_mask(name, mask) for name, mask in state.masks.items()})
-        state.units, state.targets, state.parameters = (
-            [],
-            [],
-            [],
-        )  # and the sparsity stays that of the targets as they were
+        # the sparsity stays that of the targets as they were
+        state.units, state.targets, state.parameters = [], [], []
 
     def _warn_of_zeros(self) -> None:
         if self.masks:

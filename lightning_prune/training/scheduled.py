@@ -1,6 +1,6 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.distributed import reshard
+from lightning_prune.tensors.selection import Scores
 from lightning_prune.training.checks import check_targets
 from lightning_prune.training.consistency import fitting
 from lightning_prune.training.observed import ObservedTraining, leave_out_unseen
@@ -23,41 +24,36 @@ from lightning_prune.training.plan_text import plan
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch, warn_if_too_short
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.step_inputs import inputs_of_step
+from lightning_prune.units.units import Units
 from lightning_prune.updates import decision
-from lightning_prune.updates import target_sparsity as goal
-from lightning_prune.updates.budget import Measure
+from lightning_prune.updates.remaining import told
+from lightning_prune.updates.target_sparsity import SparsityTarget
 
 
 class ScheduledTraining(ObservedTraining):
     """The abstract base of the callbacks whose masks follow a plan: a subclass defines ``plan``.
 
     Args:
-        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
+        sparsity_target: What is to be reached.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets, a name or a callable.
         horizon: When the first and the last update fall.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
-        threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total.
-        min_density: Fraction of every target that is kept at least.
-        of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model.
     """
 
     def __init__(
         self,
-        sparsity: goal.Sparsity | None,
+        sparsity_target: SparsityTarget,
         criterion: Criterion,
         granularity: Granularity,
         scope: scopes.ScopeName | scopes.Scope,
         horizon: Horizon,
         targets: Sequence[str] = (),
         ignore: Sequence[str] = (),
-        threshold: float | None = None,
         log_layers: bool = False,
-        min_density: float = 0.0,
-        of: Measure = "units",
     ) -> None:
         self.share_out = scopes.resolve(scope)
         self.horizon = horizon
@@ -66,9 +62,7 @@ class ScheduledTraining(ObservedTraining):
         self.end = horizon.end
         self.interval = horizon.interval
         self.frequency = horizon.frequency
-        self.threshold = goal.level(threshold)
-        self.min_density = goal.density(min_density)
-        super().__init__(sparsity, criterion, granularity, targets, ignore, log_layers, of)
+        super().__init__(sparsity_target, criterion, granularity, targets, ignore, log_layers)
 
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         """Return the updates as (position in intervals, amount), in order, for a window from first to last position."""
@@ -76,17 +70,16 @@ class ScheduledTraining(ObservedTraining):
 
     def choose_masks(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
         """Return the masks of one update: here, of this fraction of the target sparsity, by the criterion."""
-        return decide(self, self.sparsity, amount)
+        return decide(self, self.sparsity_target, amount)
 
     def after_update(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         """Do what has to follow an update of this amount, when its masks have been set."""
 
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         """Return the target in words, what the number of an update means, and that number for each position."""
-        what, final = goal.describe(self.sparsity, self.threshold)
-        what += "" if self.of == "units" else f" of the {self.of}"
-        label = "level" if isinstance(self.sparsity, float | int) else "part of that"
-        return what, label, [(position, amount * final) for position, amount in self.state.updates]
+        target = self.sparsity_target
+        label = "level" if target.is_single else "part of that"
+        return str(target), label, [(position, amount * target.final) for position, amount in self.state.updates]
 
     @override
     def explain(self) -> str:
@@ -173,11 +166,11 @@ class ScheduledTraining(ObservedTraining):
             self.observation.finish()
         masks = self.choose_masks(pl_module, position, amount)
         held = fitting(state.masks, named_parameters(pl_module))  # of frozen parameters too, which keep their zeros
-        frozen = [name for name in state.levels if name in held and name not in masks]
+        frozen = state.levels.keys() & held.keys() - masks.keys()
         state.applied = position
         if frozen and self.reached and not reached:
             rank_zero_warn(
-                f"{type(self).__name__} made its last update while {frozen[:5]} was frozen, and kept the zeros that "
+                f"{type(self).__name__} made its last update while {sorted(frozen)[:5]} was frozen, and kept the zeros that "
                 f"are there: the goal is met by the other targets alone"
             )
         if self.observes and (self.reached or not self.criterion.accumulates):
@@ -197,12 +190,35 @@ class ScheduledTraining(ObservedTraining):
             )
 
 
-def decide(callback: ScheduledTraining, sparsity: goal.Sparsity | None, due: float = 1.0) -> Masks:
-    """Return masks for a sparsity of which this fraction is due, by the criterion, from what it has observed."""
+def decide(
+    callback: ScheduledTraining,
+    target: SparsityTarget,
+    due: float = 1.0,
+    units: Sequence[Units] | None = None,
+    criterion: Criterion | None = None,
+) -> Masks:
+    """Return masks for a sparsity target, and warn of targets of which hardly anything is left.
+
+    Args:
+        callback: Whose targets are pruned, from what its criterion has observed, and what it has pruned stays pruned.
+        target: What is to be reached.
+        due: The fraction of it that is due.
+        units: Those that are pruned; None is all.
+        criterion: Scores them; None is that of the callback.
+    """
     state = callback.state
-    axes = (sparsity, callback.threshold, callback.criterion, callback.share_out)
-    allocate = goal.allocation(state.targets, *axes, due, callback.min_density, state.budget)
-    return decision.decide(state.units, callback.criterion, allocate, state.masks).masks
+    units, criterion = state.units if units is None else units, criterion or callback.criterion
+
+    def allocate(scores: Scores) -> Mapping[str, int]:
+        return target.allocate(scores, state.targets, criterion, callback.share_out, due, state.budget)
+
+    made = decision.decide(units, criterion, allocate, state.masks)
+    if scarce := made.scarce(units):
+        new = {unit: left for unit, left in scarce.items() if left < state.scarce.get(unit, 2)}
+        state.scarce.update(new)
+        if new:
+            rank_zero_warn(told(type(callback).__name__, new))
+    return made.masks
 
 
 def _announce(callback: ScheduledTraining, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,7 +16,8 @@ from modes import BATCHES, SGD, Probe, Regression, mlp
 from torch import Tensor, nn
 
 from lightning_prune import SET, ConstantSparsity, RigL, Weight, prune, scopes, sparsity
-from lightning_prune.methods.exchange import Gradient, exchange
+from lightning_prune.methods.exchange import exchange
+from lightning_prune.methods.rigl import Gradient
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.finding import make_units
