@@ -170,8 +170,8 @@ class ScheduledTraining(ObservedTraining):
         state.applied = position
         if frozen and self.reached and not reached:
             rank_zero_warn(
-                f"{type(self).__name__} made its last update while {sorted(frozen)[:5]} was frozen, and kept the zeros that "
-                f"are there: the goal is met by the other targets alone"
+                f"{type(self).__name__} made its last update while {sorted(frozen)[:5]} was frozen, and kept the zeros "
+                f"that are there: the goal is met by the other targets alone"
             )
         if self.observes and (self.reached or not self.criterion.accumulates):
             self.observation.reset()
