@@ -47,9 +47,8 @@ class PruningAtInit(MaskedTraining):
     It is ``prune`` inside of ``fit``, for any criterion, also those that differentiate something else than the loss
     (``GraSP``, ``SynFlow``): from the first step on, the network is sparse. The passes are training steps of a copy of
     the model on a copy of the batch: they change no statistics of norms, no random numbers, no metrics and nothing that
-    ``self.log`` says. Of several ranks each has a batch of its own, and all have the masks of all batches. The masks
-    come with a checkpoint, and are not chosen again when a run is resumed. Layers that are frozen when the first step
-    comes are left alone.
+    ``self.log`` logs. In a distributed run each rank scores a batch of its own, and all get the same masks, from all
+    batches. A resumed run takes the masks of its checkpoint. Layers that are frozen at the first step are left alone.
 
     Args:
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
@@ -67,7 +66,7 @@ class PruningAtInit(MaskedTraining):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, or parameters
-            are uninitialised or in pieces; before the first step, if the model cannot be copied, a score is not finite,
+            are uninitialised or sharded; before the first step, if the model cannot be copied, a score is not finite,
             or the loss is to come from a ``training_step`` that returns none or optimizes by hand.
 
     Reference: Lee et al., 2019, arXiv:1810.02340; Wang et al., 2020, arXiv:2002.07376; Tanaka et al., 2020,

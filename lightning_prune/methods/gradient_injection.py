@@ -135,7 +135,7 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def tensor_in(output: Any) -> Tensor:
-    """Return the tensor in what a module outputs: itself, the first of several, or that of a name.
+    """Return the tensor in what a module outputs: itself, the first of a tuple, or that of a name.
 
     Of outputs with names (a mapping, a named tuple, a dataclass, any other object) it is "logits", where there is one,
     and otherwise the first floating-point tensor but a "loss".

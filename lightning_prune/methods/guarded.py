@@ -226,7 +226,7 @@ class GuardedPruning(rewinding.Rewinding):
                 masks = fitting(unpack_all(packed[callback.state_key]), parameters).items()
                 placed = Masks({name: mask.to(parameters[name].device) for name, mask in masks})
                 callback.set_masks(trainer, pl_module, placed)
-        # afterwards, since optimizers forget entries that come back
+        # afterwards, since the optimizers' state of elements that come back is reset
         rewinding.go_back(trainer, pl_module, self.state.best)
 
     @override

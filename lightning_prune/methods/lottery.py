@@ -60,7 +60,7 @@ class LotteryTicket(rewinding.Rewinding):
     span one training, T steps, since it is lived through ``rounds + 1`` times.
 
     With ``rewind_to=k`` every training but the first takes T - k steps. Where trainings are counted in epochs, they
-    end with an epoch: the whole epochs of k are left out, and what is trained in the first batches of an epoch, up to
+    end with an epoch: the full epochs of k are left out, and what is trained in the first batches of an epoch, up to
     the batch of step k, is undone once more.
 
     What is rewound to is part of every checkpoint: a copy of parameters, buffers and optimizer state, which with Adam
@@ -132,10 +132,10 @@ class LotteryTicket(rewinding.Rewinding):
 
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
-        what, told, updates = super().describe()
+        what, label, updates = super().describe()
         if isinstance(self.sparsity, float):
             updates = [(at, after(done, self.sparsity)) for at, done in self.state.updates]
-        return f"{what} in {self.rounds} rounds", told, updates
+        return f"{what} in {self.rounds} rounds", label, updates
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,8 +163,8 @@ class LotteryTicket(rewinding.Rewinding):
         if another_fit or not self.state.back:
             return math.inf
         duration = length(trainer, self.interval, self.max_epochs)
-        whole = duration if self.frequency is None else self.frequency * (self.rounds + 1)
-        return math.inf if duration > whole else whole - self.rounds * self.state.back
+        full = duration if self.frequency is None else self.frequency * (self.rounds + 1)
+        return math.inf if duration > full else full - self.rounds * self.state.back
 
     def _check_rounds(self, trainer: Trainer) -> None:
         moment, positions = self.state.moment, [0, *(position for position, _ in self.state.updates)]

@@ -80,14 +80,14 @@ def _restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def check(trainer: Trainer, model: nn.Module) -> None:
-    """Refuse a run that cannot go back.
+    """Reject a run that cannot go back.
 
     Raises:
         ValueError: If parameters are sharded, or stochastic weight averaging replaces the schedulers on the way.
     """
     for name, parameter in named_parameters(model).items():
         if is_sharded(parameter):
-            raise ValueError(f"parameters must be whole on every rank to be rewound, got pieces of {name!r}")
+            raise ValueError(f"parameters must be whole on every rank to be rewound, got shards of {name!r}")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
             raise ValueError(
@@ -97,7 +97,7 @@ def check(trainer: Trainer, model: nn.Module) -> None:
 
 
 def check_resettable(model: nn.Module) -> None:
-    """Refuse a model that ``reset`` cannot initialise.
+    """Reject a model that ``reset`` cannot initialise.
 
     Raises:
         ValueError: If a module has trainable parameters of its own, and no ``reset_parameters``.

@@ -241,7 +241,7 @@ class SRSTE(MaskedTraining):
 def _add_hidden(gradient: Tensor, weight: Tensor, mask: Tensor, times: float) -> None:
     """Add to a gradient, in place, so many times the weights that the mask prunes."""
     parts = [(gradient, weight, mask)]
-    if all(tensor.is_contiguous() for tensor in parts[0]):  # pieces, which stay in the cache
+    if all(tensor.is_contiguous() for tensor in parts[0]):  # in chunks, which stay in the cache
         parts = list(zip(*map(chunks, parts[0]), strict=True))
     for grad, hidden, kept in parts:
         grad.add_(hidden.masked_fill(kept, 0.0), alpha=times)

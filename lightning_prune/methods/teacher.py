@@ -95,10 +95,10 @@ class Teacher:
 
 def warn_if_it_learns(losses: Sequence[Tensor]) -> None:
     """Warn of a teacher whose loss is still falling: it fell by more than a tenth, from the first ones to the last."""
-    several = len(losses) // 2
-    if several < MANY // 2:
+    half = len(losses) // 2
+    if half < MANY // 2:
         return
-    first, last = (float(torch.stack(list(part)).mean()) for part in (losses[:several], losses[-several:]))
+    first, last = (float(torch.stack(list(part)).mean()) for part in (losses[:half], losses[-half:]))
     if first - last > 0.1 * abs(first):
         rank_zero_warn(
             f'teacher="dense" is the model as it is now, while its loss is still falling, from {first:.3g} to '
@@ -130,7 +130,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _expect_dense(trainer: Trainer) -> None:
-    """Refuse a teacher that there will never be."""
+    """Reject a teacher that there will never be."""
     pruning = training_methods(trainer)
     if not pruning or any(callback.sparsity_now for callback in pruning):
         found = "a model that is pruned already" if pruning else "no pruning callback in the Trainer"

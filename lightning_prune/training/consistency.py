@@ -66,7 +66,7 @@ def place(owner: object, masks: Mapping[str, Tensor], parameters: Mapping[str, T
 
 @torch.no_grad()
 def regrown(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the parameters in which a pruned entry is not zero; the host waits for the device once.
+    """Return the names of the parameters in which a pruned element is not zero; the host waits for the device once.
 
     >>> regrown({"weight": torch.tensor([True, False])}, {"weight": torch.tensor([0.0, 1.0])})
     ['weight']
@@ -89,7 +89,7 @@ def restore(owner: object, model: nn.Module, masks: Mapping[str, Tensor], moment
     if not names:
         return
     zero_pruned((local(parameters[name]), held[name].to(local(parameters[name]).device)) for name in names)
-    # of a parameter in pieces another rank may know nothing
+    # of a sharded parameter another rank may know nothing
     warn = warnings.warn if any(is_sharded(parameters[name]) for name in names) else rank_zero_warn
     warn(
         f"{type(owner).__name__} found pruned weights that are not zero {moment}, in {names[:5]}, and has zeroed them "

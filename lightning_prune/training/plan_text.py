@@ -13,7 +13,7 @@ def plan(
     parameters: Mapping[str, Tensor],
     updates: Sequence[tuple[int, float]],
     interval: str,
-    told: str = "level",
+    label: str = "level",
     left_out: Mapping[str, str] | None = None,
 ) -> str:
     """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
@@ -36,6 +36,6 @@ def plan(
             f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
             *(table(cells) if cells else []),
             *(f"  left out: {name}: {reason}" for name, reason in (left_out or {}).items()),
-            f"{len(updates)} updates, {interval} ({told}): {', '.join(when)}" if when else "no updates planned",
+            f"{len(updates)} updates, {interval} ({label}): {', '.join(when)}" if when else "no updates planned",
         ]
     )

@@ -51,12 +51,12 @@ class Pruning(ScheduledTraining):
             model, where those count as gone that go with the pruned units. At least so many go. FLOPs are those of a
             forward pass on ``example_input_array`` or, without it, the first training batch.
         shrink_at_end: Whether to take dead channels and heads out of the model when the training ends, as ``shrink``
-            does in place; channels are then coupled. Checkpoints of before hold the whole model with its zeros.
+            does in place; channels are then coupled. Earlier checkpoints have the full model with its zeros.
             ``sparsity_now`` stays what was reached, of the targets as they were, until another fit counts again.
         initial: Sparsity that is due at ``start`` already, in [0, sparsity); the schedule goes on from there.
 
     Attributes:
-        masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, of this rank's piece.
+        masks: Bool masks by qualified parameter name, True = kept; of a sharded parameter, this rank's shard.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter

@@ -115,7 +115,7 @@ class RunState:
 
     @classmethod
     def check(cls, owner: str, values: Mapping[str, Any]) -> None:
-        """Refuse saved values that do not fit each other; each of them fits its own rule by then."""
+        """Reject saved values that do not fit each other; each of them fits its own rule by then."""
         shapes = values["masks"]["shapes"]
         for name in values["levels"]:
             if name not in shapes:

@@ -13,7 +13,7 @@ Rule = Callable[[str, Any], None]  # from the path of a value, and the value; re
 
 
 def check(owner: str, state: Any, rules: Mapping[str, Rule], required: Sequence[str]) -> None:
-    """Refuse a state that is damaged, or that a later release wrote.
+    """Reject a state that is damaged, or that a later release wrote.
 
     Keys without a rule are not looked at.
 

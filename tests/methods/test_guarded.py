@@ -404,7 +404,7 @@ def sharded() -> str:
 @pytest.mark.distributed
 def test_sharded_parameters_are_refused() -> None:
     for message in run(sharded, 2):
-        assert message.startswith("parameters must be whole on every rank to be rewound, got pieces of 'net.0.weight'")
+        assert message.startswith("parameters must be whole on every rank to be rewound, got shards of 'net.0.weight'")
 
 
 # ------------------------------------------------------------------------------------------------ errors

@@ -185,7 +185,7 @@ class WandaPruning(Pruning):
 
 
 class SNIPPruning(Pruning):
-    """Prune a network at its initialisation, at once, by how sensitive the loss is to each connection.
+    """Prune a network at its initialisation, in one shot, by how sensitive the loss is to each connection.
 
     The scores are of the gradients of the first optimizer step, and the masks come into force right after it:
     ``PruningAtInit`` takes a pass more, and prunes before.
@@ -193,7 +193,7 @@ class SNIPPruning(Pruning):
     Args:
         sparsity: Fraction of zeros, in [0, 1), or ``{pattern: fraction}`` per layer.
         window: Number of optimizer steps observed; from the second one on the network has begun to train.
-        schedule: From progress to the fraction that is due, all at once unless told otherwise.
+        schedule: From progress to the fraction that is due, all in one shot by default.
         start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
 
     The other arguments are those of ``Pruning``, and are given by name.
