@@ -524,13 +524,13 @@ def update_watched(layout: Layout, goals: Iterable[str]) -> dict[str, list[tuple
     found = {}
     for goal, granularity in product(goals, GRANULARITIES):
         model, callback, sent = Net(layout, "tp" in layout), pruning(goal, granularity), Sent()
-        advance = callback.advance
+        update = callback.maybe_update
 
-        def watched(*args: Any, advance: Callable[..., None] = advance, sent: Sent = sent) -> None:
+        def watched(*args: Any, update: Callable[..., None] = update, sent: Sent = sent) -> None:
             with sent:
-                advance(*args)
+                update(*args)
 
-        callback.advance = watched
+        callback.maybe_update = watched
         fit(model, callback)
         assert callback.sparsity_now > 0
         found[f"{goal} {granularity}"] = sent.operations
