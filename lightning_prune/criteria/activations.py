@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.models.layer_inputs import no_squares, per_weight, squares, unreadable
-from lightning_prune.tensors.distributed import local, output_rows, piece
+from lightning_prune.tensors.distributed import local, local_shard, output_rows
 from lightning_prune.tensors.ranking import sum_share
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import flag, integer
@@ -134,7 +134,7 @@ class Wanda(Criterion):
         assert units.statistic is not None
         total, count = units.statistic
         norms = per_weight((total / count.clamp(min=1)).sqrt().float(), units.parameter.shape)
-        found = units.mean(lambda weight: weight.abs() * piece(norms, units.parameter))
+        found = units.mean(lambda weight: weight.abs() * local_shard(norms, units.parameter))
         if self.by_row or units.granularity.spans:
             return found
         whole = units.whole(found).view(units.parameter.shape).movedim(units.dim, 0)

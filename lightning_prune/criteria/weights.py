@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
 from lightning_prune.tensors.boolean import chunks
-from lightning_prune.tensors.distributed import whole
+from lightning_prune.tensors.distributed import full_tensor
 from lightning_prune.tensors.ranking import tail_share
 from lightning_prune.units.gates import weight_of
 from lightning_prune.units.units import Units
@@ -122,7 +122,7 @@ class FPGM(Criterion):
 
     @override
     def scores(self, units: Units) -> Tensor:
-        filters = whole(weight_of(units.parameter), units.parameter).movedim(units.dim, 0).flatten(1)
+        filters = full_tensor(weight_of(units.parameter), units.parameter).movedim(units.dim, 0).flatten(1)
         distances = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
         return units.mean(lambda weight: units.spread(distances))
 

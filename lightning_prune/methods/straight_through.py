@@ -15,7 +15,7 @@ from lightning_prune.granularities import NM
 from lightning_prune.masks import Masks
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.boolean import chunks
-from lightning_prune.tensors.distributed import local, piece
+from lightning_prune.tensors.distributed import local, local_shard
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.masked import MaskedTraining, gradient_scale, mask_averages
 from lightning_prune.units.units import Units, make_units
@@ -101,7 +101,7 @@ class SRSTE(MaskedTraining):
         for unit in joined:
             weight = local(unit.parameter)
             if unit.name in self._saved:
-                self._dense[unit.name] = piece(self._saved.pop(unit.name), unit.parameter).to(weight, copy=True)
+                self._dense[unit.name] = local_shard(self._saved.pop(unit.name), unit.parameter).to(weight, copy=True)
             dense = self._dense.get(unit.name)
             if dense is None or dense.shape != weight.shape or not ((weight == dense) | (weight == 0)).all():
                 self._dense[unit.name] = weight.clone()  # there are none, or they are not those of this model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.tensors.distributed import local, whole
+from lightning_prune.tensors.distributed import full_tensor, local
 
 
 class Trials:
@@ -64,7 +64,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        values = whole(local(tensor), tensor).cpu().contiguous()
+        values = full_tensor(local(tensor), tensor).cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

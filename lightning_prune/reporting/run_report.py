@@ -24,7 +24,7 @@ from lightning_prune.reporting import plots
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
 from lightning_prune.reporting.yaml_config import as_yaml, plain
-from lightning_prune.tensors.distributed import local, reshard, whole
+from lightning_prune.tensors.distributed import full_tensor, local, reshard
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.validation import states
@@ -232,7 +232,7 @@ def _masks(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]:
     """Return the whole masks of all targets, as their weights show them."""
     parameters = named_parameters(model)
     names = [name for callback in _masked(trainer) for name in callback.target_names()]
-    return {name: whole(local(parameters[name]) != 0, parameters[name]) for name in names}
+    return {name: full_tensor(local(parameters[name]) != 0, parameters[name]) for name in names}
 
 
 def _figures(

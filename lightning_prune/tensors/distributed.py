@@ -1,4 +1,4 @@
-"""Shards: the piece of a parameter that this rank holds, whether it is a plain tensor or a DTensor."""
+"""Distributed tensors: the local shard of a parameter, whether it is a plain tensor or a DTensor, and collectives."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +15,7 @@ Operation = Literal["sum", "min", "max"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether ranks hold pieces of the tensor; a rank's piece may be empty, or the whole.
+    """Return whether the tensor is a DTensor; the shard of a rank may be empty, or the full tensor.
 
     >>> is_sharded(torch.zeros(2))
     False
@@ -24,7 +24,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_split(tensor: Tensor, dims: Sequence[int]) -> bool:
-    """Return whether ranks hold different parts of one of these dimensions.
+    """Return whether the tensor is sharded along one of these dimensions.
 
     >>> is_split(torch.zeros(2, 2), [0, 1])
     False
@@ -33,18 +33,18 @@ def is_split(tensor: Tensor, dims: Sequence[int]) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's piece, detached and sharing its storage; a plain tensor is its own piece.
+    """Return this rank's shard, detached but sharing its storage; a plain tensor is its own shard.
 
     >>> weight = torch.nn.Linear(2, 2).weight
     >>> local(weight).data_ptr() == weight.data_ptr()
     True
     """
-    piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return (piece.wait() if isinstance(piece, AsyncCollectiveTensor) else piece).detach()
+    shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard).detach()
 
 
 def offsets(tensor: Tensor) -> tuple[int, ...]:
-    """Return where this rank's piece begins in the whole, per dimension.
+    """Return the offset of this rank's shard in the full tensor, per dimension.
 
     >>> offsets(torch.zeros(2, 3))
     (0, 0)
@@ -55,9 +55,14 @@ def offsets(tensor: Tensor) -> tuple[int, ...]:
 
 
 def output_rows(tensor: Tensor, dim: int) -> slice:
-    """Return which output channels the module of this weight puts out on this rank, ``dim`` being their dimension.
+    """Return the output channels that the module of this weight computes on this rank.
 
-    Tensor parallelism leaves it a part of them. What FSDP2 cuts off such a part is marked, and put back for a forward.
+    Under tensor parallelism these are a part of all channels. FSDP2 shards that part further (``_StridedShard``), but
+    gathers it again for a forward pass.
+
+    Args:
+        tensor: The weight.
+        dim: Its dimension of output channels.
 
     >>> output_rows(torch.zeros(2, 3), 0)
     slice(0, 2, None)
@@ -70,7 +75,7 @@ def output_rows(tensor: Tensor, dim: int) -> slice:
 
 
 def counts_here(tensor: Tensor) -> bool:
-    """Return whether this rank counts its piece; of several ranks with the same piece one does.
+    """Return whether this rank counts its shard; of the ranks that hold the same shard exactly one does.
 
     >>> counts_here(torch.zeros(2, 3))
     True
@@ -78,7 +83,7 @@ def counts_here(tensor: Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or 0 not in tensor.device_mesh.mesh:  # of several meshes with copies, that of rank 0 counts
+    if coordinate is None or 0 not in tensor.device_mesh.mesh:  # with one mesh a replica, only that of rank 0 counts
         return False
     replicated = [
         c for c, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate)
@@ -87,35 +92,35 @@ def counts_here(tensor: Tensor) -> bool:
 
 
 def flat_index(tensor: Tensor) -> Tensor:
-    """Return the flat position in the whole (int64) of every entry of this rank's piece.
+    """Return the flat index into the full tensor (int64) of every element of this rank's shard.
 
     >>> flat_index(torch.zeros(2, 3)).tolist()
     [[0, 1, 2], [3, 4, 5]]
     """
-    piece = local(tensor)
-    index = torch.zeros(piece.shape, dtype=torch.int64, device=piece.device)
+    shard = local(tensor)
+    index = torch.zeros(shard.shape, dtype=torch.int64, device=shard.device)
     stride = 1
-    for dim in reversed(range(piece.ndim)):
-        place = torch.arange(piece.shape[dim], device=piece.device).add_(offsets(tensor)[dim]).mul_(stride)
-        index += place.view([-1 if d == dim else 1 for d in range(piece.ndim)])
+    for dim in reversed(range(shard.ndim)):
+        position = torch.arange(shard.shape[dim], device=shard.device).add_(offsets(tensor)[dim]).mul_(stride)
+        index += position.view([-1 if d == dim else 1 for d in range(shard.ndim)])
         stride *= tensor.shape[dim]
     return index
 
 
 def over_ranks(values: Tensor, operation: Operation = "sum") -> Tensor:
-    """Return the sum, minimum or maximum of a tensor over all ranks; the tensor itself is left as it is."""
+    """Return the sum, minimum or maximum of a tensor over all ranks, as a new tensor."""
     total = values.clone()
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.distributed.get_backend() not in ("gloo", "mpi"):
-        total = total.to(accelerator)  # the others take no tensors on the CPU
+        total = total.to(accelerator)  # NCCL and the like do not reduce CPU tensors
     torch.distributed.all_reduce(total, getattr(torch.distributed.ReduceOp, operation.upper()))
     return total.to(values.device)
 
 
 def average_gradients(model: torch.nn.Module) -> None:
-    """Give all ranks the mean of their gradients, where nothing else has; all ranks must call it.
+    """Average the gradients over the ranks where no wrapper has done so; a collective.
 
-    A parameter without a gradient on some ranks counts as zero there.
+    A rank without a gradient for a parameter contributes zeros.
     """
     parameters = [p for p in model.parameters() if p.requires_grad and not is_sharded(p)]
     seen = over_ranks(torch.tensor([int(p.grad is not None) for p in parameters]))
@@ -126,42 +131,42 @@ def average_gradients(model: torch.nn.Module) -> None:
 
 
 def gather(tensor: Tensor | None) -> list[Tensor | None]:
-    """Return the tensors of all ranks, in their order, on the CPU; shapes may differ."""
+    """Return the tensors of all ranks in rank order, on the CPU; shapes may differ."""
     found: list[Tensor | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, None if tensor is None else tensor.to("cpu", copy=True))
     return found
 
 
-def piece(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a tensor of the whole shape that lies on this rank, as ``like`` does; a view.
+def local_shard(full: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of a full tensor, sharded as ``like`` is; a view.
 
-    >>> piece(torch.ones(2, 3), torch.zeros(2, 3)).shape
+    >>> local_shard(torch.ones(2, 3), torch.zeros(2, 3)).shape
     torch.Size([2, 3])
     """
     for dim, (begin, length) in enumerate(zip(offsets(like), local(like).shape, strict=True)):
-        whole = whole.narrow(dim, begin if length else 0, length)
-    return whole
+        full = full.narrow(dim, begin if length else 0, length)
+    return full
 
 
-def whole(piece: Tensor, like: Tensor) -> Tensor:
-    """Return the whole of which every rank holds a piece, as ``like`` does; all ranks must call it.
+def full_tensor(shard: Tensor, like: Tensor) -> Tensor:
+    """Return the full tensor, given each rank's shard, sharded as ``like`` is; a collective.
 
-    >>> whole(torch.ones(2, 3), torch.zeros(2, 3)).shape
+    >>> full_tensor(torch.ones(2, 3), torch.zeros(2, 3)).shape
     torch.Size([2, 3])
     """
     if not isinstance(like, DTensor):
-        return piece
+        return shard
     mesh = like.device_mesh
-    spread = DTensor.from_local(
-        piece.to(mesh.device_type), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    distributed = DTensor.from_local(
+        shard.to(mesh.device_type), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return spread.full_tensor().to(piece.device)
+    return distributed.full_tensor().to(shard.device)
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Put FSDP2 parameters back in pieces.
+    """Reshard the parameters of FSDP2 modules.
 
-    A forward without a backward (validation) leaves those of the root whole, and an edit of them would be lost.
+    A forward without a backward (validation) leaves those of the root module unsharded, and an edit would be lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

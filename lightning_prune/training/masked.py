@@ -16,7 +16,15 @@ from typing_extensions import override
 from lightning_prune.masks import Masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.tensors.boolean import count
-from lightning_prune.tensors.distributed import counts_here, is_sharded, local, over_ranks, piece, reshard, whole
+from lightning_prune.tensors.distributed import (
+    counts_here,
+    full_tensor,
+    is_sharded,
+    local,
+    local_shard,
+    over_ranks,
+    reshard,
+)
 from lightning_prune.tensors.masking import zero_pruned
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.training.compat import Callback
@@ -174,7 +182,10 @@ class MaskedTraining(Callback):
                     f"{type(self).__name__} has a mask for it, got {found}"
                 )
         return Masks(
-            {n: piece(mask, parameters[n]).contiguous().to(parameters[n].device) for n, mask in self.masks.items()}
+            {
+                n: local_shard(mask, parameters[n]).contiguous().to(parameters[n].device)
+                for n, mask in self.masks.items()
+            }
         )
 
     def _fitting(self, parameters: Mapping[str, nn.Parameter]) -> Masks:
@@ -347,7 +358,7 @@ class MaskedTraining(Callback):
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
         model = self._held_model()
-        return mask if model is None else whole(mask, named_parameters(model)[name])
+        return mask if model is None else full_tensor(mask, named_parameters(model)[name])
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -15,12 +15,12 @@ from lightning_prune.models.parameters import Target, channel_dim, named_paramet
 from lightning_prune.tensors.distributed import (
     counts_here,
     flat_index,
+    full_tensor,
     is_sharded,
     is_split,
     local,
+    local_shard,
     over_ranks,
-    piece,
-    whole,
 )
 from lightning_prune.tensors.ranking import part_within, rank_within
 from lightning_prune.tensors.selection import Source
@@ -121,7 +121,7 @@ class Units:
         found = [norm.weight for norm in self.norms() if isinstance(norm.weight, nn.Parameter)]
         if not found:
             return None
-        factors = whole(local(found[0]), found[0]).abs().to(self.parameter.device)
+        factors = full_tensor(local(found[0]), found[0]).abs().to(self.parameter.device)
         return self.mean(lambda weight: self.spread(factors))
 
     def weight(self) -> Tensor:
@@ -151,7 +151,7 @@ class Units:
     def _numbers(self) -> Tensor:
         """Return for each entry of this rank's piece of the weight which unit it belongs to."""
         number = torch.arange(self.size, device=self.parameter.device)
-        return piece(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
+        return local_shard(self.granularity.expand(number, self.parameter.shape, self.dim), self.parameter)
 
     def contribution(self) -> Tensor:
         """Return ``sum p * dL/dp`` over the gate of each unit: minus the first-order change of the loss without it.
@@ -182,12 +182,12 @@ class Units:
 
     def _of_gate(self, gate: nn.Parameter) -> Tensor:
         """Return ``p * dL/dp`` of a whole parameter, on the device of the weight."""
-        return whole(weight_times_gradient(weight_of(gate, self.grad_scale)), gate).to(self.parameter.device)
+        return full_tensor(weight_times_gradient(weight_of(gate, self.grad_scale)), gate).to(self.parameter.device)
 
     def spread(self, channels: Tensor) -> Tensor:
         """Return one number per output channel as a value for every entry of this rank's piece of the weight."""
         shape = [-1 if d == self.dim else 1 for d in range(self.parameter.ndim)]
-        return piece(channels.view(shape).expand(self.parameter.shape), self.parameter)
+        return local_shard(channels.view(shape).expand(self.parameter.shape), self.parameter)
 
     @property
     def held(self) -> int:
@@ -234,11 +234,11 @@ class Units:
 
     def whole(self, values: Tensor) -> Tensor:
         """Return values of this rank's units as values of all units; all ranks must call it."""
-        return whole(values, self.parameter) if self.split else values
+        return full_tensor(values, self.parameter) if self.split else values
 
     def piece(self, values: Tensor) -> Tensor:
         """Return values of all units as values of this rank's units."""
-        return piece(values, self.parameter).contiguous() if self.split else values
+        return local_shard(values, self.parameter).contiguous() if self.split else values
 
     def source(
         self, scores: Callable[["Units"], Tensor], kept: Tensor | None, several: bool, entrywise: bool = False
@@ -305,10 +305,10 @@ class Units:
         axes = [d for d in range(scores.ndim) if d != self.dim][:dims]
         split = is_split(self.parameter, axes)
         last = list(range(-dims, 0))
-        moved = (whole(scores, self.parameter) if split else scores).movedim(axes, last)
+        moved = (full_tensor(scores, self.parameter) if split else scores).movedim(axes, last)
         rows = moved.flatten(-dims)
         ranked = rank_within(rows, size or max(1, rows.shape[-1])).view(moved.shape).movedim(last, axes)
-        return (piece(ranked, self.parameter) if split else ranked).contiguous()
+        return (local_shard(ranked, self.parameter) if split else ranked).contiguous()
 
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Return which units (bool) the masks keep; None where no mask is held yet."""
@@ -321,9 +321,9 @@ class Units:
         """Return the masks, of this rank's pieces, that follow from a decision on units (bool, True = kept)."""
         shape = self.parameter.shape if self.granularity.spans else keep.shape
         mask = self.granularity.expand(keep, shape, self.dim)
-        masks = {self.name: piece(mask, self.parameter).contiguous() if self.granularity.spans else mask}
+        masks = {self.name: local_shard(mask, self.parameter).contiguous() if self.granularity.spans else mask}
         for name, follower in self.followers.items():
-            masks[name] = piece(keep, follower).clone()
+            masks[name] = local_shard(keep, follower).clone()
         return masks
 
     @cached_property
