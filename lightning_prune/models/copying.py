@@ -54,7 +54,7 @@ def _parts(value: Any) -> list[Any]:
     return [part for name, part in vars(value).items() if name not in _LEFT_OUT]
 
 
-def scratch(model: Module) -> Module:
+def hookless_copy(model: Module) -> Module:
     """Return a copy of a model to try things on: without forward hooks, and none of them is called."""
     copy = copied(model)
     for module in copy.modules():

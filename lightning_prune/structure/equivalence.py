@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.models.copying import copied, scratch
+from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, convert, device_of, difference, run
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.surgery import Decision, cut, kept_by, silence
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 def removable(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
     """Return the names of the groups of which units can be removed, as a trial with random weights shows."""
     decisions = [(group, torch.arange(group.size) % 2 == 0) for group in groups]
-    trial = scratch(model)
+    trial = hookless_copy(model)
     _randomize(trial)
     silence(trial, decisions)
     return {group.name for group, _ in agreeing(trial, decisions, inputs)}
@@ -76,10 +76,10 @@ def _search(part: list[Decision], agree: Callable[[Sequence[Decision]], bool]) -
 
 def _precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Return a copy of the model and inputs in double precision, if it runs in that."""
-    copy, device = scratch(model), device_of(model)
+    copy, device = hookless_copy(model), device_of(model)
     try:
         wide = convert(inputs, device, torch.float64)
         run(copy.double(), wide)
     except Exception:  # a forward with a type of its own
-        return scratch(model), inputs
+        return hookless_copy(model), inputs
     return copy, wide

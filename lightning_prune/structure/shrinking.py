@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.masks import Masks
-from lightning_prune.models.copying import copied, scratch
+from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.checkpoints import travel_along
@@ -99,7 +99,7 @@ def what_to_keep(
         round_to: Keep a multiple of so many units, as far as there are dead ones to keep.
         averages: Models of the same parameters, in which units have to be dead as well.
     """
-    proofs = [scratch(each) for each in (model, *averages)]
+    proofs = [hookless_copy(each) for each in (model, *averages)]
     for proof in proofs:
         masks.apply(proof)
     first, *others = proofs
