@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria import histogram as lattice
+from lightning_prune.criteria import histogram
 from lightning_prune.criteria.activations import channel_values, no_channels
 from lightning_prune.criteria.criterion import Criterion, OverRanks
 from lightning_prune.units.units import Units
@@ -61,7 +61,7 @@ class Entropy(Criterion):
         values = channel_values(output, units, self.positions).T
         held = units.statistic
         if held is not None and self._is_histogram(held, units):
-            return lattice.count(held, values.T)
+            return histogram.count(held, values.T)
         held = _append(self.nothing(units) if held is None else held, values, self._cells)
         return held if len(held) < self._cells else self._histogram(held, units)
 
@@ -77,17 +77,17 @@ class Entropy(Criterion):
     def _histogram(self, statistic: Tensor, units: Units) -> Tensor:
         if self._is_histogram(statistic, units):
             return statistic
-        return lattice.count(lattice.empty(units.channels, self._cells, statistic.device), statistic.T.contiguous())
+        return histogram.count(histogram.empty(units.channels, self._cells, statistic.device), statistic.T.contiguous())
 
     @override
     def merge(self, units: Units, statistics: list[Tensor]) -> Tensor:
-        return lattice.merge([self._histogram(statistic, units) for statistic in statistics])
+        return histogram.merge([self._histogram(statistic, units) for statistic in statistics])
 
     @override
     def conclude(self, units: Units, over_ranks: OverRanks) -> Tensor:
         mine = self._histogram(self.nothing(units) if units.statistic is None else units.statistic, units)
         low, high = over_ranks(mine[:, 0].contiguous(), "min"), over_ranks(mine[:, 1].contiguous(), "max")
-        return entropy(over_ranks(lattice.bins(lattice.stretch(mine, low, high), self.bins), "sum"))
+        return entropy(over_ranks(histogram.bins(histogram.stretch(mine, low, high), self.bins), "sum"))
 
     @override
     def nothing(self, units: Units) -> Tensor:
