@@ -55,7 +55,7 @@ def test_exactly_the_channels_asked_for_go_and_can_be_removed(case: Case, criter
     assert agrees(model, masks)
     tensors = named_tensors(model)
     groups = [group for group in trace(model, inputs).groups if group.name in sizes]
-    dead = {group.name: int(zero_units([tensors], group.role("makes")).sum()) for group in groups}
+    dead = {group.name: int(zero_units([tensors], group.role("producer")).sum()) for group in groups}
     assert sum(dead.values()) == round(0.5 * sum(sizes.values()))
     assert all(count < sizes[name] for name, count in dead.items()), "a layer has no channel left"
     entries = sum(int(mask.sum()) for mask in masks.values())
@@ -122,7 +122,7 @@ def test_the_channels_that_stay_are_a_multiple() -> None:
 def test_a_channel_is_scored_by_all_layers_that_make_it() -> None:
     model = Residual()
     (units,) = units_of(model, COUPLED, model.example_input_array)
-    assert [member.name for member in units.group.role("makes")] == ["first.weight", "second.weight"]
+    assert [member.name for member in units.group.role("producer")] == ["first.weight", "second.weight"]
     both = torch.cat([layer.weight.detach().flatten(1) for layer in (model.first, model.second)], 1)
     assert torch.allclose(Magnitude().scores(units), both.abs().mean(1))
     for layer in (model.first, model.second):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Role = Literal["makes", "follows", "reads"]
+Role = Literal["producer", "dependent", "consumer"]
 
 
 HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")

@@ -132,10 +132,10 @@ def _removable(
 ) -> list[Decision]:
     """Return what can be removed: units that neither make nor are read, or, failing that, those that are not read."""
     parameters = [named_parameters(each) for each in (model, *others)]
-    unread = {group.name: zero_units(parameters, group.role("reads")) for group in graph.groups}
+    unread = {group.name: zero_units(parameters, group.role("consumer")) for group in graph.groups}
     dead = {}
     for group in graph.groups:
-        made = [m for m in (*group.role("makes"), *group.role("follows")) if m.name in parameters[0]]
+        made = [m for m in (*group.role("producer"), *group.role("dependent")) if m.name in parameters[0]]
         dead[group.name] = zero_units(parameters, made) | unread[group.name]
     first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
     first = [decision for decision in first if not decision[1].all()]
@@ -165,7 +165,7 @@ def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -
     removed = {group.name for group, _ in done}
     stays = {}
     for group in graph.groups:
-        if group.name not in removed and (count := int(zero_units([tensors], group.role("makes")).sum())):
+        if group.name not in removed and (count := int(zero_units([tensors], group.role("producer")).sum())):
             stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
     for name, reason in graph.left_out.items():
         weight = tensors[name].detach().movedim(1 if name in across else 0, 0)

@@ -39,7 +39,7 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [(member.name, member.dim, member.role) for member in trace(model, torch.randn(2, 4)).groups[0].members]
-    [('0.weight', 0, 'makes'), ('0.bias', 0, 'follows'), ('2.weight', 1, 'reads')]
+    [('0.weight', 0, 'producer'), ('0.bias', 0, 'dependent'), ('2.weight', 1, 'consumer')]
     """
     require_torch_pruning()
     try:  # recurrent layers leave another trace on other devices and in other types
@@ -118,13 +118,13 @@ def _packed(module: nn.MultiheadAttention, reader: "_Reader") -> Group:
     three = torch.cat([rows + part * module.embed_dim for part in range(3)], 1)
     apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     makers = [(weight, rows) for weight in apart] if module.in_proj_weight is None else [(module.in_proj_weight, three)]
-    members = [Member(reader.names[weight], 0, index, "makes") for weight, index in makers]
+    members = [Member(reader.names[weight], 0, index, "producer") for weight, index in makers]
     if module.in_proj_bias is not None:
-        members.append(Member(reader.names[module.in_proj_bias], 0, three, "follows"))
+        members.append(Member(reader.names[module.in_proj_bias], 0, three, "dependent"))
     for bias in (module.bias_k, module.bias_v):
         if bias is not None:
-            members.append(Member(reader.names[bias], 2, rows, "follows"))
-    members.append(Member(reader.names[module.out_proj.weight], 1, rows, "reads"))
+            members.append(Member(reader.names[bias], 2, rows, "dependent"))
+    members.append(Member(reader.names[module.out_proj.weight], 1, rows, "consumer"))
     return _group(members, reader.order, reader.modules[module])
 
 
@@ -202,16 +202,16 @@ class _Reader:
         members: dict[tuple[str, int], Member] = {}
         for layer in makers:
             index = torch.cat([rows + begin for begin in range(0, layer.out_features, width)], 1)
-            _add(members, Member(self.names[layer.weight], 0, index, "makes"))
+            _add(members, Member(self.names[layer.weight], 0, index, "producer"))
             if layer.bias is not None:
-                _add(members, Member(self.names[layer.bias], 0, index, "follows"))
-        _add(members, Member(self.names[reader.weight], 1, rows, "reads"))
+                _add(members, Member(self.names[layer.bias], 0, index, "dependent"))
+        _add(members, Member(self.names[reader.weight], 1, rows, "consumer"))
         return _group(members.values(), self.order, self.modules[parent])
 
 
 def _group(members: Iterable[Member], order: Mapping[str, int], owner: str | None = None) -> Group:
-    kept = sorted(members, key=lambda member: (member.role != "makes", order[member.name]))
-    if kept[0].role != "makes":
+    kept = sorted(members, key=lambda member: (member.role != "producer", order[member.name]))
+    if kept[0].role != "producer":
         raise UnsupportedError("no layer makes its channels")
     return Group(kept[0].name, tuple(kept), owner)
 
@@ -276,14 +276,14 @@ def _places(module: Any, direction: Direction, index: Tensor) -> Iterator[tuple[
     """Yield the tensors of a layer that channels at these places cut: tensor, dimension, places, role."""
     if isinstance(module, nn.Parameter):
         last = max(d for d, length in enumerate(module.shape) if length > 1)
-        yield module, last, index, "follows"
+        yield module, last, index, "dependent"
     elif isinstance(module, nn.LSTM):
         yield from _lstm(module, direction, index)
     elif isinstance(module, nn.Embedding):
-        yield module.weight, 1, index, "makes"
+        yield module.weight, 1, index, "producer"
     elif isinstance(module, _CHANNELWISE) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
         tensors = (getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var"))
-        yield from ((tensor, 0, index, "follows") for tensor in tensors if tensor is not None)
+        yield from ((tensor, 0, index, "dependent") for tensor in tensors if tensor is not None)
     elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         yield from _weighing(module, direction, index)
     elif not isinstance(module, nn.PReLU):
@@ -297,11 +297,11 @@ def _weighing(
     outputs = int(getattr(module, "transposed", False) and direction != "both")
     if direction == "in":
         modulus = _modulus(module, direction)
-        yield module.weight, 1 - outputs, (index % modulus).unique(dim=1) if modulus else index, "reads"
+        yield module.weight, 1 - outputs, (index % modulus).unique(dim=1) if modulus else index, "consumer"
     else:
-        yield module.weight, outputs, index, "makes"
+        yield module.weight, outputs, index, "producer"
         if module.bias is not None:
-            yield module.bias, 0, index, "follows"
+            yield module.bias, 0, index, "dependent"
 
 
 def _lstm(module: nn.LSTM, direction: Direction, index: Tensor) -> Iterator[tuple[Tensor, int, Tensor, Role]]:
@@ -309,15 +309,15 @@ def _lstm(module: nn.LSTM, direction: Direction, index: Tensor) -> Iterator[tupl
         raise UnsupportedError("they go through an LSTM with two directions or a projection")
     weights = dict(module.named_parameters())
     if direction == "in":
-        yield weights["weight_ih_l0"], 1, index, "reads"
+        yield weights["weight_ih_l0"], 1, index, "consumer"
         return
     gates = torch.cat([index + gate * module.hidden_size for gate in range(4)], 1)
     for layer in range(module.num_layers):
-        yield weights[f"weight_ih_l{layer}"], 0, gates, "makes"
-        yield weights[f"weight_hh_l{layer}"], 0, gates, "makes"
-        yield weights[f"weight_hh_l{layer}"], 1, index, "reads"
+        yield weights[f"weight_ih_l{layer}"], 0, gates, "producer"
+        yield weights[f"weight_hh_l{layer}"], 0, gates, "producer"
+        yield weights[f"weight_hh_l{layer}"], 1, index, "consumer"
         if layer:
-            yield weights[f"weight_ih_l{layer}"], 1, index, "reads"
+            yield weights[f"weight_ih_l{layer}"], 1, index, "consumer"
         if module.bias:
-            yield weights[f"bias_ih_l{layer}"], 0, gates, "follows"
-            yield weights[f"bias_hh_l{layer}"], 0, gates, "follows"
+            yield weights[f"bias_ih_l{layer}"], 0, gates, "dependent"
+            yield weights[f"bias_hh_l{layer}"], 0, gates, "dependent"

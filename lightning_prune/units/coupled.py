@@ -59,7 +59,7 @@ class CoupledUnits(Units):
         self._least = min(granularity.minimum, self.size)
         self._round_to = granularity.round_to
         self._members = [(parameters[member.name], member) for member in group.members if member.name in parameters]
-        self._makers = [(parameter, member) for parameter, member in self._members if member.role == "makes"]
+        self._makers = [(parameter, member) for parameter, member in self._members if member.role == "producer"]
         self._weights = {m.name: parameter for parameter, m in self._members if m.name in counted}
         self._plain = len(self._makers) == 1 and self._makers[0][1].index.shape[1] == 1
         self._owners = owners
@@ -108,7 +108,7 @@ class CoupledUnits(Units):
 
     @override
     def norms(self) -> list[nn.Module]:
-        owners = [self._owners.get(parameter) for parameter, member in self._members if member.role == "follows"]
+        owners = [self._owners.get(parameter) for parameter, member in self._members if member.role == "dependent"]
         return [owner for owner in dict.fromkeys(owners) if isinstance(owner, _NormBase)]
 
     @override
@@ -124,7 +124,7 @@ class CoupledUnits(Units):
         Of layers that a norm follows, their own weights do not count.
         """
         gates = self._gate_members()
-        plain = [(p, m) for p, m in gates if m.role == "makes"] if self._plain else []
+        plain = [(p, m) for p, m in gates if m.role == "producer"] if self._plain else []
         found = [self.sum(weight_times_gradient)] if plain else []
         for parameter, member in gates if not plain else gates[1:]:
             values = entries(weight_times_gradient(weight_of(parameter, self.grad_scale)), member)
@@ -133,11 +133,11 @@ class CoupledUnits(Units):
 
     def _gate_members(self) -> list[tuple[nn.Parameter, Member]]:
         """Return the parameters that the gates lie in, those that make the units first."""
-        found, followers = self._norms(), [p for p, member in self._members if member.role == "follows"]
+        found, followers = self._norms(), [p for p, member in self._members if member.role == "dependent"]
         layers = {self._owners[parameter] for parameter, _ in self._makers}
         layers = {own for own in layers if own not in found or not affine_of(found[own], followers, self.name)}
         affine = [own for norm in self.norms() for own in affine_of(norm, followers, self.name)]
-        gates = [(p, m) for p, m in self._members if m.role != "reads"]
+        gates = [(p, m) for p, m in self._members if m.role != "consumer"]
         return [(p, m) for p, m in gates if self._owners[p] in layers or among(p, affine)]
 
     def _by_unit(self, values: Values) -> Tensor:
@@ -164,7 +164,7 @@ class CoupledUnits(Units):
     @property
     @override
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter, member in self._members if member.role != "reads"]
+        return [parameter for parameter, member in self._members if member.role != "consumer"]
 
     @override
     def bound(self, keep: int) -> int:
@@ -277,12 +277,12 @@ def _coupled(
         if reason is None and (group.owner is not None) == heads:
             candidates.append(group)
         elif reason is not None:
-            reasons.update({member.name: reason for member in group.role("makes")})
+            reasons.update({member.name: reason for member in group.role("producer")})
     proven = _proven(model, candidates, inputs, several)
-    made = {member.name for group in proven for member in group.role("makes")}
+    made = {member.name for group in proven for member in group.role("producer")}
     for group in candidates:
         reason = "the model does not put out the same without some of its units"
-        reasons.update({member.name: reason for member in group.role("makes")})
+        reasons.update({member.name: reason for member in group.role("producer")})
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}
     if not proven:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -303,7 +303,7 @@ def _unfit(
         return None
     if group.owner is not None and not heads:
         return f"the channels of the attention {group.owner} go by heads: use Head()"
-    others = [member.name for member in group.role("makes") if member.name not in targets]
+    others = [member.name for member in group.role("producer") if member.name not in targets]
     if others:
         return f"its channels are those of {others[0]} too, which is not among the targets"
     fixed = [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]
