@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_prune import Channel, Head, Masks, Pruning, Weight, prune, shrink
-from lightning_prune.structure.cut_record import kept_of
+from lightning_prune.structure.cut_record import cut_record_of
 from lightning_prune.structure.surgery import cut
 
 OPTIMIZERS: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_steps_after_shrinking_are_those_of_the_masked_model(name: str, optimize
         step(masked, stepping, inputs, seed)
         masks.apply(masked)
         step(small, going_on, inputs, seed)
-    kept = kept_of(small)
+    kept = cut_record_of(small)
     assert kept is not None
     cut(masked, kept)
     assert close(masked, small)
@@ -192,7 +192,7 @@ def test_masks_of_what_is_left_fit_the_smaller_model() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shrink(model, inputs, inplace=True)
-    kept = kept_of(model)
+    kept = cut_record_of(model)
     assert kept is not None
     Masks({name: kept.of_mask(name, mask) for name, mask in masks.items()}).check(dict(model.named_parameters()))
 

@@ -21,7 +21,7 @@ from models import QUIET, Attention, ConvNet, fit
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Head, Pruning, load_shrunk, prune, save_shrunk, shrink
-from lightning_prune.structure.cut_record import kept_of
+from lightning_prune.structure.cut_record import cut_record_of
 
 COUPLED = Channel(coupled=True)
 # the user's own file: nothing in it knows of pruning
@@ -179,7 +179,7 @@ def test_what_was_kept_of_a_model_that_was_shrunk_twice(tmp_path: Path) -> None:
     twice = shrunk(once, inputs, 0.3)
     assert twice.net[0].out_channels + twice.net[3].out_channels < once.net[0].out_channels + once.net[3].out_channels
     assert same(ConvNet.load_from_checkpoint(saved(twice, tmp_path / "twice.ckpt")), twice)
-    kept = kept_of(twice)
+    kept = cut_record_of(twice)
     assert kept is not None
     assert kept.places["net.0.weight", 0].shape == (6,)
     original = ConvNet().net[0].weight[kept.places["net.0.weight", 0]]
@@ -259,7 +259,7 @@ def test_a_model_that_is_another_one_stays_as_it_was(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     small = shrunk(copy.deepcopy(model), torch.ones(3, 4))
-    kept = kept_of(small)
+    kept = cut_record_of(small)
     assert kept is not None
     whole = {"state_dict": dict(small.state_dict()), "lightning_prune": kept.state_dict()}
     before, chance, refused = copy.deepcopy(model), random.Random(0), 0
@@ -272,14 +272,14 @@ def test_a_damaged_checkpoint_leaves_the_model_as_it_was() -> None:
         refused += 1
         assert same(model, before), (path, error)
         assert str(model) == str(before), (path, error)
-        assert kept_of(model) is None
+        assert cut_record_of(model) is None
     assert refused > 100
 
 
 def test_weights_that_do_not_fit_leave_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     small = shrunk(copy.deepcopy(model), torch.ones(3, 4))
-    kept = kept_of(small)
+    kept = cut_record_of(small)
     assert kept is not None
     state = {"state_dict": dict(small.state_dict(), **{"2.bias": torch.ones(5)}), "lightning_prune": kept.state_dict()}
     before = copy.deepcopy(model)

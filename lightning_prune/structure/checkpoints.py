@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_prune.models.copying import copied
-from lightning_prune.structure.cut_record import Kept, kept_of, remember
+from lightning_prune.structure.cut_record import CutRecord, cut_record_of, record_cut
 from lightning_prune.structure.surgery import cut
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
@@ -35,7 +35,7 @@ def save_shrunk(model: nn.Module, path: str | Path) -> None:
     """
     instance("model", model, nn.Module)
     file = as_path("path", path)
-    kept = kept_of(model)
+    kept = cut_record_of(model)
     if kept is None:
         raise ValueError(f"the model must have been shrunk, got a {type(model).__name__} that has not")
     torch.save({"state_dict": model.state_dict(), KEY: kept.state_dict()}, file)
@@ -149,7 +149,7 @@ def travel_along(model: nn.Module) -> None:
 
 def _save(model: Any, checkpoint: dict[str, Any]) -> None:
     type(model).on_save_checkpoint(model, checkpoint)
-    kept = kept_of(model)
+    kept = cut_record_of(model)
     assert kept is not None
     checkpoint[KEY] = kept.state_dict()
     name = checkpoint.get(model.CHECKPOINT_HYPER_PARAMS_NAME)
@@ -199,9 +199,9 @@ def _take_up(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint must be one of a shrunk model, with {sorted(missing)}, got {list(checkpoint)}"
         )
-    kept = Kept.from_state_dict(checkpoint[KEY])
+    kept = CutRecord.from_state_dict(checkpoint[KEY])
     cut(model, kept)
-    remember(model, kept)
+    record_cut(model, kept)
     travel_along(model)
 
 

@@ -22,7 +22,7 @@ _WRITTEN = record(
 
 
 @dataclass(frozen=True)
-class Kept:
+class CutRecord:
     """What is kept of a model when units are cut out of it.
 
     Args:
@@ -33,11 +33,11 @@ class Kept:
     places: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
-    def then(self, later: "Kept") -> "Kept":
+    def then(self, later: "CutRecord") -> "CutRecord":
         """Return what is kept after a later cut, of what was there before both.
 
-        >>> first = Kept({("weight", 0): torch.tensor([True, False, True])})
-        >>> first.then(Kept({("weight", 0): torch.tensor([False, True])})).places
+        >>> first = CutRecord({("weight", 0): torch.tensor([True, False, True])})
+        >>> first.then(CutRecord({("weight", 0): torch.tensor([False, True])})).places
         {('weight', 0): tensor([False, False,  True])}
         """
         places = dict(self.places)
@@ -45,7 +45,7 @@ class Kept:
             earlier = self.places.get(place, torch.ones_like(kept))
             places[place] = torch.zeros_like(earlier).masked_scatter(earlier, kept)
         heads = {name: (self.heads.get(name, counts)[0], counts[1]) for name, counts in later.heads.items()}
-        return Kept(places, {**self.heads, **heads})
+        return CutRecord(places, {**self.heads, **heads})
 
     def of_mask(self, name: str, mask: Tensor) -> Tensor:
         """Return what is left of the mask of a parameter."""
@@ -74,14 +74,14 @@ class Kept:
         return {"version": 1, "places": places, "heads": {name: list(counts) for name, counts in self.heads.items()}}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> "Kept":
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "CutRecord":
         """Return what ``state_dict`` wrote down.
 
         Raises:
             ValueError: If something is missing or damaged; the message names it.
 
-        >>> kept = Kept({("weight", 0): torch.tensor([True, False])}, {"attention": (4, 2)})
-        >>> Kept.from_state_dict(kept.state_dict()).heads
+        >>> kept = CutRecord({("weight", 0): torch.tensor([True, False])}, {"attention": (4, 2)})
+        >>> CutRecord.from_state_dict(kept.state_dict()).heads
         {'attention': (4, 2)}
         """
         whole = isinstance(state, Mapping) and {"version", "places", "heads"} <= state.keys()
@@ -110,13 +110,13 @@ def select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
     return tensor.index_select(dim, kept.nonzero().squeeze(1).to(tensor.device))
 
 
-def remember(model: nn.Module, kept: Kept) -> None:
+def record_cut(model: nn.Module, kept: CutRecord) -> None:
     """Let a model know what it has kept, of the model that it was before its first cut."""
-    earlier = kept_of(model)
+    earlier = cut_record_of(model)
     setattr(model, _ATTRIBUTE, kept if earlier is None else earlier.then(kept))
 
 
-def kept_of(model: nn.Module) -> Kept | None:
+def cut_record_of(model: nn.Module) -> CutRecord | None:
     """Return what a model has kept; None if it has never been shrunk."""
-    found: Kept | None = getattr(model, _ATTRIBUTE, None)
+    found: CutRecord | None = getattr(model, _ATTRIBUTE, None)
     return found

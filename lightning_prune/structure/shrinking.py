@@ -13,7 +13,7 @@ from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.checkpoints import travel_along
-from lightning_prune.structure.cut_record import Kept, remember
+from lightning_prune.structure.cut_record import CutRecord, record_cut
 from lightning_prune.structure.equivalence import agreeing
 from lightning_prune.structure.groups import Graph
 from lightning_prune.structure.surgery import Decision, cut, kept_by, named_tensors, zero_units
@@ -89,7 +89,7 @@ def what_to_keep(
     masks: Masks,
     round_to: int = 1,
     averages: Sequence[nn.Module] = (),
-) -> Kept:
+) -> CutRecord:
     """Return what is kept of a model without its dead units; the model is left as it is, and what stays is named.
 
     Args:
@@ -113,12 +113,12 @@ def what_to_keep(
 
 
 def cut_all(
-    model: nn.Module, kept: Kept, optimizers: Sequence[Optimizer] = (), averages: Sequence[nn.Module] = ()
+    model: nn.Module, kept: CutRecord, optimizers: Sequence[Optimizer] = (), averages: Sequence[nn.Module] = ()
 ) -> None:
     """Cut a model, the states of its optimizers and its averages in place, and let them know what they have kept."""
     for each in (model, *map(unwrapped, averages)):
         cut(each, kept, optimizers)
-        remember(each, kept)
+        record_cut(each, kept)
         travel_along(each)
 
 

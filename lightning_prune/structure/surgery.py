@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.models.parameters import named_parameters, plain_name
-from lightning_prune.structure.cut_record import Kept, select
+from lightning_prune.structure.cut_record import CutRecord, select
 from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
 
 
-def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> Kept:
+def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> CutRecord:
     """Return what decisions on units keep of a model."""
     decisions = list(decisions)
     shapes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
@@ -25,7 +25,7 @@ def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> Kept:
             kept = places.setdefault(key, torch.ones(shapes[member.name][member.dim], dtype=torch.bool))
             kept[member.index[~keep.cpu()].flatten()] = False
     heads = {group.owner: (group.size, int(keep.sum())) for group, keep in decisions if group.owner is not None}
-    return Kept(places, heads)
+    return CutRecord(places, heads)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def silence(model: nn.Module, decisions: Iterable[Decision]) -> None:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> None:
+def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ()) -> None:
     """Remove from a model, in place, what is not kept of it.
 
     Parameters stay the same objects, so that optimizers and everything else that holds them go on with them.

@@ -12,7 +12,7 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight, shrinkable
 from lightning_prune.masks import Masks
 from lightning_prune.models import summary as report
-from lightning_prune.structure.cut_record import Kept
+from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.masked import averages
@@ -126,7 +126,7 @@ class Pruning(ScheduledTraining):
     def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
         others = averages(trainer)
         mine = what_to_keep(pl_module, self._inputs, self.masks, averages=others)
-        kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
+        kept: CutRecord = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
         cut_all(pl_module, kept, trainer.optimizers, others)
         self.masks = Masks({name: kept.of_mask(name, mask) for name, mask in self.masks.items()})
         self._units, self._found = [], []  # and the sparsity stays that of the targets as they were
