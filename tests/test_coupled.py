@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_prune import Channel, Entropy, Head, Magnitude, Pruning, Random, Sensitivity, Wanda, prune, shrink
 from lightning_prune.granularities import Granularity
 from lightning_prune.models.parameters import find
-from lightning_prune.structure.surgery import named_tensors, zero_units
+from lightning_prune.structure.surgery import dead_units, named_tensors
 from lightning_prune.structure.tracing import trace
 from lightning_prune.units.coupled import CoupledUnits, find_units
 
@@ -55,7 +55,7 @@ def test_exactly_the_channels_asked_for_go_and_can_be_removed(case: Case, criter
     assert agrees(model, masks)
     tensors = named_tensors(model)
     groups = [group for group in trace(model, inputs).groups if group.name in sizes]
-    dead = {group.name: int(zero_units([tensors], group.role("producer")).sum()) for group in groups}
+    dead = {group.name: int(dead_units([tensors], group.role("producer")).sum()) for group in groups}
     assert sum(dead.values()) == round(0.5 * sum(sizes.values()))
     assert all(count < sizes[name] for name, count in dead.items()), "a layer has no channel left"
     entries = sum(int(mask.sum()) for mask in masks.values())

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, convert, device_of, difference, run
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.surgery import Decision, cut, kept_by, silence
+from lightning_prune.structure.surgery import Decision, cut, kept_by, zero_units
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-5
 
 
-def removable(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
+def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
     """Return the names of the groups of which units can be removed, as a trial with random weights shows."""
     decisions = [(group, torch.arange(group.size) % 2 == 0) for group in groups]
     trial = hookless_copy(model)
     _randomize(trial)
-    silence(trial, decisions)
-    return {group.name for group, _ in agreeing(trial, decisions, inputs)}
+    zero_units(trial, decisions)
+    return {group.name for group, _ in equivalent_cuts(trial, decisions, inputs)}
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def _randomize(model: nn.Module) -> None:
                 draw(statistic, 0.5, 1.5)
 
 
-def agreeing(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) -> list[Decision]:
+def equivalent_cuts(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) -> list[Decision]:
     """Return the decisions after which a model, whose units that are not kept are zero, puts out what it did before.
 
     All of them are tried together first, and halves of them where they do not agree. The model is left as it is.

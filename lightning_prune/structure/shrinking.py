@@ -14,9 +14,9 @@ from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.cut_record import CutRecord, record_cut
-from lightning_prune.structure.equivalence import agreeing
+from lightning_prune.structure.equivalence import equivalent_cuts
 from lightning_prune.structure.groups import Graph
-from lightning_prune.structure.surgery import Decision, cut, kept_by, named_tensors, zero_units
+from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import flag, integer
 from lightning_prune.validation.instances import by_name, instance, several
@@ -107,7 +107,7 @@ def what_to_keep(
     graph = trace(first, inputs)
     done = _removable(first, graph, inputs, round_to, others)
     for other in (*others, first) if others else ():
-        done = agreeing(other, done, inputs)
+        done = equivalent_cuts(other, done, inputs)
     _name_what_stays(first, graph, done)
     return kept_by(first, done)
 
@@ -132,18 +132,18 @@ def _removable(
 ) -> list[Decision]:
     """Return what can be removed: units that neither make nor are read, or, failing that, those that are not read."""
     parameters = [named_parameters(each) for each in (model, *others)]
-    unread = {group.name: zero_units(parameters, group.role("consumer")) for group in graph.groups}
+    unread = {group.name: dead_units(parameters, group.role("consumer")) for group in graph.groups}
     dead = {}
     for group in graph.groups:
         made = [m for m in (*group.role("producer"), *group.role("dependent")) if m.name in parameters[0]]
-        dead[group.name] = zero_units(parameters, made) | unread[group.name]
+        dead[group.name] = dead_units(parameters, made) | unread[group.name]
     first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
     first = [decision for decision in first if not decision[1].all()]
-    done = agreeing(model, first, inputs)
+    done = equivalent_cuts(model, first, inputs)
     kept = {group.name for group, _ in done}
     again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
     again = [decision for decision in again if not decision[1].all()]
-    return agreeing(model, [*done, *again], inputs) if again else done
+    return equivalent_cuts(model, [*done, *again], inputs) if again else done
 
 
 def _rounded(keep: Tensor, round_to: int) -> Tensor:
@@ -165,7 +165,7 @@ def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -
     removed = {group.name for group, _ in done}
     stays = {}
     for group in graph.groups:
-        if group.name not in removed and (count := int(zero_units([tensors], group.role("producer")).sum())):
+        if group.name not in removed and (count := int(dead_units([tensors], group.role("producer")).sum())):
             stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
     for name, reason in graph.left_out.items():
         weight = tensors[name].detach().movedim(1 if name in across else 0, 0)

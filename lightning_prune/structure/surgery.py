@@ -33,7 +33,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def zero_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
+def dead_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
     """Return which units (bool) are zero in all of these members, in the tensors of all of these models."""
     found = [entries(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
     return ~torch.stack(found).any(0)
@@ -45,7 +45,7 @@ def entries(tensor: Tensor, member: Member) -> Tensor:
 
 
 @torch.no_grad()
-def silence(model: nn.Module, decisions: Iterable[Decision]) -> None:
+def zero_units(model: nn.Module, decisions: Iterable[Decision]) -> None:
     """Zero, in place, the entries of parameters that belong to units which are not kept (bool, True = kept)."""
     parameters = named_parameters(model)
     for (name, dim), kept in kept_by(model, decisions).places.items():

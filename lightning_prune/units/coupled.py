@@ -16,7 +16,7 @@ from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.layer_kinds import rows_are_gates
 from lightning_prune.models.norms import norms_behind
 from lightning_prune.models.parameters import Target, named_parameters
-from lightning_prune.structure.equivalence import removable
+from lightning_prune.structure.equivalence import removable_groups
 from lightning_prune.structure.groups import Graph, Group, Member
 from lightning_prune.structure.surgery import entries
 from lightning_prune.structure.tracing import packed_heads, trace
@@ -317,7 +317,7 @@ def _proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, several: 
     """
     known = {group.name for group in packed_heads(model)}
     tried = [group for group in groups if group.name not in known]
-    agree = removable(model, tried, inputs) if tried else set()
+    agree = removable_groups(model, tried, inputs) if tried else set()
     votes = torch.tensor([int(group.name in agree or group.name in known) for group in groups])
     votes = over_ranks(votes, "min") if several else votes
     return [group for group, vote in zip(groups, votes.tolist(), strict=True) if vote]
