@@ -19,7 +19,7 @@ from lightning_prune.structure.groups import Graph
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import by_name, instance, several
+from lightning_prune.validation.instances import by_name, instance, sequence_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,8 +68,8 @@ def shrink(
     instance("model", model, nn.Module)
     round_to = integer("round_to", round_to, 1)
     inplace = flag("inplace", inplace)
-    optimizers = several("optimizers", optimizers, Optimizer)
-    averages = several("averages", averages, nn.Module)
+    optimizers = sequence_of("optimizers", optimizers, Optimizer)
+    averages = sequence_of("averages", averages, nn.Module)
     masks = Masks({} if masks is None else by_name("masks", masks, Tensor))
     if not inplace and (optimizers or averages):
         raise ValueError(

@@ -165,13 +165,13 @@ def by_name(argument: str, value: Any, cls: type[T]) -> dict[str, T]:
     return dict(value)
 
 
-def several(argument: str, value: Any, cls: type[T]) -> tuple[T, ...]:
+def sequence_of(argument: str, value: Any, cls: type[T]) -> tuple[T, ...]:
     """Return the objects of a class in a sequence.
 
     Raises:
         TypeError: If the value is none.
 
-    >>> several("averages", [nn.ReLU()], nn.Module)
+    >>> sequence_of("averages", [nn.ReLU()], nn.Module)
     (ReLU(),)
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
