@@ -86,7 +86,7 @@ def test_packed_attention_loses_whole_heads_without_a_trace() -> None:
     assert int(heads.sum()) == 2
     assert torch.equal(rows, heads[None, :, None].expand(3, 4, 4))
     assert torch.equal(masks["self_attn.out_proj.weight"].all(0).view(4, 4)[:, 0], heads)
-    with pytest.warns(UserWarning, match="self_attn.in_proj_weight .2 of 4: the model does not put out the same"):
+    with pytest.warns(UserWarning, match="self_attn.in_proj_weight .2 of 4: the outputs of the model differ"):
         assert shrink(layer, torch.randn(2, 3, 16)).self_attn.num_heads == 4
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Criterion, Entropy, Granularity, Magnitude, Random, Sensitivity, Weight, prune
-from lightning_prune.criteria import histogram as lattice
+from lightning_prune.criteria import histogram
 from lightning_prune.criteria.activations import channel_values
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.selection import Scores
@@ -303,10 +303,10 @@ def random_outputs(channels: int = 5) -> Tensor:
     return values
 
 
-def histogram(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
-    found = lattice.empty(parts[0].shape[1], cells, torch.device("cpu"))
+def counted(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
+    found = histogram.empty(parts[0].shape[1], cells, torch.device("cpu"))
     for part in parts:
-        found = lattice.count(found, part.T)
+        found = histogram.count(found, part.T)
     return found
 
 
@@ -316,21 +316,21 @@ def histogram(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
 def test_a_histogram_is_the_same_in_whatever_order_and_parts_values_come(
     sizes: list[int], cells: int, asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lattice, "_is_free_to_ask", lambda counts: asks)  # as on a CPU, or on a GPU
+    monkeypatch.setattr(histogram, "_is_free_to_ask", lambda counts: asks)  # as on a CPU, or on a GPU
     values = random_outputs()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    found = histogram(values[order].split(sizes), cells)
+    found = counted(values[order].split(sizes), cells)
     monkeypatch.undo()
-    assert torch.equal(found, histogram([values], cells))
+    assert torch.equal(found, counted([values], cells))
     assert found[:, 2:].sum(1).tolist() == [300] * 5
     assert torch.equal(found[:, :2].T, torch.stack([values.amin(0), values.amax(0)]))
 
 
 @pytest.mark.parametrize("sizes", [[150, 150], [1, 299], [100, 0, 200], [75, 75, 75, 75]])
 def test_histograms_of_several_ranks_merge_to_that_of_one_process(sizes: list[int]) -> None:
-    parts = [histogram([part]) for part in random_outputs().split(sizes)]
+    parts = [counted([part]) for part in random_outputs().split(sizes)]
     before = [part.clone() for part in parts]
-    assert torch.equal(lattice.merge(parts), histogram([random_outputs()]))
+    assert torch.equal(histogram.merge(parts), counted([random_outputs()]))
     assert all(torch.equal(part, held) for part, held in zip(parts, before, strict=True))
 
 

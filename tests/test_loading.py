@@ -196,6 +196,18 @@ def test_copies_and_pickles_save_what_they_are(tmp_path: Path) -> None:
         assert not same(loaded, small)
 
 
+def test_a_model_that_an_earlier_version_pickled_is_loaded() -> None:
+    small = shrunk(ConvNet(), torch.ones(2, 2, 6, 6))
+    pickled = pickle.dumps(small, protocol=0)
+    moved = (("structure.cut_record\nCutRecord", "kept\nKept"), ("structure.checkpoints\n_save", "loading\n_save"))
+    for now, then in moved:
+        assert now.encode() in pickled
+        pickled = pickled.replace(f"lightning_prune.{now}".encode(), f"lightning_prune.{then}".encode())
+    record = cut_record_of(pickle.loads(pickled))
+    assert record is not None
+    assert list(record.places) == list(small._kept_channels.places)
+
+
 @pytest.mark.parametrize("save", [saved, save_shrunk], ids=["Trainer", "save_shrunk"])
 def test_a_lightning_module_is_loaded_by_its_class_from_both_kinds_of_files(save: Any, tmp_path: Path) -> None:
     small = shrunk(ConvNet(), torch.ones(2, 2, 6, 6))
@@ -231,7 +243,7 @@ def test_a_model_of_the_command_line_is_loaded(tmp_path: Path) -> None:
 def test_hyperparameters_in_one_argument_need_load_shrunk(tmp_path: Path) -> None:
     small = shrunk(Named({"width": 8}), torch.ones(3, 4))
     with pytest.warns(
-        UserWarning, match=r"load this checkpoint of a shrunk model by load_shrunk\(Named\(...\), path\)"
+        UserWarning, match=r"load this checkpoint of a shrunk model with load_shrunk\(Named\(...\), path\)"
     ):
         path = saved(small, tmp_path / "small.ckpt")
     assert same(load_shrunk(Named({"width": 8}), path), small)
@@ -252,7 +264,7 @@ def test_a_model_that_is_another_one_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of '0.weight', .* got no tensor of that name"):
         load_shrunk(Attention(8, 2), tmp_path / "small.pt")
     assert same(other, before)
-    with pytest.raises(ValueError, match=r"arguments must be given to a class only, got \['width'\]"):
+    with pytest.raises(ValueError, match=r"arguments must be given for a class only, got \['width'\]"):
         load_shrunk(other, tmp_path / "small.pt", width=3)
 
 

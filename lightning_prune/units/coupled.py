@@ -17,9 +17,10 @@ from lightning_prune.models.layer_kinds import rows_are_gates
 from lightning_prune.models.norms import norms_behind
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.equivalence import removable_groups
+from lightning_prune.structure.grouping import packed_heads
 from lightning_prune.structure.groups import Graph, Group, Member
 from lightning_prune.structure.surgery import entries
-from lightning_prune.structure.tracing import packed_heads, trace
+from lightning_prune.structure.tracing import trace
 from lightning_prune.tensors.distributed import is_sharded, local, over_ranks
 from lightning_prune.tensors.selection import Source
 from lightning_prune.units.gates import affine_of, among, weight_of, weight_times_gradient
