@@ -259,7 +259,7 @@ def test_scores_of_something_else_are_refused(change: dict[str, Any], differs: s
     ("arguments", "message"),
     [
         ({"levels": [90]}, r"levels must be numbers in \(0, 1\), got 90"),
-        ({"levels": []}, r"levels must be numbers in \(0, 1\), one at least, got \[\]"),
+        ({"levels": []}, r"levels must be numbers in \(0, 1\), at least one, got \[\]"),
         ({"mode": "best"}, 'mode must be "max" or "min", got \'best\''),
         (
             {"metric": "val_acc"},
