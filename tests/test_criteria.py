@@ -316,7 +316,7 @@ def counted(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
 def test_a_histogram_is_the_same_in_whatever_order_and_parts_values_come(
     sizes: list[int], cells: int, asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(histogram, "_is_free_to_ask", lambda counts: asks)  # as on a CPU, or on a GPU
+    monkeypatch.setattr(histogram, "_is_on_host", lambda counts: asks)  # as on a CPU, or on a GPU
     values = random_outputs()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
     found = counted(values[order].split(sizes), cells)
@@ -481,7 +481,7 @@ def test_entropy_of_a_module_that_has_no_output_per_channel_is_refused() -> None
             out: Tensor = self.attention(x, x, x)[0]
             return out
 
-    with pytest.raises(ValueError, match=r"the module of 'attention\.in_proj_weight' must put out .* got tuple"):
+    with pytest.raises(ValueError, match=r"the module of 'attention\.in_proj_weight' must output .* got tuple"):
         prune(Attention(), 0.5, criterion=Entropy(), granularity=Channel(), data=[torch.rand(3, 1, 4)])
 
 

@@ -1,4 +1,4 @@
-"""Entropy: how evenly the output of a neuron spreads over its range, from a histogram that grows with the range."""
+"""Entropy: how evenly the outputs of a neuron spread over their range, from a histogram that grows with the range."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,23 +14,23 @@ from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import choice, integer
 from lightning_prune.validation.instances import settle
 
-_CELLS = 2048  # of a neuron's histogram, at least; a quarter of them or more lie in the range of its values
+_CELLS = 2048  # at least, in the histogram of a neuron; its values span a quarter of them or more
 _CELLS_A_BIN = 64
 _MOST_BINS = 65_536  # 32 MiB a neuron
 
 
 @dataclass(frozen=True)
 class Entropy(Criterion):
-    """The entropy ``H = -sum p log p``, in nats, of the output distribution of each neuron. Needs forward passes.
+    """The entropy ``H = -sum p log p``, in nats, of the output distribution of each neuron. Needs activations.
 
-    p is the histogram, with ``bins`` equal bins between smallest and largest value, of what the weight's module put
-    out for that neuron over the window.
+    p is the histogram of the neuron's outputs over the window, with ``bins`` equal bins between the smallest and the
+    largest value.
 
     Args:
-        prune: Which neurons go first: those of "high" or of "low" entropy.
+        prune: Which neurons go first: those of "high" or "low" entropy.
         bins: Number of bins, at least 2; H is at most log(bins).
         window: Number of optimizer steps observed before an update.
-        positions: How many values of a feature map or sequence count, for each sample: evenly spread ones.
+        positions: How many values are taken from a feature map or sequence of each sample, evenly spread.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -65,7 +65,7 @@ class Entropy(Criterion):
         held = _append(self.nothing(units) if held is None else held, values, self._cells)
         return held if len(held) < self._cells else self._histogram(held, units)
 
-    # values (values, channels) are held as they are until their histogram is smaller: counting many at once is faster
+    # raw values (values, channels) are kept until a histogram is smaller: counting many values together is faster
 
     @property
     def _cells(self) -> int:
@@ -105,7 +105,7 @@ class Entropy(Criterion):
 
 
 def _append(held: Tensor, values: Tensor, room: int) -> Tensor:
-    """Return rows with others behind them, in a storage with room for so many: not all are copied each time.
+    """Return rows with others appended, in a storage with spare room, so that not all are copied each time.
 
     >>> held = _append(torch.empty(0, 2), torch.tensor([[1.0, 2.0]]), room=8)
     >>> _append(held, torch.tensor([[3.0, 4.0]]), room=8).tolist()
