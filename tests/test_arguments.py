@@ -283,7 +283,7 @@ def test_a_configuration_is_plain_whatever_the_arguments_of_a_users_class_are() 
         ),
         (
             lambda junk: lp.sensitivity(network(), batches(), lambda *_: junk, [0.5], progress=False),
-            "what metric returns must be a number",
+            "the result of metric must be a number",
         ),
         (
             lambda junk: lp.prune(network(), 0.5, criterion=lp.SNIP(), data=batches(), loss=lambda *_: junk),

@@ -338,7 +338,7 @@ def test_histograms_of_several_ranks_merge_to_that_of_one_process(sizes: list[in
 @pytest.mark.parametrize("offset", [0.0, 1.0, -1e6])
 def test_a_cell_is_a_small_part_of_the_range(scale: float, offset: float) -> None:
     values = (torch.linspace(0, 1, 1001)[:, None] + offset) * scale
-    counts = histogram([values], 1024)[0, 2:]
+    counts = counted([values], 1024)[0, 2:]
     steps = values.unique().numel()  # as float32 tells them apart
     assert counts.count_nonzero() >= min(250, steps)
     assert counts.sum() == 1001

@@ -131,7 +131,7 @@ def test_a_pattern_that_matches_nothing_lists_close_names(callback: Any, message
 
 
 def test_a_pattern_that_an_earlier_one_leaves_nothing_is_refused() -> None:
-    refused(r"sparsity must map .* got 'net.0.\*', which matches nothing", MLP(), Pruning({"*": 0.5, "net.0.*": 0.9}))
+    refused(r"sparsity must map .* got 'net.0.\*', which matches none", MLP(), Pruning({"*": 0.5, "net.0.*": 0.9}))
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ class Drawn(nn.Module):
     ("model", "message"),
     [
         (Lists(), "the model must be one that torch.export can trace"),
-        (Fixed(), r"with a batch of another size too unless .* fixes the size.* Got: 4 Expected: 3"),
-        (Drawn(), "must output what the model does, got a relative difference of"),
+        (Fixed(), r"also with another batch size unless .* fixes the size.* Got: 4 Expected: 3"),
+        (Drawn(), "must return the outputs of the model, got a relative difference of"),
         (nn.Linear(2, 2, dtype=torch.bfloat16), r"ONNX Runtime must run the exported model, .*NOT_IMPLEMENTED"),
     ],
     ids=["data", "batch", "random", "type"],

@@ -70,9 +70,8 @@ def stretch(histogram: Tensor, low: Tensor, high: Tensor) -> Tensor:
         row = rows[row]
         found = counts[row, cell]
         counts[rows] = 0.0
-        counts.index_put_(
-            (row, (old_first[row] + cell >> (exponent - old_exponent)[row]) - first[row]), found, accumulate=True
-        )
+        place = (old_first[row] + cell >> (exponent - old_exponent)[row]) - first[row]
+        counts.index_put_((row, place), found, accumulate=True)
     histogram[:, 0], histogram[:, 1] = low, high
     return histogram
 
