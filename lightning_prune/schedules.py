@@ -84,7 +84,7 @@ def begin_at(initial: float, sparsity: Any, schedule: Schedule) -> Schedule:
     """
     initial = number("initial", initial, "[0, 1)")
     if initial and (isinstance(sparsity, Mapping) or sparsity is None or initial >= sparsity):
-        raise ValueError(f"initial must be less than a single sparsity for all targets, got {initial} for {sparsity}")
+        raise ValueError(f"initial must be less than one sparsity for all targets, got {initial} for {sparsity}")
     return partial(_from_initial, schedule, initial / sparsity) if initial else schedule
 
 

@@ -247,7 +247,7 @@ def test_wrong_paths_and_a_missing_package_are_told_before_training(monkeypatch:
 
 def test_a_pruning_callback_behind_the_report_is_refused(tmp_path: Path) -> None:
     report = PruningReport(str(tmp_path / "report.html"))
-    with pytest.raises(ValueError, match="PruningReport must stand behind MagnitudePruning in callbacks"):
+    with pytest.raises(ValueError, match="PruningReport must come after MagnitudePruning in callbacks"):
         fit(MLP(), report, MagnitudePruning(0.5))
 
 
@@ -473,7 +473,7 @@ def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     callback, model = MagnitudePruning(0.5, **LINEAR), Example()
     report = PruningReport(str(tmp_path / "file" / "report.html"))  # inside of a file
-    with pytest.warns(UserWarning, match=r"could not write its page, and the run is complete without: FileExistsError"):
+    with pytest.warns(UserWarning, match=r"could not write its page; the run is complete without it: FileExistsError"):
         trainer = fit(model, callback, report, max_epochs=3)
     assert trainer.state.finished
     assert zeros(model) == size(model) / 2

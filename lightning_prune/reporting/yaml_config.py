@@ -1,4 +1,4 @@
-"""Configuration: the arguments of objects as YAML that LightningCLI reads back."""
+"""Configuration: the arguments of objects as YAML for LightningCLI."""
 
 import inspect
 import sys
@@ -12,12 +12,12 @@ from lightning_prune.validation.values import scalar
 
 
 def as_yaml(trainer: Mapping[str, Any], callbacks: Iterable[Any], seed: int | None = None) -> str:
-    """Return a configuration for LightningCLI, without the arguments that have their defaults.
+    """Return a configuration for LightningCLI, without arguments that have their default values.
 
     Args:
         trainer: Arguments of the Trainer.
-        callbacks: Callbacks, each of which has its arguments as attributes of the same names.
-        seed: What ``seed_everything`` was given.
+        callbacks: Callbacks that store their arguments as attributes of the same names.
+        seed: The argument of ``seed_everything``.
 
     >>> from lightning_prune import Channel, MagnitudePruning
     >>> print(as_yaml({"max_epochs": 5}, [MagnitudePruning(0.9, granularity=Channel())], seed=1), end="")
@@ -38,9 +38,9 @@ def as_yaml(trainer: Mapping[str, Any], callbacks: Iterable[Any], seed: int | No
 
 
 def plain(value: Any) -> Any:
-    """Return a value in the words of YAML: numbers, strings, lists, dicts, and import paths of all else.
+    """Return a value in the types of YAML: numbers, strings, lists, dicts, and import paths for anything else.
 
-    Of a network only the class is told: its weights are no configuration.
+    A network becomes its class alone: weights are not configuration.
 
     >>> from lightning_prune import Entropy
     >>> plain((1, 2)), plain(len), plain(Entropy(bins=8))
@@ -50,7 +50,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return str(value)  # a subclass, such as NumPy's, is nothing that YAML knows
+        return str(value)  # YAML does not support subclasses, such as NumPy's
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
-    """Return the arguments that make an object like this one, from its attributes, without those that are defaults.
+    """Return the arguments that create an object like this one, from its attributes, without default values.
 
     >>> from lightning_prune import EntropyPruning
     >>> arguments_of(EntropyPruning(0.5, bins=8, start=2))
@@ -73,14 +73,14 @@ def arguments_of(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (parameter, own) in _parameters(cls).items():
         argument = getattr(value, name, parameter.default)
-        # a preset may fix an argument of its base, and then takes it no more
+        # a preset may fix an argument of its base, and no longer accept it
         if not _same(argument, parameter.default) and (own or _takes(cls, {**found, name: argument})):
             found[name] = argument
     return found
 
 
 def _parameters(cls: type) -> dict[str, tuple[inspect.Parameter, bool]]:
-    """Return the parameters of a class and, as far as it passes on keywords, of its bases; and which are its own."""
+    """Return the parameters of a class and of the bases that it passes keywords to, and which are its own."""
     found: dict[str, tuple[inspect.Parameter, bool]] = {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     own = True
@@ -98,17 +98,17 @@ def _takes(cls: type, arguments: Mapping[str, Any]) -> bool:
         cls(**arguments)
     except TypeError:
         return False
-    except ValueError:  # the class has looked at them: another one is still missing
+    except ValueError:  # the class has accepted them, but misses another one
         return True
     return True
 
 
 def _same(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and bool(value == default)  # 1 step is not all of the run, 1.0
+    return type(value) is type(default) and bool(value == default)  # 1 is one step, 1.0 the whole run
 
 
 def _path(value: Any) -> str:
-    """Return the import path of a class or function, the short one where this package has it."""
+    """Return the import path of a class or function, the short one if this package exports it."""
     package, name = __name__.partition(".")[0], value.__qualname__
     short = getattr(sys.modules[package], name, None) is value
     return f"{package if short else value.__module__}.{name}"
