@@ -191,7 +191,7 @@ _WAY_OUT = {"step": ': count epochs with interval="epoch", or limit the run by m
 
 
 def positions(first: int, last: int, every: int) -> range:
-    """Return every so many positions from the first up to the last.
+    """Return every ``every``-th position from the first up to the last.
 
     Raises:
         ValueError: If there are more than a million.

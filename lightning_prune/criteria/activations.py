@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.models.layer_inputs import no_squares, per_weight, squares, unreadable
+from lightning_prune.models.layer_inputs import per_weight, squares, unreadable, zero_squares
 from lightning_prune.tensors.distributed import local, local_shard, output_rows
 from lightning_prune.tensors.ranking import sum_share
 from lightning_prune.units.units import Units
@@ -127,7 +127,7 @@ class Wanda(Criterion):
 
     @override
     def nothing(self, units: Units) -> Tensor:
-        return no_squares(units.modules[0], units.parameter)
+        return zero_squares(units.modules[0], units.parameter)
 
     @override
     def scores(self, units: Units) -> Tensor:

@@ -143,10 +143,10 @@ def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, n
     return padded
 
 
-def no_squares(module: nn.Module, weight: Tensor) -> Tensor:
+def zero_squares(module: nn.Module, weight: Tensor) -> Tensor:
     """Return what ``squares`` returns for no input at all.
 
-    >>> no_squares(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
+    >>> zero_squares(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
     torch.Size([2, 2, 2, 3])
     """
     if isinstance(module, _ConvTransposeNd):

@@ -18,7 +18,7 @@ _LOSING_ZEROS = {
 _GATED = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
 
 
-def no_layers_weight(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> str | None:
+def unknown_kind(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> str | None:
     """Return why a parameter is not pruned unless it is named; None for weights of known kinds of layers.
 
     These are linear layers, convolutions, recurrent layers, attentions and experts, of torch or of any library that
@@ -30,8 +30,8 @@ def no_layers_weight(name: str, parameter: Tensor, modules: Sequence[nn.Module])
         modules: The modules that own it.
 
     >>> layer = nn.Linear(2, 2)
-    >>> no_layers_weight("0.weight", layer.weight, [layer])
-    >>> no_layers_weight("cls_token", layer.weight, [nn.Module()])
+    >>> unknown_kind("0.weight", layer.weight, [layer])
+    >>> unknown_kind("cls_token", layer.weight, [nn.Module()])
     'it is not the weight of a known kind of layer'
     """
     if "lora_" in name:

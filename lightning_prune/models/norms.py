@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node, Tracer
 from typing_extensions import override
 
-from lightning_prune.models.preserving import keeping_entries
+from lightning_prune.models.preserving import keeping_values
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # channels are the last dimension after a linear layer, the second one after all others
@@ -40,7 +40,7 @@ class _Quiet(Tracer):
         return super().call_module(inner, inner.forward, args, kwargs)
 
 
-def norms_behind(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
+def following_norms(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
     """Return the norm that follows each layer whose output goes straight into a norm over its channels.
 
     Parts that cannot be traced are searched child by child. Zero-preserving activations and dropout may lie between.
@@ -48,10 +48,10 @@ def norms_behind(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Mo
 
     Args:
         model: Any module.
-        across: Whether activations may lie between.
+        across: Whether activations may lie between a layer and its norm.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
-    >>> {id(layer) for layer in norms_behind(model)} == {id(model[0])}
+    >>> {id(layer) for layer in following_norms(model)} == {id(model[0])}
     True
     """
     links: list[tuple[nn.Module, nn.Module]] = []
@@ -114,7 +114,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
     python = random.getstate()
     try:
-        with keeping_entries(model.buffers()), torch.random.fork_rng(devices=[]):
+        with keeping_values(model.buffers()), torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)

@@ -54,7 +54,7 @@ class Target:
     @property
     def why_named_only(self) -> str | None:
         """Why it is pruned only if it is named; None for weights of known kinds of layers."""
-        return kinds.no_layers_weight(self.name, self.parameter, self.modules)
+        return kinds.unknown_kind(self.name, self.parameter, self.modules)
 
     @property
     def is_embedding(self) -> bool:

@@ -46,11 +46,11 @@ def evaluating(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator
 
 
 @contextmanager
-def keeping_entries(tensors: Iterable[Tensor]) -> Iterator[None]:
+def keeping_values(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Restore the values of tensors on exit.
 
     >>> norm = nn.BatchNorm1d(1)
-    >>> with keeping_entries(norm.buffers()):
+    >>> with keeping_values(norm.buffers()):
     ...     _ = norm(torch.tensor([[1.0], [3.0]]))
     >>> norm.running_mean
     tensor([0.])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.models.forward import convert, device_of, inputs_of
-from lightning_prune.models.preserving import evaluating, keeping_entries, keeping_gradients
+from lightning_prune.models.preserving import evaluating, keeping_gradients, keeping_values
 from lightning_prune.validation.values import shown
 
 Run = Callable[[Any], Any]
@@ -31,7 +31,7 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
     """
     cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     norms = batch_norms(model) if batch_statistics else []
-    kept = keeping_entries(buffer for norm in norms for buffer in norm.buffers())
+    kept = keeping_values(buffer for norm in norms for buffer in norm.buffers())
     with evaluating(model, norms), keeping_gradients(model), kept, torch.random.fork_rng(list(cuda)):
         yield
 

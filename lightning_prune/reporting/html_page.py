@@ -30,7 +30,7 @@ def render(found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> str:
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"Pruning of {found['model']}"),
-        subtitle=escape(f"Sparsity {found['sparsity']:.2%} of the targets after {found['steps']:,} optimizer steps"),
+        subtitle=escape(f"{found['sparsity']:.2%} of the targets are pruned after {found['steps']:,} optimizer steps"),
         sizes=_sizes(found["before"], found["after"]),
         plans="\n".join(f"<pre>{escape(callback['plan'])}</pre>" for callback in found["callbacks"]),
         history=f'<div class="figures">{history}</div>{_metrics(found["history"]["metrics"])}',

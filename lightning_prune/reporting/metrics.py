@@ -72,7 +72,7 @@ class Sparsity(_Ratio):
     Args:
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
-        layers: Whether ``compute`` returns a dict with the sparsity of every layer beside the "total".
+        layers: Whether ``compute`` returns a dict with the sparsity of every layer in addition to the "total".
         **kwargs: Arguments of ``torchmetrics.Metric``.
 
     >>> model = nn.Linear(4, 2)
@@ -100,7 +100,7 @@ class MaskOverlap(_Ratio):
     Args:
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
-        layers: Whether ``compute`` returns a dict with the overlap of every layer beside the "total".
+        layers: Whether ``compute`` returns a dict with the overlap of every layer in addition to the "total".
         **kwargs: Arguments of ``torchmetrics.Metric``.
 
     Reference: Paganini and Forde, 2020, "On Iterative Neural Network Pruning, Reinitialization, and the Similarity of

@@ -35,12 +35,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def dead_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
     """Return which units (bool) are zero in all of these members and in the tensors of all models."""
-    found = [entries(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
+    found = [unit_weights(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
     return ~torch.stack(found).any(0)
 
 
-def entries(tensor: Tensor, member: Member) -> Tensor:
-    """Return the entries of each unit in a tensor, a row a unit."""
+def unit_weights(tensor: Tensor, member: Member) -> Tensor:
+    """Return the elements of each unit in a tensor, a row a unit."""
     return tensor.movedim(member.dim, 0)[member.index.to(tensor.device)].flatten(1)
 
 

@@ -14,12 +14,12 @@ from typing_extensions import override
 from lightning_prune.granularities import Channel, Granularity, Head
 from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.layer_kinds import rows_are_gates
-from lightning_prune.models.norms import norms_behind
+from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.equivalence import removable_groups
 from lightning_prune.structure.grouping import packed_heads
 from lightning_prune.structure.groups import Graph, Group, Member
-from lightning_prune.structure.surgery import entries
+from lightning_prune.structure.surgery import unit_weights
 from lightning_prune.structure.tracing import trace
 from lightning_prune.tensors.distributed import is_sharded, local, over_ranks
 from lightning_prune.tensors.selection import Source
@@ -86,7 +86,7 @@ class CoupledUnits(Units):
 
     def _joined(self, tensors: Sequence[tuple[Tensor, Member]]) -> Tensor:
         """Return the entries of each unit in several tensors, a row a unit."""
-        return torch.cat([entries(tensor, member).to(self.parameter.device) for tensor, member in tensors], 1)
+        return torch.cat([unit_weights(tensor, member).to(self.parameter.device) for tensor, member in tensors], 1)
 
     @override
     def sum(self, values: Values) -> Tensor:
@@ -128,7 +128,7 @@ class CoupledUnits(Units):
         plain = [(p, m) for p, m in gates if m.role == "producer"] if self._plain else []
         found = [self.sum(weight_times_gradient)] if plain else []
         for parameter, member in gates if not plain else gates[1:]:
-            values = entries(weight_times_gradient(weight_of(parameter, self.grad_scale)), member)
+            values = unit_weights(weight_times_gradient(weight_of(parameter, self.grad_scale)), member)
             found.append(values.sum(1)[self._rows_here].to(self.parameter.device))
         return torch.stack(found).sum(0)
 
@@ -185,7 +185,7 @@ class CoupledUnits(Units):
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         if any(member.name not in masks for _, member in self._makers):
             return None
-        alive = [entries(masks[member.name], member).any(1) for _, member in self._makers]
+        alive = [unit_weights(masks[member.name], member).any(1) for _, member in self._makers]
         return torch.stack([part.to(self.parameter.device) for part in alive]).any(0)
 
     @override
@@ -290,7 +290,7 @@ def _coupled(
         if isinstance(granularity, Head) and not why:
             why = f"no attention with {granularity.heads or 'a stated number of'} heads is known"
         raise ValueError(f"{granularity} must find units to prune, got none ({why})")
-    norms = cache(partial(norms_behind, model))
+    norms = cache(partial(following_norms, model))
     owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
     names = list(targets)
     return [CoupledUnits(targets[g.name], g, parameters, granularity, names, norms, owners) for g in proven], left_out

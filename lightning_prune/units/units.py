@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.granularities import Channel, Granularity, Weight
-from lightning_prune.models.norms import no_norms, norms_behind
+from lightning_prune.models.norms import following_norms, no_norms
 from lightning_prune.models.parameters import Target, channel_dim, named_parameters
 from lightning_prune.tensors.distributed import (
     counts_here,
@@ -39,7 +39,7 @@ class Units:
         target: The parameter to prune.
         granularity: How its entries form units.
         followers: Parameters with one entry per output channel that die with it (bias, norm), by name.
-        norms: Finds the norm behind every layer of the model that has one, by ``norms_behind``.
+        norms: Finds the norm behind every layer of the model that has one, by ``following_norms``.
 
     Attributes:
         name: Qualified name of the parameter.
@@ -343,7 +343,7 @@ class Units:
 
 def make_units(found: Sequence[Target], model: nn.Module, granularity: Granularity) -> list[Units]:
     """Return the units of every target, with the parameters of the model that follow them."""
-    norms = cache(partial(norms_behind, model))  # traces the model: only if somebody asks
+    norms = cache(partial(following_norms, model))  # traces the model: only if somebody asks
     if not granularity.follows:
         return [Units(target, granularity, norms=norms) for target in found]
     names = {parameter: name for name, parameter in named_parameters(model).items()}

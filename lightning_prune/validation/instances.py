@@ -97,7 +97,7 @@ def named(argument: str, value: Any, options: Mapping[str, Function], *parameter
 
 
 def _is_function(value: Any, arguments: int) -> bool:
-    """Return whether a value takes so many arguments; classes and layers of torch are not meant."""
+    """Return whether a value can be called with this many arguments; classes and layers of torch do not count."""
     if not callable(value) or isinstance(value, type):
         return False
     if isinstance(value, nn.Module) and type(value).__module__.startswith("torch.nn."):
