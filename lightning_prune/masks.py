@@ -1,4 +1,4 @@
-"""Masks: bool tensors, True = kept, under the names of the parameters, and how scores become masks."""
+"""Masks: bool tensors by parameter name, True = kept."""
 
 from collections.abc import Mapping
 
@@ -24,12 +24,12 @@ class Masks(dict[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros among all masked entries."""
+        """The fraction of pruned elements among all masked ones."""
         total = sum(mask.numel() for mask in self.values())
         return 1.0 - sum(count(mask) for mask in self.values()) / total if total else 0.0
 
     def apply(self, model: nn.Module) -> None:
-        """Zero the pruned entries of the model's parameters, in place.
+        """Zero the pruned elements of a model's parameters, in place.
 
         Raises:
             ValueError: If the model lacks a parameter, or it has another shape.
@@ -39,7 +39,7 @@ class Masks(dict[str, Tensor]):
         zero_pruned((local(parameters[name]), mask) for name, mask in self.items())
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Refuse parameters that the masks do not fit.
+        """Raise if the masks do not fit these parameters.
 
         Raises:
             ValueError: If a name is missing or a shape differs.

@@ -1,4 +1,4 @@
-"""Schedules: progress through the pruning window, 0 to 1, to the fraction of the target that is due."""
+"""Schedules: functions from progress through the pruning window, 0 to 1, to the fraction of the target sparsity."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ from lightning_prune.validation.values import shown
 Schedule = Callable[[float], float]
 ScheduleName = Literal["one_shot", "linear", "cubic", "cosine", "exponential"]
 
-_MOST = 1_000_000  # updates of a run
+_MAX_UPDATES = 1_000_000  # in a run
 
 
 def one_shot(progress: float) -> float:
-    """Return 1.0: everything is due at the start of the window.
+    """Return 1.0: prune to the target in one step, at the start of the window.
 
     >>> one_shot(0.0), one_shot(1.0)
     (1.0, 1.0)
@@ -26,7 +26,7 @@ def one_shot(progress: float) -> float:
 
 
 def linear(progress: float) -> float:
-    """Return the progress itself: equal amounts at equal distances.
+    """Return the progress itself: prune at a constant rate.
 
     >>> linear(0.25)
     0.25
@@ -35,7 +35,7 @@ def linear(progress: float) -> float:
 
 
 def cubic(progress: float) -> float:
-    """Return ``1 - (1 - progress)**3``: much at first, while the network can still recover, little at the end.
+    """Return ``1 - (1 - progress)**3``: fast at first, while the network can still recover, and slow at the end.
 
     Reference: Zhu and Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878.
 
@@ -55,7 +55,7 @@ def cosine(progress: float) -> float:
 
 
 def exponential(progress: float) -> float:
-    """Return ``(1 - exp(-5 * progress)) / (1 - exp(-5))``: what is left to do shrinks by a constant factor.
+    """Return ``(1 - exp(-5 * progress)) / (1 - exp(-5))``: the rate decays exponentially.
 
     >>> exponential(0.0), round(exponential(0.5), 3), exponential(1.0)
     (0.0, 0.924, 1.0)
@@ -64,9 +64,9 @@ def exponential(progress: float) -> float:
 
 
 def after(done: float, sparsity: float) -> float:
-    """Return the sparsity when a fraction of the rounds is done, each of which keeps the same part of what is left.
+    """Return the sparsity after a fraction of the rounds, each of which prunes the same share of the remaining weights.
 
-    That is ``1 - (1 - sparsity)**done``; unlike ``exponential`` it takes as much of what is left whatever the sparsity.
+    That is ``1 - (1 - sparsity)**done``.
 
     >>> [round(after(done, 0.99), 3) for done in (0.0, 0.5, 1.0)]
     [0.0, 0.9, 0.99]
@@ -75,21 +75,21 @@ def after(done: float, sparsity: float) -> float:
 
 
 def begin_at(initial: float, sparsity: Any, schedule: Schedule) -> Schedule:
-    """Return a schedule that goes on from an initial sparsity, as Zhu and Gupta's does.
+    """Return a schedule that starts at an initial sparsity, as in Zhu and Gupta.
 
     Raises:
-        ValueError: If it is not in [0, sparsity), or there is no one sparsity.
+        ValueError: If ``initial`` is not in [0, sparsity), or ``sparsity`` is not a single number.
 
     >>> [round(0.8 * begin_at(0.5, 0.8, linear)(progress), 3) for progress in (0.0, 0.5, 1.0)]
     [0.5, 0.65, 0.8]
     """
     initial = number("initial", initial, "[0, 1)")
     if initial and (isinstance(sparsity, Mapping) or sparsity is None or initial >= sparsity):
-        raise ValueError(f"initial must be less than one sparsity of all targets, got {initial} for {sparsity}")
-    return partial(_raised, schedule, initial / sparsity) if initial else schedule
+        raise ValueError(f"initial must be less than one sparsity for all targets, got {initial} for {sparsity}")
+    return partial(_from_initial, schedule, initial / sparsity) if initial else schedule
 
 
-def _raised(schedule: Schedule, least: float, progress: float) -> float:
+def _from_initial(schedule: Schedule, least: float, progress: float) -> float:
     return least + (1.0 - least) * schedule(progress)
 
 
@@ -97,10 +97,10 @@ SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (one_shot, linear, cubi
 
 
 def resolve(schedule: str | Schedule) -> Schedule:
-    """Return the schedule of that name, or the callable itself after a look at its two ends.
+    """Return the schedule of that name, or the callable itself if its first and last values are valid.
 
     Raises:
-        ValueError: If the name is unknown, or the callable leaves [0, 1], or does not end at 1.
+        ValueError: If the name is unknown, or the callable leaves [0, 1] or does not end at 1.
         TypeError: If it is neither a name nor such a callable.
 
     >>> resolve("linear")(0.5)
@@ -114,10 +114,10 @@ def resolve(schedule: str | Schedule) -> Schedule:
 
 
 def value_at(argument: str, curve: Schedule, progress: float) -> float:
-    """Return what a user's function from progress gives.
+    """Return the value of a user's function of progress.
 
     Raises:
-        TypeError: If it takes no number, or gives none.
+        TypeError: If it does not map numbers to numbers.
 
     >>> value_at("schedule", str, 0.5)
     Traceback (most recent call last):
@@ -132,7 +132,7 @@ def value_at(argument: str, curve: Schedule, progress: float) -> float:
 
 @dataclass(frozen=True)
 class Horizon:
-    """When pruning starts and ends, as the user says it.
+    """When pruning starts and ends, as given by the user.
 
     Args:
         start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
@@ -162,10 +162,10 @@ class Horizon:
             raise ValueError(f"start must not lie after end, got start={self.start} and end={self.end}")
 
     def window(self, length: float) -> tuple[int, int]:
-        """Return first and last update, in intervals, of a run of that length.
+        """Return the first and the last update, in intervals, of a run of this length.
 
         Raises:
-            ValueError: If a fraction meets an unknown (infinite) length, or start lies after end.
+            ValueError: If the length is unknown (infinite) for a fraction, or start lies after end.
         """
         start, end = (self._position(argument, length) for argument in ("start", "end"))
         if start > end:
@@ -187,35 +187,35 @@ class Horizon:
         return round(value * length)
 
 
-# of a loader without a length, epochs are known where steps are not
+# with a loader of unknown length, the number of epochs may still be known
 _WAY_OUT = {"step": ': count epochs with interval="epoch", or limit the run by max_steps', "epoch": ": set max_epochs"}
 
 
 def positions(first: int, last: int, every: int) -> range:
-    """Return the positions from the first up to the last, so far apart.
+    """Return every ``every``-th position from the first up to the last.
 
     Raises:
-        ValueError: If they are more than a list could hold.
+        ValueError: If there are more than a million.
 
     >>> list(positions(2, 7, 2))
     [2, 4, 6]
     """
     found = range(first, last, every)
-    if last - first > _MOST * every:
-        raise ValueError(f"frequency must leave at most {_MOST:,} updates, got {every} from {first} to {last}")
+    if last - first > _MAX_UPDATES * every:
+        raise ValueError(f"frequency must leave at most {_MAX_UPDATES:,} updates, got {every} from {first} to {last}")
     return found
 
 
 def updates(schedule: Schedule, start: int, end: int, frequency: int | None) -> list[tuple[int, float]]:
     """Return the mask updates of a run as ``(position, fraction of the target)``, in order.
 
-    Positions are start, start + frequency, ... and always ``end``; those at which nothing new is due are left out.
+    Positions are start, start + frequency, ... and always ``end``; those that do not change the fraction are left out.
 
     Args:
-        schedule: From progress to fraction.
+        schedule: Maps progress to the fraction of the target.
         start: First position, in steps or epochs.
         end: Last position; the fraction there is 1.
-        frequency: Distance between updates; None spreads about 100 of them over the window, at least 1 apart.
+        frequency: Distance between updates; None spreads about 100 over the window, at least 1 apart.
 
     Raises:
         ValueError: If the schedule leaves [0, 1].
@@ -227,12 +227,12 @@ def updates(schedule: Schedule, start: int, end: int, frequency: int | None) -> 
     """
     every = frequency or max(1, round((end - start) / 100))
     plan: list[tuple[int, float]] = []
-    due = 0.0
+    last_fraction = 0.0
     for at in [*positions(start, end, every), end]:
         fraction = 1.0 if at == end else value_at("schedule", schedule, (at - start) / (end - start))
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"schedule must stay in [0, 1], got {fraction} at {at}")
-        if fraction != due:
+        if fraction != last_fraction:
             plan.append((at, fraction))
-            due = fraction
+            last_fraction = fraction
     return plan

@@ -223,10 +223,10 @@ def test_no_masks_are_packed_too() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": torch.zeros(2, dtype=torch.uint8)}, "a whole mask of 'a'"),
+        ({"bits": torch.zeros(2, dtype=torch.uint8)}, "a complete mask of 'a'"),
         ({"bits": torch.zeros(4, dtype=torch.uint8)}, "3 bytes"),
-        ({"bits": torch.zeros(3)}, "a whole mask of 'b'"),
-        ({"shapes": {"b": [3, 5], "a": [2, -4]}}, "a whole mask of 'a'"),
+        ({"bits": torch.zeros(3)}, "a complete mask of 'b'"),
+        ({"shapes": {"b": [3, 5], "a": [2, -4]}}, "a complete mask of 'a'"),
         ({"shapes": {"b": [3, 5]}}, "2 bytes of masks for .*'b'.*, got 3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Criteria, by what they need: the weights alone, gradients, or activations."""
+"""Criteria: scores from the weights alone, from gradients, or from activations."""
 
 from lightning_prune.criteria.activations import APoZ, Wanda
 from lightning_prune.criteria.criterion import Criterion, Loss, OverRanks

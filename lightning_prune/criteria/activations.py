@@ -1,4 +1,4 @@
-"""Criteria that watch activations: what a weight's module takes in, or puts out, channel by channel."""
+"""Criteria that observe activations: the inputs or the outputs of a weight's module."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.models.layer_inputs import no_squares, per_weight, squares, unreadable
+from lightning_prune.models.layer_inputs import per_weight, squares, unreadable, zero_squares
 from lightning_prune.tensors.distributed import local, local_shard, output_rows
 from lightning_prune.tensors.ranking import sum_share
 from lightning_prune.units.units import Units
@@ -20,12 +20,12 @@ from lightning_prune.validation.instances import settle
 
 
 def channel_values(output: Any, units: Units, positions: int) -> Tensor:
-    """Return what a module puts out as float32 values (channels, values); NaN for channels that other ranks put out.
+    """Return the output of a module as float32 values (channels, values); NaN for channels of other ranks.
 
-    Of every sample (the first dimension, where there is a batch) at most ``positions`` values of a channel are taken,
-    spread evenly over its feature map or sequence, other ones at each step. Which ones does not depend on the rest of
-    the batch, so that ranks which share a batch take together what one process would take of it. A value that is not
-    finite becomes infinity, so that it is not taken for one that was not seen.
+    At most ``positions`` values of a channel are taken from every sample (the first dimension if there is a batch),
+    spread evenly over the feature map or sequence, and different ones at each step. They do not depend on the rest of
+    the batch, so that ranks that split a batch together take the values that one process would. Values that are not
+    finite become infinity, since NaN marks values that were not observed.
 
     Raises:
         ValueError: If the output is not one tensor with a channel for each output channel of the weight.
@@ -37,71 +37,71 @@ def channel_values(output: Any, units: Units, positions: int) -> Tensor:
     >>> channel_values(torch.zeros(3, 2, 100), Channel().units(find(layer)[0]), positions=16).shape
     torch.Size([2, 48])
     """
-    dim = -max(1, units.parameter.ndim - 1)  # linear: last; convolution: in front of the spatial ones
+    dim = -max(1, units.parameter.ndim - 1)  # linear: the last; convolution: the one before the spatial dimensions
     output = local(output) if isinstance(output, Tensor) else output
     mine = output_rows(units.parameter, units.dim)
     possible = (units.channels, mine.stop - mine.start)
     if not isinstance(output, Tensor) or output.ndim < -dim or output.shape[dim] not in possible:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"the module of {units.name!r} must put out a channel for each of its {units.channels} rows, got {found}: "
-            f"ignore it, or use a criterion that needs no forward passes"
+            f"the module of {units.name!r} must output a channel for each of its {units.channels} rows, got {found}: "
+            f"ignore it, or use a criterion that does not need activations"
         )
     batch = output.shape[0] if output.ndim > -dim else 1
     values = output.movedim(dim, 0).reshape(output.shape[dim], batch, -1 if output.numel() else 0)
     values = _spread(values, positions, units.steps).flatten(1).float().nan_to_num(math.inf, math.inf, math.inf)
     if len(values) == units.channels:
         return values
-    everything = values.new_full((units.channels, values.shape[1]), math.nan)
-    everything[mine] = values
-    return everything
+    padded = values.new_full((units.channels, values.shape[1]), math.nan)
+    padded[mine] = values
+    return padded
 
 
 def no_channels(modules: Sequence[nn.Module]) -> str | None:
-    """Return why layers put out no channel for each output channel of their weight; None if they may do so.
+    """Return why layers do not output a channel for each row of their weight; None if they may.
 
     >>> from torch import nn
     >>> no_channels([nn.LSTM(2, 2)])
-    'its layer, a LSTM, does not put out a channel for each of its rows'
+    'its layer (LSTM) does not output a channel for each of its rows'
     """
     for module in modules:
         if isinstance(module, NonDynamicallyQuantizableLinear):
-            return "its layer is never called: the attention around it takes the weight itself"
+            return "its layer is never called: the attention around it reads the weight directly"
         if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
-            return f"its layer, a {type(module).__name__}, does not put out a channel for each of its rows"
+            return f"its layer ({type(module).__name__}) does not output a channel for each of its rows"
     return None
 
 
-def _spread(values: Tensor, room: int, turn: int) -> Tensor:
-    """Return at most ``room`` entries of the last dimension, others at each turn.
+def _spread(values: Tensor, most: int, turn: int) -> Tensor:
+    """Return at most ``most`` elements of the last dimension, different ones at each turn.
 
-    They follow each other by steps of a golden ratio: spread evenly, and in no period of the data.
+    Golden-ratio steps spread them evenly and avoid the periods of the data.
     """
     n = values.shape[-1]
-    if n <= room:
+    if n <= most:
         return values
     step = round(n * 0.6180339887)
     while math.gcd(step, n) > 1:
         step += 1
-    return values[..., torch.arange(turn * room, (turn + 1) * room, device=values.device) * step % n]
+    return values[..., torch.arange(turn * most, (turn + 1) * most, device=values.device) * step % n]
 
 
 @dataclass(frozen=True)
 class Wanda(Criterion):
-    """``|w|`` times the root mean square, over the window, of the input that the weight meets. Needs forward passes.
+    """``|w|`` times the root mean square of the weight's input over the window. Needs activations.
 
-    Weights are compared with those of their output channel only, and with ``NM`` inside their group; larger units have
-    the mean, and are compared with all. The root mean square is the paper's norm, divided by one number for a layer.
-    Linear layers, convolutions (every place of the kernel has an input of its own; those of a transposed one share that
-    of their channel) and the projections of queries, keys and values in ``MultiheadAttention``.
+    Weights are compared within their output channel, with ``NM`` within their group. Larger units score the mean, and
+    are compared with all others. The root mean square is the paper's norm up to a constant factor for each layer.
+    Supports linear layers, convolutions (each position of the kernel has its own input; in a transposed one they share
+    that of their channel) and the query, key and value projections of ``MultiheadAttention``.
 
     Args:
-        window: Number of optimizer steps, or batches, observed; None is 16 steps, and all batches of ``prune``.
-        by_row: Whether every output channel loses the same number of weights. If not, it is the variant of the paper's
-            appendix, for ``scope="local"``: every one loses the same share of the sum of its scores.
+        window: Number of optimizer steps, or batches, observed; None is 16 steps, or all batches of ``prune``.
+        by_row: Whether every output channel loses the same number of weights. If False, every channel loses the same
+            share of the sum of its scores: the variant in the paper's appendix, for ``scope="local"``.
 
     Raises:
-        ValueError: If the window is shorter than one step; when it observes, if the layer is of another kind.
+        ValueError: If the window is shorter than one step; while observing, if the layer is of another kind.
 
     Reference: Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695.
     """
@@ -127,7 +127,7 @@ class Wanda(Criterion):
 
     @override
     def empty_state(self, units: Units) -> Tensor:
-        return no_squares(units.modules[0], units.parameter)
+        return zero_squares(units.modules[0], units.parameter)
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -144,12 +144,12 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True)
 class APoZ(Criterion):
-    """How often a channel is active: the share of its values above zero where they go into the activation.
+    """How often a channel is active: the share of its pre-activation values above zero. Needs activations.
 
-    One minus the average percentage of zeros behind a ReLU: neurons that are zero most go first. The values are those
-    that the norm puts out which follows the layer, in front of any activation; without such a norm, those of the layer
-    itself, also where no norm is found since the model cannot be traced. Every weight of an output channel scores
-    alike. Of coupled units, those of the first layer. Needs forward passes.
+    That is one minus the average percentage of zeros after a ReLU: neurons that are mostly zero go first. The values
+    are the outputs of the norm that follows the layer, before any activation, or of the layer itself if no norm follows
+    or the model cannot be traced. All weights of an output channel score alike. For coupled units, it is the channel
+    of the first layer.
 
     Args:
         window: Number of optimizer steps, or batches, observed.

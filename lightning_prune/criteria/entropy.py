@@ -1,4 +1,4 @@
-"""Entropy: how evenly the output of a neuron spreads over its range, from a histogram that grows with the range."""
+"""Entropy: how evenly the outputs of a neuron spread over their range, from a histogram that grows with the range."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -7,30 +7,30 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_prune.criteria import histogram as lattice
+from lightning_prune.criteria import histogram
 from lightning_prune.criteria.activations import channel_values, no_channels
 from lightning_prune.criteria.criterion import Criterion, OverRanks
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import choice, integer
 from lightning_prune.validation.instances import settle
 
-_CELLS = 2048  # of a neuron's histogram, at least; a quarter of them or more lie in the range of its values
+_CELLS = 2048  # at least, in the histogram of a neuron; its values span a quarter of them or more
 _CELLS_A_BIN = 64
 _MOST_BINS = 65_536  # 32 MiB a neuron
 
 
 @dataclass(frozen=True)
 class Entropy(Criterion):
-    """The entropy ``H = -sum p log p``, in nats, of the output distribution of each neuron. Needs forward passes.
+    """The entropy ``H = -sum p log p``, in nats, of the output distribution of each neuron. Needs activations.
 
-    p is the histogram, with ``bins`` equal bins between smallest and largest value, of what the weight's module put
-    out for that neuron over the window.
+    p is the histogram of the neuron's outputs over the window, with ``bins`` equal bins between the smallest and the
+    largest value.
 
     Args:
-        prune: Which neurons go first: those of "high" or of "low" entropy.
+        prune: Which neurons go first: those of "high" or "low" entropy.
         bins: Number of bins, at least 2; H is at most log(bins).
         window: Number of optimizer steps observed before an update.
-        positions: How many values of a feature map or sequence count, for each sample: evenly spread ones.
+        positions: How many values are taken from a feature map or sequence of each sample, evenly spread.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -61,11 +61,11 @@ class Entropy(Criterion):
         values = channel_values(output, units, self.positions).T
         held = units.statistic
         if held is not None and self._is_histogram(held, units):
-            return lattice.count(held, values.T)
+            return histogram.count(held, values.T)
         held = _append(self.empty_state(units) if held is None else held, values, self._cells)
         return held if len(held) < self._cells else self._histogram(held, units)
 
-    # values (values, channels) are held as they are until their histogram is smaller: counting many at once is faster
+    # raw values (values, channels) are kept until a histogram is smaller: counting many values together is faster
 
     @property
     def _cells(self) -> int:
@@ -77,17 +77,17 @@ class Entropy(Criterion):
     def _histogram(self, statistic: Tensor, units: Units) -> Tensor:
         if self._is_histogram(statistic, units):
             return statistic
-        return lattice.count(lattice.empty(units.channels, self._cells, statistic.device), statistic.T.contiguous())
+        return histogram.count(histogram.empty(units.channels, self._cells, statistic.device), statistic.T.contiguous())
 
     @override
     def merge_states(self, units: Units, statistics: list[Tensor]) -> Tensor:
-        return lattice.merge([self._histogram(statistic, units) for statistic in statistics])
+        return histogram.merge([self._histogram(statistic, units) for statistic in statistics])
 
     @override
     def finalize(self, units: Units, over_ranks: OverRanks) -> Tensor:
         mine = self._histogram(self.empty_state(units) if units.statistic is None else units.statistic, units)
         low, high = over_ranks(mine[:, 0].contiguous(), "min"), over_ranks(mine[:, 1].contiguous(), "max")
-        return entropy(over_ranks(lattice.bins(lattice.stretch(mine, low, high), self.bins), "sum"))
+        return entropy(over_ranks(histogram.bins(histogram.stretch(mine, low, high), self.bins), "sum"))
 
     @override
     def empty_state(self, units: Units) -> Tensor:
@@ -105,7 +105,7 @@ class Entropy(Criterion):
 
 
 def _append(held: Tensor, values: Tensor, room: int) -> Tensor:
-    """Return rows with others behind them, in a storage with room for so many: not all are copied each time.
+    """Return rows with others appended, in a storage with spare room, so that not all are copied each time.
 
     >>> held = _append(torch.empty(0, 2), torch.tensor([[1.0, 2.0]]), room=8)
     >>> _append(held, torch.tensor([[3.0, 4.0]]), room=8).tolist()

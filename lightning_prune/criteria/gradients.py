@@ -1,4 +1,4 @@
-"""Criteria that watch gradients over a window of optimizer steps."""
+"""Criteria that observe gradients over a window of optimizer steps."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,7 @@ from lightning_prune.validation.instances import settle
 
 @dataclass(frozen=True)
 class GradientMean(Criterion):
-    """The abstract base of criteria that are a mean, over a window of optimizer steps: a subclass says ``term``.
+    """The abstract base of criteria that average over a window of optimizer steps; a subclass defines ``term``.
 
     Args:
         window: Number of optimizer steps observed before an update.
@@ -35,7 +35,7 @@ class GradientMean(Criterion):
         settle(self, window=integer("window", self.window, 1))
 
     def term(self, units: Units) -> Tensor:
-        """Return what one step adds for each unit, from its own weights and their gradients."""
+        """Return the term of one step for each unit, from its weights and their gradients."""
         raise NotImplementedError
 
     @override
@@ -54,18 +54,18 @@ class GradientMean(Criterion):
 
 @dataclass(frozen=True)
 class Sensitivity(GradientMean):
-    """The contribution of each unit to the loss, to first order: the mean over the window of ``(sum w * dL/dw)**2``.
+    """The first-order contribution of each unit to the loss: the mean of ``(sum w * dL/dw)**2``. Needs gradients.
 
-    The mean runs over optimizer steps, the sum over the gate of a channel: factor and shift of the norm that follows
-    its layer, or else its weights and its bias; coupled channels have the gates of all layers that make them. Of other
-    units, the sum runs over their weights. Needs gradients.
+    The mean is over the optimizer steps of the window. For a channel the sum is over its gate: scale and shift of the
+    norm that follows the layer, or its weights and bias if none does; coupled channels have the gates of all layers
+    that produce them. For other units it is over their weights.
 
     Args:
         window: Number of optimizer steps observed before an update.
 
     Raises:
-        ValueError: If the window is shorter than one step; when it observes channels, if a norm that normalises by the
-            batch follows, and has no trainable factors.
+        ValueError: If the window is shorter than one step; while observing channels, if a norm follows that normalises
+            by the batch and has no trainable scale.
 
     Reference: Molchanov et al., 2019, "Importance Estimation for Neural Network Pruning", arXiv:1906.10771.
     """
@@ -79,12 +79,12 @@ class Sensitivity(GradientMean):
 
 @dataclass(frozen=True)
 class Movement(GradientMean):
-    """How far weights move away from zero: the sum over the run of ``-w * dL/dw``, with its sign. Needs gradients.
+    """How far weights move away from zero: the mean of ``-w * dL/dw`` over the run, signed. Needs gradients.
 
-    A weight that shrinks while it is trained goes before one that grows, whatever their size. What is observed adds up
-    until the last update, as in the paper; it is divided by the number of steps. Pruned weights are zero, do not move,
-    and stay pruned; the paper, which keeps them under straight-through gradients, lets some come back. Of larger units,
-    the mean; a channel moves with its gate, as for ``Sensitivity``.
+    Weights that shrink in training go before weights that grow, whatever their size. The sum accumulates until the last
+    update, as in the paper, and is divided by the number of steps. Pruned weights are zero, do not move and stay
+    pruned; in the paper straight-through gradients let some come back. Larger units score the mean; a channel moves
+    with its gate, as in ``Sensitivity``.
 
     Args:
         window: Number of optimizer steps observed before the first update.
@@ -106,13 +106,13 @@ class Movement(GradientMean):
 
 @dataclass(frozen=True)
 class SNIP(GradientMean):
-    """Connection sensitivity: the absolute value of the mean of ``sum w * dL/dw``, over the unit. Needs gradients.
+    """Connection sensitivity: the absolute value of the mean of ``sum w * dL/dw`` over the unit. Needs gradients.
 
-    The sum of a channel runs over its gate, as for ``Sensitivity``.
+    For a channel the sum is over its gate, as in ``Sensitivity``.
 
-    It is for a network at its initialisation: ``PruningAtInit`` trains the pruned initialisation, as the paper does. In
-    ``Pruning`` the gradients are those of the first optimizer step, and the masks come into force right after it. The
-    paper divides by the sum of all scores, which leaves their order as it is.
+    It is meant for networks at initialisation: ``PruningAtInit`` trains the pruned initialisation, as the paper does.
+    In ``Pruning`` the gradients are those of the first optimizer step, and the masks apply right after it. The paper
+    divides by the sum of all scores, which does not change their order.
 
     Args:
         window: Number of optimizer steps, or batches, observed; the paper takes one large batch.
@@ -139,12 +139,12 @@ class SNIP(GradientMean):
 
 @dataclass(frozen=True)
 class Fisher(GradientMean):
-    """What pruning costs to second order: ``sum w**2 * h / 2``, over the unit, h the diagonal of the empirical Fisher.
+    """The second-order cost of pruning: ``sum w**2 * h / 2`` over the unit, h the empirical Fisher's diagonal.
 
-    h stands for the Hessian's diagonal and is the mean over the window of ``(dL/dw)**2``, where a gradient is that of
-    an optimizer step, a mean over its batch: small batches come closer to the Fisher information of single samples.
-    Of a channel it is the sum over its weights, also where a norm follows; what Theis et al. take of feature maps is
-    half of what ``Sensitivity`` is for batches of one sample. Needs gradients.
+    h approximates the diagonal of the Hessian by the mean of ``(dL/dw)**2`` over the window. The gradients are those of
+    optimizer steps, means over a batch; the smaller the batch, the closer to the Fisher information of single samples.
+    For a channel the sum is over its weights, also if a norm follows. The criterion of Theis et al. for feature maps is
+    half of ``Sensitivity`` for batches of one sample. Needs gradients.
 
     Args:
         window: Number of optimizer steps observed before an update.

@@ -1,4 +1,4 @@
-"""Criteria for networks before training, which differentiate something else than the loss, in passes of their own."""
+"""Criteria for untrained networks, which differentiate something other than the loss, in passes of their own."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,16 +23,15 @@ from lightning_prune.validation.instances import settle
 
 @dataclass(frozen=True)
 class GraSP(GradientMean):
-    """Gradient signal preservation: ``sum w * Hg``, over the unit; what holds back the gradient's norm goes first.
+    """Gradient signal preservation: ``sum w * Hg`` over the unit; weights that reduce gradient flow go first.
 
-    g is the gradient and H the Hessian of the loss, the mean over all batches, by all trainable weights: those that are
-    pruned by default, no biases, norms and embeddings. Needs gradients, of two passes of its own over the batches: it
-    is for ``PruningAtInit`` and ``prune``, before training.
+    g and H are the gradient and the Hessian of the loss, averaged over all batches, with respect to all trainable
+    weights that are prunable by default (no biases, norms or embeddings). Needs gradients, from two passes of its own
+    over the batches: it is for ``PruningAtInit`` and ``prune`` before training.
 
     Args:
-        window: Number of batches. The paper takes one, of ten samples a class.
-        temperature: Divides the logits, where the loss is a cross-entropy or takes a log-softmax, so that no class
-            outweighs the others.
+        window: Number of batches. The paper takes one, with ten samples a class.
+        temperature: Divides the logits of a cross-entropy or log-softmax loss, so that no class outweighs the others.
 
     Raises:
         ValueError: If the window is shorter than one batch, or the temperature is not above 0 and finite.
@@ -71,7 +70,7 @@ class GraSP(GradientMean):
 
 
 def _along(direction: Sequence[tuple[nn.Parameter, Tensor]], loss: Loss, model: nn.Module, batch: Any) -> Tensor:
-    """Return the product of the gradient of a loss and a direction g, of which H g is the gradient."""
+    """Return the product of a loss gradient with a direction g; its gradient is H g."""
     weights, steps = zip(*direction, strict=True)
     found = torch.autograd.grad(loss(model, batch), weights, create_graph=True, allow_unused=True)
     pairs = zip(found, steps, strict=True)
@@ -79,13 +78,13 @@ def _along(direction: Sequence[tuple[nn.Parameter, Tensor]], loss: Loss, model: 
 
 
 def _tempered(temperature: float, loss: Loss, model: nn.Module, batch: Any) -> Tensor:
-    """Return a loss of logits that are divided by a temperature, wherever a training step has them from."""
+    """Return a loss whose logits are divided by a temperature, also inside a training step."""
     with _Tempered(temperature):
         return loss(model, batch)
 
 
 class _Tempered(TorchFunctionMode):
-    """Divides what goes into a log-softmax, on its own or as a part of a cross-entropy."""
+    """Divides the inputs of log-softmax and cross-entropy functions by a temperature."""
 
     takes_logits = frozenset(
         {
@@ -112,12 +111,12 @@ class _Tempered(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class SynFlow(Criterion):
-    """Synaptic flow: ``sum w * dR/dw``, over the unit, R what all paths through the network sum to. Needs no data.
+    """Synaptic flow: ``sum w * dR/dw`` over the unit, R the sum over all paths through the network. Needs no data.
 
-    R is the sum of the outputs of the network with the absolute values of its parameters and buffers, for an input of
-    ones of the shape of the first batch. Its logarithm is differentiated: the same order, in range for any depth. Meant
-    for ``PruningAtInit(sparsity, SynFlow(), rounds=100)`` or ``prune(..., criterion=SynFlow(), rounds=100)`` before
-    training: in few rounds, whole layers can be lost.
+    R is the sum of the network's outputs with the absolute values of its parameters and buffers, for an input of ones
+    in the shape of the first batch. The logarithm is differentiated, which gives the same order without overflow in
+    deep networks. Use it as ``PruningAtInit(sparsity, SynFlow(), rounds=100)`` or
+    ``prune(..., criterion=SynFlow(), rounds=100)`` before training: with few rounds, whole layers may be lost.
 
     Reference: Tanaka et al., 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow",
         arXiv:2006.05467.
@@ -133,11 +132,11 @@ class SynFlow(Criterion):
         inputs = inputs_of(batch)
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
             found = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ValueError(f"data must give one floating-point input, which SynFlow fills with ones, got {found}")
+            raise ValueError(f"data must have one floating-point input, which SynFlow fills with ones, got {found}")
         state = {name: _positive(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
         flow = torch.func.functional_call(model, state, (torch.ones_like(inputs[:1], dtype=torch.float64),)).sum()
         if not 0.0 < flow.item() < float("inf"):
-            raise ValueError(f"the model must let a positive, finite flow through, got {flow.item()}")
+            raise ValueError(f"the synaptic flow of the model must be positive and finite, got {flow.item()}")
         flow.log().backward()
 
     @override

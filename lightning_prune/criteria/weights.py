@@ -1,4 +1,4 @@
-"""Criteria that look at nothing but the weights."""
+"""Criteria that need nothing but the weights."""
 
 import math
 import zlib
@@ -22,15 +22,15 @@ from lightning_prune.validation.values import scalar, shown
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
-    """The absolute value of a weight, ``|w|``; of larger units, the mean, or another power mean. Needs nothing.
+    """The magnitude of a weight, ``|w|``; for larger units the mean, or another power mean. Needs nothing.
 
     Args:
-        p: Of larger units: 1 for the mean of ``|w|``, 2 for its root mean square, inf for the maximum. Within a layer
-            they have the order of the p-norms, by which ``torch.nn.utils.prune.ln_structured`` goes; between layers,
-            the size of a unit does not count.
+        p: For larger units: 1 for the mean of ``|w|``, 2 for the root mean square, inf for the maximum. Within a layer
+            these sort like the p-norms of ``torch.nn.utils.prune.ln_structured``; across layers, unlike norms, they do
+            not depend on the size of a unit.
 
     Raises:
-        ValueError: If ``p`` is none of these.
+        ValueError: If ``p`` is not one of these.
 
     Reference: Han et al., 2015, "Learning both Weights and Connections", arXiv:1506.02626; Li et al., 2017, "Pruning
         Filters for Efficient ConvNets", arXiv:1608.08710.
@@ -62,10 +62,12 @@ class Magnitude(Criterion):
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """A number in [0, 1) for each unit, from a hash of seed, name and position: the same on every rank. Needs nothing.
+    """A pseudo-random number in [0, 1) for each unit, a hash of seed, name and position. Needs nothing.
+
+    All ranks draw the same numbers.
 
     Args:
-        seed: Another seed gives another order.
+        seed: Determines the order.
     """
 
     seed: int = 0
@@ -85,7 +87,7 @@ class Random(Criterion):
 
 
 def _hash(index: Tensor, salt: int) -> Tensor:
-    """Mix integers to 32 well-distributed bits (the finaliser of MurmurHash3), in int64 without overflow."""
+    """Mix integers to 32 well-distributed bits with the finalizer of MurmurHash3, in int64 without overflow."""
     mask = 0xFFFFFFFF
     mixed = ((index & mask) * 0x9E3779B1 + (index >> 32) + salt) & mask
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -95,10 +97,10 @@ def _hash(index: Tensor, salt: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LAMP(Criterion):
-    """Layer-adaptive magnitude: the square of a magnitude over the sum of all squares in its layer that are no less.
+    """Layer-adaptive magnitude: ``w**2`` over the sum of all ``w**2`` in the layer that are at least as large.
 
-    With the global scope it keeps what ``Magnitude`` keeps with the scope "lamp". Sorts each target, and gathers one
-    that ranks hold in pieces. Needs nothing.
+    With scope="global" it keeps the same weights as ``Magnitude`` with scope="lamp". Sorts each target, and gathers
+    sharded ones. Needs nothing.
 
     Reference: Lee et al., 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", arXiv:2010.07611.
     """
@@ -110,10 +112,10 @@ class LAMP(Criterion):
 
 @dataclass(frozen=True)
 class FPGM(Criterion):
-    """The sum of a filter's distances to all other filters of its layer: what is nearest to the others goes first.
+    """The sum of a filter's distances to all other filters of its layer: the most redundant filters go first.
 
-    Every weight of an output channel scores alike. The distances inside one layer take the square of its number of
-    channels in memory. Of coupled units, the mean over their channels in the first layer. Needs nothing.
+    All weights of an output channel score alike. Memory grows with the square of a layer's number of channels. Coupled
+    units score the mean over their channels in the first layer. Needs nothing.
 
     Reference: He et al., 2019, "Filter Pruning via Geometric Median", arXiv:1811.00250.
     """
@@ -129,14 +131,13 @@ class FPGM(Criterion):
 
 @dataclass(frozen=True)
 class BatchNormScale(Criterion):
-    """The absolute value of the factor that the batch norm behind a layer has for its output channel.
+    """The absolute scale of an output channel in the norm that follows its layer. Needs nothing but the norm.
 
-    Every weight of an output channel scores alike. Of coupled units, the mean over all norms that follow them. It says
-    most where the factors were trained towards zero, by the sum of their absolute values in the loss ("network
-    slimming"). Needs nothing but the norm.
+    All weights of an output channel score alike. Coupled units score the mean over all norms that follow them. Train
+    with an L1 penalty on the scales to drive them towards zero, as network slimming does.
 
     Raises:
-        ValueError: When masks are made, if no norm with factors is found behind a target.
+        ValueError: At an update, if no norm with scales follows the layer of a target.
 
     Reference: Liu et al., 2017, "Learning Efficient Convolutional Networks through Network Slimming", arXiv:1708.06519.
     """
@@ -145,7 +146,7 @@ class BatchNormScale(Criterion):
 
     @override
     def cannot_score(self, units: Units) -> str | None:
-        return "no norm with factors stands behind its layer" if units.factors() is None else None
+        return "no norm with scales follows its layer" if units.factors() is None else None
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -153,6 +154,6 @@ class BatchNormScale(Criterion):
         if factors is None:
             found = ", ".join(type(norm).__name__ for norm in units.norms()) or "none"
             raise ValueError(
-                f"a norm with factors must stand behind the layer of {units.name!r}, got {found}: ignore the parameter"
+                f"a norm with scales must follow the layer of {units.name!r}, got {found}: ignore the parameter"
             )
         return factors

@@ -1,4 +1,4 @@
-"""Models on their way out: ONNX, compressed files, sparse layers."""
+"""Export of pruned models: ONNX, compressed files, sparse layers."""
 
 from lightning_prune.export.onnx import export_onnx
 

@@ -1,4 +1,4 @@
-"""Export: writes a model as ONNX once ONNX Runtime puts out for it what torch does."""
+"""ONNX export: writes a model once ONNX Runtime returns the same outputs as torch."""
 
 import os
 import warnings
@@ -18,28 +18,28 @@ from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.values import optional, shown
 
-_INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX wants them in a file beside
+_INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX requires a separate file
 
-Sizes = Mapping[Tensor, Mapping[int, torch.export.Dim]]  # of the example inputs: axes that may have any size
+Sizes = Mapping[Tensor, Mapping[int, torch.export.Dim]]  # the dynamic axes of the example inputs
 
 
 def export_onnx(
     model: nn.Module, example_inputs: Inputs, path: str | os.PathLike[str], *, batch_axis: int | None = 0
 ) -> None:
-    """Write a model, in eval mode, as an ONNX file; pruned and shrunk models as any other.
+    """Write a model, in eval mode, to an ONNX file; pruned and shrunk models like any other.
 
-    The file is run by ONNX Runtime, on the example and on a batch of another size, and is put in its place only if it
-    puts out what the model does, to half of the digits of their type, relative to the largest.
+    ONNX Runtime runs the file on the example and on a batch of another size. The file is written only if the outputs
+    agree with the model's, to half of the digits of their dtype, relative to the largest value.
 
     Args:
-        model: Any module that ``torch.export`` can trace, a ``LightningModule`` too; it is left as it was.
+        model: Any module that ``torch.export`` can trace, including a ``LightningModule``; it is left as it was.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the
             ``example_input_array`` of a ``LightningModule``.
-        path: The file, by custom ``*.onnx``. From 2 GiB on, weights go to ``*.onnx.data`` beside it.
-        batch_axis: Along it, tensors that have there the size of the first one may have any size; None fixes all sizes.
+        path: The file, usually ``*.onnx``. From 2 GiB on, weights go to a separate file ``*.onnx.data``.
+        batch_axis: The dynamic axis, for all inputs of the same size along it as the first one; None fixes all sizes.
 
     Raises:
-        ValueError: If the model cannot be traced, or the file does not run or puts out something else.
+        ValueError: If the model cannot be traced, or the file does not run or returns different outputs.
         ImportError: If onnx, onnxscript or onnxruntime is not installed.
 
     >>> with TemporaryDirectory() as folder:
@@ -72,9 +72,9 @@ def _check_installed() -> None:
 
 
 def _batch(inputs: Inputs, axis: int) -> Sizes:
-    """Return the tensors that have the size of the first one along an axis, each with that axis."""
+    """Return the inputs of the same size along the axis as the first one, each with that axis."""
     if not any(True for _ in tensors(inputs)):
-        raise TypeError(f"example_inputs must hold a tensor, got {shown(inputs)}")
+        raise TypeError(f"example_inputs must contain a tensor, got {shown(inputs)}")
     found = [tensor for tensor in tensors(inputs) if tensor.ndim > axis]
     if axis < 0 or not found:
         raise ValueError(
@@ -85,7 +85,7 @@ def _batch(inputs: Inputs, axis: int) -> Sizes:
 
 
 def _one_more(inputs: Inputs, sizes: Sizes) -> Inputs:
-    """Return inputs whose batch is longer by one: the first of it once more."""
+    """Return inputs with one more sample in the batch: the first one again."""
     grown = {
         tensor: torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis) for tensor, axes in sizes.items() for axis in axes
     }
@@ -100,7 +100,7 @@ def _write(model: nn.Module, inputs: Inputs, file: Path, sizes: Sizes) -> None:
         shapes[tensor] = size
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     with warnings.catch_warnings(), evaluating(model), torch.random.fork_rng(devices=[]), eager():
-        warnings.simplefilter("ignore")  # of torch.onnx about its own parts
+        warnings.simplefilter("ignore")  # torch.onnx warns about its own internals
         try:
             torch.onnx.export(
                 model,
@@ -111,12 +111,12 @@ def _write(model: nn.Module, inputs: Inputs, file: Path, sizes: Sizes) -> None:
                 external_data=weights >= _INLINE,
                 verbose=False,
             )
-        except Exception as error:  # it runs the user's forward on stand-ins
+        except Exception as error:  # tracing runs the user's forward on proxies
             raise ValueError(f"the model must be one that torch.export can trace, got {error}") from error
 
 
 def _verify(model: nn.Module, inputs: Inputs, file: Path) -> None:
-    """Refuse a file that does not run on these inputs, or puts out something else than the model."""
+    """Raise if a file does not run on these inputs, or returns other outputs than the model."""
     import onnxruntime
 
     expected = [tensor.cpu() for tensor in tensors(run(model, inputs))]
@@ -125,16 +125,16 @@ def _verify(model: nn.Module, inputs: Inputs, file: Path) -> None:
         names = [entry.name for entry in session.get_inputs()]
         arrays = [tensor.detach().cpu().numpy() for tensor in tensors(inputs)]
         found = [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
-    except Exception as error:  # of the runtime, or a type that it does not know
+    except Exception as error:  # from the runtime, or for a dtype that it does not support
         raise ValueError(
-            f"ONNX Runtime must run the exported model, with a batch of another size too unless batch_axis is None "
+            f"ONNX Runtime must run the exported model, also with another batch size unless batch_axis is None "
             f"(len(x) in a forward fixes the size, x.shape[0] does not), got {error!r}"
         ) from error
-    apart, most = difference(expected, found), max(map(_tolerance, expected))
-    if not apart <= most:
+    apart, tolerance = difference(expected, found), max(map(_tolerance, expected))
+    if not apart <= tolerance:
         raise ValueError(
-            f"the exported model must put out what the model does, got a relative difference of {apart:.2g}, more than "
-            f"{most:.2g}"
+            f"the exported model must return the outputs of the model, got a relative difference of {apart:.2g}, more "
+            f"than {tolerance:.2g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sparse layers: linear layers that skip their zeros, where that is faster."""
+"""Sparse layers: linear layers that skip zeros where that is faster."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_prune.validation.arguments import integer, number
 from lightning_prune.validation.instances import instance
 
-# Measured by examples/benchmarks/csr.py: with so many zeros and weights, CSR is faster at every batch size.
+# Measured by examples/benchmarks/csr.py: from these on, CSR is faster at every batch size.
 CSR_SPARSITY = 0.9
 CSR_WEIGHTS = 2**20
 
@@ -22,7 +22,7 @@ class CSRLinear(nn.Module):
     """A linear layer that multiplies by compressed sparse rows: for inference, on the CPU.
 
     Args:
-        linear: The layer whose outputs it gives; its weight is float32 or float64.
+        linear: The layer to replace; its weight is float32 or float64.
     """
 
     crow_indices: Tensor
@@ -34,10 +34,10 @@ class CSRLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the type is in beta
+            warnings.simplefilter("ignore")  # sparse CSR tensors are in beta
             weight = linear.weight.detach().to_sparse_csr()
-        # three plain buffers, since a sparse tensor can be neither copied deeply nor moved with its module;
-        # int32, which MKL multiplies by without a conversion
+        # three plain buffers, since a sparse tensor can be neither deep-copied nor moved with its module;
+        # int32, which MKL takes without a conversion
         self.register_buffer("crow_indices", weight.crow_indices().int())
         self.register_buffer("col_indices", weight.col_indices().int())
         self.register_buffer("values", weight.values())
@@ -51,7 +51,7 @@ class CSRLinear(nn.Module):
             self.crow_indices, self.col_indices, self.values, shape, check_invariants=False
         )
         rows = inputs.reshape(-1, self.in_features)
-        if len(rows) == 1:  # a product with a vector is twice as fast as one with a matrix of one column
+        if len(rows) == 1:  # a matrix-vector product is twice as fast as one with a single-column matrix
             out = torch.addmv(self.bias, weight, rows[0])
         else:
             out = torch.addmm(self.bias[:, None], weight, rows.t()).t()
@@ -61,15 +61,14 @@ class CSRLinear(nn.Module):
 def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_weights: int = CSR_WEIGHTS) -> nn.Module:
     """Return a copy of the model whose linear layers with enough zeros are ``CSRLinear``: faster on a CPU.
 
-    Measured on one core with batches of 1 to 128: layers of 1024 x 1024 weights and more are faster from 85 % of zeros
-    on, those of 512 x 512 from 95 % on, smaller ones never at a batch of 1. A model without a layer that qualifies is
-    refused. Only layers that are ``nn.Linear`` itself are converted, and none inside another module of torch, which
-    reads their weights itself.
+    Measured on one core with batch sizes 1 to 128: layers of 1024 x 1024 weights or more are faster from 85 % zeros on,
+    layers of 512 x 512 from 95 % on, smaller ones never at batch size 1. Only plain ``nn.Linear`` layers are converted,
+    except inside other modules of torch, which read their weights directly.
 
     Args:
         model: Any module, on the CPU; for inference.
-        min_sparsity: The fraction of zeros, 0 to 1, from which on a layer is converted.
-        min_weights: The number of weights, zeros among them, from which on a layer is converted.
+        min_sparsity: The minimum fraction of zeros, 0 to 1, for a layer to be converted.
+        min_weights: The minimum number of weights, zeros included, for a layer to be converted.
 
     Raises:
         ValueError: If no layer has enough zeros and weights, or an argument is out of range.
@@ -103,14 +102,14 @@ def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_w
 def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
     """Return a copy of the model whose 2:4 sparse linear layers run on the sparse tensor cores of a GPU.
 
-    Their weights become what ``torch.sparse.to_sparse_semi_structured`` makes of them. Layers with other zeros, or of a
-    shape that is no multiple of 32 x 64, stay dense. The conversion itself has not been run on a GPU by our tests.
+    ``torch.sparse.to_sparse_semi_structured`` converts their weights. Layers that are not 2:4 sparse, or whose shape is
+    not a multiple of 32 x 64, stay dense. The conversion is not yet tested on a GPU.
 
     Args:
-        model: Any module in float16 or bfloat16, on a CUDA device of compute capability 8.0 (Ampere) or more.
+        model: Any module in float16 or bfloat16, on a CUDA device of compute capability 8.0 (Ampere) or higher.
 
     Raises:
-        ValueError: If the device or type has no such kernels, or no layer is 2:4 sparse.
+        ValueError: If the device or dtype has no such kernels, or no layer is 2:4 sparse.
 
     Reference: Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378.
     """
@@ -126,13 +125,13 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
     if not any(qualifies(name, layer) for name, layer in layers.items()):
         shapes = [f"{name} {tuple(layer.weight.shape)}" for name, layer in layers.items()]
         raise ValueError(
-            f"a layer of the model, in multiples of 32 x 64, must be pruned by NM(2, 4), got none of {shapes[:8]}"
+            f"the model must have a layer with a multiple of 32 x 64 weights pruned by NM(2, 4), got {shapes[:8]}"
         )
     return _replace(model, qualifies, _semi_structured)
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Return whether of every four weights of a row at most two are not zero.
+    """Return whether at most two of every four consecutive weights in a row are nonzero.
 
     >>> is_two_of_four(torch.tensor([[1.0, 0.0, 2.0, 0.0]])), is_two_of_four(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
     (True, False)
@@ -144,7 +143,7 @@ def _check_kernels(name: str, weight: Tensor) -> None:
     capability = torch.cuda.get_device_capability(weight.device) if weight.device.type == "cuda" else (0, 0)
     if capability < (8, 0):
         raise ValueError(
-            f"2:4 sparsity needs the model on a CUDA device of compute capability 8.0 or more, got {name!r} on "
+            f"2:4 sparsity needs the model on a CUDA device of compute capability 8.0 or higher, got {name!r} on "
             f"{weight.device}" + (f" with {capability[0]}.{capability[1]}" if weight.is_cuda else "")
         )
     if weight.dtype not in (torch.float16, torch.bfloat16):
@@ -158,7 +157,7 @@ def _semi_structured(linear: nn.Linear) -> nn.Linear:
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield plain linear layers, except those whose weights another module of torch reads past their forward."""
+    """Yield plain linear layers, except those whose weights another module of torch reads directly."""
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     for name, module in model.named_modules():
         parent = parents.get(module)

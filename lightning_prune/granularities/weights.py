@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_prune.granularities.base import Granularity
 from lightning_prune.models.forward import Inputs
-from lightning_prune.models.norms import no_norms, norms_behind
+from lightning_prune.models.norms import following_norms, no_norms
 from lightning_prune.models.parameters import Target
 from lightning_prune.units.units import Norms, Units, check_target
 from lightning_prune.units.weights import WeightUnits
@@ -53,7 +53,7 @@ class Weight(Granularity):
     def find_units(
         self, found: Sequence[Target], model: nn.Module, inputs: Inputs = None, distributed: bool = False
     ) -> tuple[list[Units], dict[str, str]]:
-        norms = cache(partial(norms_behind, model))  # traces the model: only if somebody asks
+        norms = cache(partial(following_norms, model))  # traces the model: only if somebody asks
         return [WeightUnits(target, self.group, norms) for target in found], {}
 
 

@@ -1,1 +1,1 @@
-"""What a model is made of: its parameters and norms, what its layers are given, what a forward pass costs."""
+"""Parts and passes of a model: its parameters and norms, the inputs of its layers, the cost of a forward pass."""

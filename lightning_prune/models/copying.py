@@ -1,4 +1,4 @@
-"""Copying: a copy of a module, also of one that holds on to tensors of a graph."""
+"""Copies of modules, including modules that hold tensors of an autograd graph."""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
-_LEFT_OUT = ("_trainer", "_fabric")  # which the copy of a LightningModule does without
+_LEFT_OUT = ("_trainer", "_fabric")  # references of a LightningModule that its copy does not need
 
 
 def copied(module: Module) -> Module:
-    """Return a deep copy of a module; tensors with a graph behind them are copied without it.
+    """Return a deep copy of a module; tensors with an autograd graph are copied detached.
 
-    ``copy.deepcopy`` alone refuses those, and a module holds some as soon as it keeps a loss or feeds a metric.
+    ``copy.deepcopy`` alone raises for those, and a module holds some as soon as it stores a loss or updates a metric.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.last = layer.weight.sum()
@@ -26,7 +26,7 @@ def copied(module: Module) -> Module:
 
 
 def _in_graphs(root: Any) -> Iterator[Tensor]:
-    """Yield the tensors with a graph behind them among all that an object holds."""
+    """Yield the tensors with an autograd graph among everything that an object holds."""
     left, seen = [root], set()
     while left:
         value = left.pop()
@@ -54,8 +54,8 @@ def _parts(value: Any) -> list[Any]:
     return [part for name, part in vars(value).items() if name not in _LEFT_OUT]
 
 
-def scratch(model: Module) -> Module:
-    """Return a copy of a model to try things on: without forward hooks, and none of them is called."""
+def hookless_copy(model: Module) -> Module:
+    """Return a copy of a model without its forward hooks, for trials that hooks must not see."""
     copy = copied(model)
     for module in copy.modules():
         module._forward_hooks.clear()

@@ -1,4 +1,4 @@
-"""FLOPs: what a forward pass costs, by the parameter that the cost belongs to, and what of it the zeros leave."""
+"""FLOPs of a forward pass by parameter, dense and without products with zeros."""
 
 import warnings
 from collections import Counter
@@ -20,14 +20,14 @@ from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.preserving import evaluating
 from lightning_prune.tensors.distributed import local
 
-NO_PARAMETER = ""  # the name under which products of activations count, such as attention scores
+NO_PARAMETER = ""  # the name for products of activations, such as attention scores
 
 
 def dense_flops(model: nn.Module, inputs: Any) -> dict[str, int]:
-    """Return the FLOPs of one forward pass by parameter name; a multiplication with its addition counts as two.
+    """Return the FLOPs of one forward pass by parameter name; a multiply-add counts as two.
 
-    Counted are the products that torch's ``flop_counter`` knows: matrices, convolutions, attention. Those without a
-    parameter stand under the name "". The model runs in eval mode and is left as it was.
+    It counts the operations that torch's ``flop_counter`` knows: matrix products, convolutions, attention. Those
+    without a parameter have the name "". The model runs in eval mode and is left as it was.
 
     Args:
         model: Any module.
@@ -38,18 +38,18 @@ def dense_flops(model: nn.Module, inputs: Any) -> dict[str, int]:
     """
     mode = _ByParameter(lambda: named_parameters(model))
     device = device_of(model)
-    drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with evaluating(model), _unfused(), drawn, torch.no_grad(), mode:
+    rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with evaluating(model), _unfused(), rng, torch.no_grad(), mode:
         call(model, tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs))
     return dict(mode.found)
 
 
 def sparse_flops(dense: Mapping[str, int], density: Mapping[str, float]) -> float:
-    """Return the FLOPs that are left when every product with a pruned weight is skipped.
+    """Return the FLOPs that remain if every product with a pruned weight is skipped.
 
     Args:
         dense: FLOPs by parameter name.
-        density: The fraction, 0 to 1, of entries that are not zero, by parameter name; 1 where a name is missing.
+        density: The fraction of nonzero elements, 0 to 1, by parameter name; missing names count as 1.
 
     >>> sparse_flops({"weight": 48, "": 10}, {"weight": 0.25})
     22.0
@@ -58,7 +58,7 @@ def sparse_flops(dense: Mapping[str, int], density: Mapping[str, float]) -> floa
 
 
 class _ByParameter(TorchDispatchMode):
-    """Counts the FLOPs of every operation for the parameter among its arguments."""
+    """Counts the FLOPs of every operation, by the parameter among its arguments."""
 
     def __init__(self, parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -75,7 +75,7 @@ class _ByParameter(TorchDispatchMode):
         return out
 
     def _owner(self, args: tuple[Any, ...]) -> str:
-        # looked up anew each time: FSDP2 puts whole parameters in the place of their pieces during a forward pass
+        # looked up each time: FSDP2 replaces shards by full parameters during a forward pass
         names = {_storage(parameter): name for name, parameter in self._parameters().items() if parameter.ndim >= 2}
         storages = [_storage(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         return next((names[storage] for storage in storages if storage in names), NO_PARAMETER)
@@ -83,10 +83,10 @@ class _ByParameter(TorchDispatchMode):
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Let attention and recurrent layers run as products of matrices: fused ones cannot be counted on every device."""
+    """Run attention and recurrent layers as matrix products: fused kernels are not counted on every device."""
     fast = torch.backends.mha.get_fastpath_enabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of flags that only other devices have
+        warnings.simplefilter("ignore")  # about flags that this device does not have
         with mkldnn.flags(enabled=False), cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
             torch.backends.mha.set_fastpath_enabled(False)
             try:
@@ -96,4 +96,4 @@ def _unfused() -> Iterator[None]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return local(tensor).untyped_storage().data_ptr()  # a transposed weight shares it
+    return local(tensor).untyped_storage().data_ptr()  # shared with a transposed view

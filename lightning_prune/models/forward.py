@@ -1,4 +1,4 @@
-"""Calling: runs a model on example inputs of any form, and compares what comes out."""
+"""Forward passes: runs a model on example inputs of any form, and compares outputs."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ Inputs = Any  # a tensor, a tuple or list of positional arguments, or a dict of 
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Return what the model puts out for a tensor, a tuple of arguments or a dict of keyword arguments.
+    """Return the output of a model for a tensor, a tuple of arguments or a dict of keyword arguments.
 
     >>> call(nn.Identity(), (torch.ones(2),))
     tensor([1., 1.])
@@ -25,20 +25,20 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
-    """Return a nest of tensors on a device, those of floats in a type.
+    """Return nested tensors on a device, the floating-point ones in a dtype.
 
     >>> convert([torch.zeros(1), torch.zeros(1, dtype=torch.int64)], torch.device("cpu"), torch.float64)
     [tensor([0.], dtype=torch.float64), tensor([0])]
     """
     if isinstance(inputs, Tensor):
         return inputs.to(device, dtype if inputs.is_floating_point() else None)
-    if hasattr(type(inputs), "to"):  # packed sequences, and others that know how
+    if hasattr(type(inputs), "to"):  # packed sequences and other types with a method of their own
         moved = inputs.to(device)
-        return inputs if moved is None else moved  # some move themselves and return nothing
+        return inputs if moved is None else moved  # some move in place and return nothing
     if isinstance(inputs, tuple):
         parts = [convert(part, device, dtype) for part in inputs]
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
-    if isinstance(inputs, list | dict):  # a subclass keeps what else it has
+    if isinstance(inputs, list | dict):  # a subclass keeps its other attributes
         copied = copy.copy(inputs)
         for key, part in inputs.items() if isinstance(inputs, dict) else enumerate(inputs):
             copied[key] = convert(part, device, dtype)
@@ -47,7 +47,7 @@ def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = No
 
 
 def inputs_of(batch: Any) -> Inputs:
-    """Return the inputs in a batch: its first part, where it is a tuple or list.
+    """Return the inputs in a batch: its first item if it is a tuple or list.
 
     >>> inputs_of(["inputs", "labels"])
     'inputs'
@@ -56,26 +56,26 @@ def inputs_of(batch: Any) -> Inputs:
 
 
 def example_of(model: nn.Module, given: Inputs) -> Inputs:
-    """Return the example inputs that are given, or else those that a ``LightningModule`` states, or None."""
+    """Return the given example inputs, or the ``example_input_array`` of a ``LightningModule``, or None."""
     return getattr(model, "example_input_array", None) if given is None else given
 
 
 def needed_example_of(model: nn.Module, given: Inputs) -> Inputs:
-    """Return likewise example inputs that have to be there.
+    """Return the example inputs as ``example_of`` does, but require them.
 
     Raises:
-        ValueError: If they are not, or hold no data.
+        ValueError: If there are none, or they are on the meta device.
     """
     inputs = example_of(model, given)
     if inputs is None:
-        raise ValueError("example_inputs must be given, or the example_input_array of a LightningModule, got None")
+        raise ValueError("example_inputs must be given unless a LightningModule has an example_input_array, got None")
     if any(tensor.is_meta for tensor in tensors(inputs)):
         raise ValueError(f"example_inputs must hold data, got {shown(inputs)} on the meta device")
     return inputs
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model, the CPU for one without parameters.
+    """Return the device of a model; the CPU if it has no parameters.
 
     >>> device_of(nn.ReLU())
     device(type='cpu')
@@ -84,7 +84,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def fitting(inputs: Inputs, model: nn.Module) -> Inputs:
-    """Return inputs on the device, and those of floats in the type, of the parameters of a model.
+    """Return inputs on the device of a model, the floating-point ones in its dtype.
 
     >>> fitting(torch.zeros(1), nn.Linear(1, 1).double()).dtype
     torch.float64
@@ -94,7 +94,7 @@ def fitting(inputs: Inputs, model: nn.Module) -> Inputs:
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """Yield every tensor of an output: of nested tuples, lists, dicts and dataclasses.
+    """Yield every tensor in an output of nested tuples, lists, dicts and dataclasses.
 
     >>> [tensor.item() for tensor in tensors({"a": torch.tensor(1), "b": (torch.tensor(2), None)})]
     [1, 2]
@@ -112,7 +112,7 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def difference(output: Any, other: Any) -> float:
-    """Return the greatest difference of two outputs, relative to the greatest magnitude; infinite if shapes differ.
+    """Return the largest difference of two outputs, relative to the largest magnitude; inf if shapes differ.
 
     >>> difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
     0.25
@@ -126,13 +126,13 @@ def difference(output: Any, other: Any) -> float:
 def _relative(tensor: Tensor, other: Tensor) -> float:
     if not tensor.numel():
         return 0.0
-    apart, scale = (tensor - other).abs().max(), tensor.abs().max()
-    found = float(apart / scale) if scale else float(apart)
+    distance, scale = (tensor - other).abs().max(), tensor.abs().max()
+    found = float(distance / scale) if scale else float(distance)
     return found if found == found else float("inf")  # NaN
 
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Return what the model puts out in eval mode, without a trace of the run: modes, random state."""
+    """Return the output of a model in eval mode, and leave its modes and the random state as they were."""
     with evaluating(model), torch.random.fork_rng(devices=[]), eager():
         return call(model, inputs)

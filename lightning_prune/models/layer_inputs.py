@@ -1,4 +1,4 @@
-"""Features: the numbers that a layer multiplies its weights by, read from its input."""
+"""Layer inputs: the values that a layer multiplies its weights by."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _PROJECTIONS = {"in_proj_weight": (0, 1, 2), "q_proj_weight": (0,), "k_proj_weig
 
 
 def is_readable(module: nn.Module) -> bool:
-    """Return whether ``windows`` knows how the layer meets its input: linear layers and convolutions.
+    """Return whether ``windows`` supports the layer: linear layers and convolutions.
 
     >>> is_readable(nn.Linear(2, 2)), is_readable(nn.LSTM(2, 2))
     (True, False)
@@ -23,13 +23,13 @@ def is_readable(module: nn.Module) -> bool:
 
 
 def unreadable(module: nn.Module, name: str) -> str | None:
-    """Return why ``squares`` cannot see the input of a layer; None if it can.
+    """Return why ``squares`` cannot read the input of a layer; None if it can.
 
     >>> unreadable(nn.LSTM(2, 2), "weight_ih_l0")
     'its layer must be a linear one, a convolution or the input projection of an attention, got LSTM'
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "its layer is never called: the attention around it takes the weight itself"
+        return "its layer is never called: the attention around it reads the weight directly"
     projects = isinstance(module, nn.MultiheadAttention) and name.rpartition(".")[2] in _PROJECTIONS
     if projects or isinstance(module, _ConvTransposeNd) or is_readable(module):
         return None
@@ -40,14 +40,14 @@ def unreadable(module: nn.Module, name: str) -> str | None:
 
 
 def windows(module: nn.Module, values: Tensor) -> Tensor:
-    """Return the input of a linear layer or convolution as its weights meet it, a view where there is no padding.
+    """Return the windows of its input that a linear layer or convolution multiplies its weights by; a view if unpadded.
 
     Args:
-        module: The layer; groups, stride, dilation and every kind of padding count.
-        values: Its input, or a function of it, entry by entry, that leaves zeros zero.
+        module: The layer, with any groups, stride, dilation and padding.
+        values: Its input, or an element-wise function of it that maps zero to zero.
 
     Returns:
-        Of shape (samples, *positions, groups, inputs, *kernel): an output is the sum over inputs and kernel of such a
+        Of shape (samples, *positions, groups, inputs, *kernel): an output is the sum, over inputs and kernel, of a
         window times a row of the weight.
 
     >>> conv = nn.Conv2d(4, 6, 3, groups=2, padding=1, bias=False)
@@ -75,7 +75,7 @@ def windows(module: nn.Module, values: Tensor) -> Tensor:
 
 
 def input_of(inputs: tuple[Any, ...], name: str) -> Tensor:
-    """Return the input of a layer, this rank's piece, at least float32, as a forward hook gets it.
+    """Return the input of a layer from the arguments of a forward hook: this rank's shard, at least float32.
 
     Raises:
         ValueError: If the layer was called without a tensor as its first positional argument.
@@ -90,7 +90,7 @@ def input_of(inputs: tuple[Any, ...], name: str) -> Tensor:
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """Return the type to sum up in: float64, where the device has it.
+    """Return the dtype for sums: float64 if the device has it.
 
     >>> wide(torch.device("cpu"))
     torch.float64
@@ -99,19 +99,19 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, name: str) -> Tensor:
-    """Return, for each input that weights meet, the sum of its squares over a batch, and how many there were.
+    """Return the sum of squares over a batch of each input, and the number of values in the sum.
 
     Args:
         module: The layer: a linear one, a convolution, transposed or not, or multi-head attention.
-        inputs: What it was called with.
-        weight: The weight; of one that ranks hold in pieces, a rank may see a part of the inputs.
+        inputs: Its positional arguments.
+        weight: The weight; if it is sharded, a rank may see a part of the inputs.
         name: The weight's name.
 
     Returns:
-        Of shape (2, groups, ...), to be read by ``per_weight``.
+        Of shape (2, groups, ...), for ``per_weight``.
 
     Raises:
-        ValueError: If it is another kind of layer, or was not called with tensors.
+        ValueError: If the layer is of another kind, or was not called with tensors.
 
     >>> layer = nn.Linear(2, 3)
     >>> squares(layer, (torch.tensor([[1.0, 2.0], [0.0, 2.0]]),), layer.weight, "weight").tolist()
@@ -131,7 +131,7 @@ def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, n
         )
     values = input_of(inputs, name).square()
     if isinstance(module, _ConvNd) and values.ndim == weight.ndim:
-        # samples first: what is left to be summed for every place of the kernel is one of them
+        # sum over the samples first, so that the windows are those of a single sample
         seen = _sum(windows(module, values.sum(0, keepdim=True, dtype=wide(values.device))), weight.ndim)
         seen[1] *= len(values)
     else:
@@ -139,15 +139,15 @@ def squares(module: nn.Module | None, inputs: tuple[Any, ...], weight: Tensor, n
     mine = output_rows(weight, 1)
     if seen.shape[2] == weight.shape[1]:
         return seen
-    everything = seen.new_zeros(2, 1, weight.shape[1])
-    everything[..., mine] = seen
-    return everything
+    padded = seen.new_zeros(2, 1, weight.shape[1])
+    padded[..., mine] = seen
+    return padded
 
 
-def no_squares(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return what ``squares`` would of no input at all.
+def zero_squares(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return what ``squares`` returns for no input at all.
 
-    >>> no_squares(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
+    >>> zero_squares(nn.Conv1d(4, 6, 3, groups=2), torch.zeros(6, 2, 3)).shape
     torch.Size([2, 2, 2, 3])
     """
     if _meets_rows(module):
@@ -164,16 +164,16 @@ def _meets_rows(module: nn.Module) -> bool:
 
 
 def _sum(values: Tensor, ndim: int) -> Tensor:
-    """Return the sum over all but the last dimensions, and how many each one is of."""
+    """Return the sums over all but the last ``ndim`` dimensions, and the number of values in each."""
     values = values[None]
     total = values.sum(list(range(values.ndim - ndim)), dtype=wide(values.device))
     return torch.stack([total, torch.full_like(total, values.numel() // max(1, total.numel()))])
 
 
-def per_weight(features: Tensor, shape: torch.Size) -> Tensor:
-    """Return a number for each input that weights meet, of shape (groups, ...), as one for each weight.
+def per_weight(values: Tensor, shape: torch.Size) -> Tensor:
+    """Return values of inputs, of shape (groups, ...), expanded to the weights that are multiplied by them.
 
     >>> per_weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.Size([4, 2])).tolist()
     [[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]
     """
-    return features.repeat_interleave(shape[0] // len(features), 0).expand(shape)
+    return values.repeat_interleave(shape[0] // len(values), 0).expand(shape)

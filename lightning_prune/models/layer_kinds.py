@@ -1,4 +1,4 @@
-"""Kinds: which parameters are weights of layers, to be pruned without being named, and which must not have zeros."""
+"""Kinds of layers: whose weights are pruned by default, and whose weights must not be pruned."""
 
 import re
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-# of layers of torch, and of others that follow its names; "_orig" is what torch.nn.utils.prune and spectral_norm make
+# names in torch and in libraries that follow it; torch.nn.utils.prune and spectral_norm add "_orig"
 _WEIGHT = re.compile(r"weight(_orig|_(ih|hh|hr)(_l\d+)?(_reverse)?)?|(in|q|k|v)_proj_weight")
-_NO_LAYER = re.compile(r"Embed|Norm")  # in the name of a class
+_NO_LAYER = re.compile(r"Embed|Norm")  # class names of embeddings and norms
 _KEEPING_ZEROS = ("_SpectralNorm",)
 _LOSING_ZEROS = {
-    "_WeightNorm": "weight_norm divides its rows by their norms, so that a row of zeros becomes NaN",
-    "_Orthogonal": "an orthogonal parametrization makes other weights of its zeros",
+    "_WeightNorm": "weight_norm divides its rows by their norms, so a row of zeros becomes NaN",
+    "_Orthogonal": "an orthogonal parametrization turns its zeros into other weights",
 }
 _GATED = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
 
 
-def no_layers_weight(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> str | None:
-    """Return why a parameter is not pruned unless it is named; None for the weight of a known kind of layer.
+def unknown_kind(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> str | None:
+    """Return why a parameter is not pruned unless it is named; None for weights of known kinds of layers.
 
-    Known are linear layers, convolutions, recurrent layers, attentions and experts, of torch or of anybody else who
-    names their weights like torch does.
+    These are linear layers, convolutions, recurrent layers, attentions and experts, of torch or of any library that
+    names weights as torch does.
 
     Args:
         name: Its qualified name.
@@ -30,30 +30,30 @@ def no_layers_weight(name: str, parameter: Tensor, modules: Sequence[nn.Module])
         modules: The modules that own it.
 
     >>> layer = nn.Linear(2, 2)
-    >>> no_layers_weight("0.weight", layer.weight, [layer])
-    >>> no_layers_weight("cls_token", layer.weight, [nn.Module()])
-    'it is the weight of no known kind of layer'
+    >>> unknown_kind("0.weight", layer.weight, [layer])
+    >>> unknown_kind("cls_token", layer.weight, [nn.Module()])
+    'it is not the weight of a known kind of layer'
     """
     if "lora_" in name:
         return "it is a low-rank adapter"
     for module in modules:
         if isinstance(module, ParametrizationList) and not _names(module).issubset(_KEEPING_ZEROS):
-            return "it is parametrized, so that its zeros need not be those of the weight"
+            return "it is parametrized, so its zeros are not necessarily zeros of the weight"
     parts = name.split(".")
     own = parts[-2] if any(isinstance(module, ParametrizationList) for module in modules) else parts[-1]
     classes = [type(module).__name__ for module in modules]
     experts = parameter.ndim == 3 and any(cls.endswith("Experts") for cls in classes)
     if experts or (_WEIGHT.fullmatch(own) and not any(map(_NO_LAYER.search, classes))):
         return None
-    return "it is the weight of no known kind of layer"
+    return "it is not the weight of a known kind of layer"
 
 
 def loses_zeros(name: str, modules: Sequence[nn.Module]) -> str | None:
-    """Return why a parameter must not be pruned, whether it is named or not; None if it may be.
+    """Return why a parameter must not be pruned even if it is named; None if it may be.
 
     >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     >>> loses_zeros("parametrizations.weight.original1", [layer.parametrizations.weight])
-    'weight_norm divides its rows by their norms, so that a row of zeros becomes NaN'
+    'weight_norm divides its rows by their norms, so a row of zeros becomes NaN'
     """
     for module in modules:
         if isinstance(module, ParametrizationList):
@@ -67,7 +67,7 @@ def loses_zeros(name: str, modules: Sequence[nn.Module]) -> str | None:
 
 
 def rows_are_gates(name: str, modules: Sequence[nn.Module]) -> bool:
-    """Return whether the rows of a weight are gates of a recurrent layer, several to a neuron.
+    """Return whether the rows of a weight are gates of a recurrent layer, with several gates a neuron.
 
     >>> rows_are_gates("weight_ih_l0", [nn.LSTM(2, 2)]), rows_are_gates("weight_ih_l0", [nn.RNN(2, 2)])
     (True, False)

@@ -1,4 +1,4 @@
-"""Dataflow: which norm stands behind a layer, read from a symbolic trace where the model allows one."""
+"""Norms: which norm follows a layer, from a symbolic trace if the model can be traced."""
 
 import random
 from collections import Counter
@@ -12,13 +12,13 @@ from torch.fx import Node, Tracer
 from typing_extensions import override
 
 from lightning_prune.models.orientation import is_linear
-from lightning_prune.models.preserving import keeping_entries
+from lightning_prune.models.preserving import keeping_values
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-# a linear layer has its channels in the last dimension, all others in the second one
-_BEHIND_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_BEHIND_OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-# what may lie between a layer and its norm: zeros stay zeros, channels stay in their place
+# channels are the last dimension after a linear layer, the second one after all others
+_AFTER_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_AFTER_OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+# operations allowed between a layer and its norm: they keep zeros at zero and channels in place
 _SAME = (nn.Identity, nn.modules.dropout._DropoutNd, nn.functional.dropout)
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
 _NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu")
@@ -26,7 +26,7 @@ _TRANSPARENT = (*_SAME, *_ACTIVATIONS, *(getattr(nn.functional, name) for name i
 
 
 class _Quiet(Tracer):
-    """A tracer that runs no hooks and looks into no layer."""
+    """A tracer that runs no hooks and treats layers as leaves."""
 
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -36,23 +36,23 @@ class _Quiet(Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        # the module's own forward instead of its __call__: hooks of the user must not see a trace
+        # the module's forward instead of its __call__: the user's hooks must not see a trace
         inner = getattr(m, "_orig_mod", m)
         return super().call_module(inner, inner.forward, args, kwargs)
 
 
-def norms_behind(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
-    """Return, for each layer whose output goes straight into a norm over its channels, that norm.
+def following_norms(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
+    """Return the norm that follows each layer whose output goes straight into a norm over its channels.
 
     Parts that cannot be traced are searched child by child. Zero-preserving activations and dropout may lie between.
-    A layer or norm that is used twice is left out: it has other neighbours elsewhere.
+    A layer or norm that is called twice is left out.
 
     Args:
         model: Any module.
-        across: Whether activations may lie between.
+        across: Whether activations may lie between a layer and its norm.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
-    >>> {id(layer) for layer in norms_behind(model)} == {id(model[0])}
+    >>> {id(layer) for layer in following_norms(model)} == {id(model[0])}
     True
     """
     links: list[tuple[nn.Module, nn.Module]] = []
@@ -63,7 +63,7 @@ def norms_behind(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Mo
 
 
 def no_norms(across: bool = True) -> dict[nn.Module, nn.Module]:
-    """Return no norms, for units of which no model is known."""
+    """Return no norms, for units without a known model."""
     return {}
 
 
@@ -73,12 +73,12 @@ def _trace(
     links: list[tuple[nn.Module, nn.Module]],
     calls: Counter[nn.Module],
 ) -> None:
-    """Add the links that a symbolic trace shows, and how often it calls each module."""
+    """Add pairs of a layer and its norm from a symbolic trace, and count the calls of each module."""
     model = getattr(model, "_orig_mod", model)
     try:
         with _untouched(model):
             graph = _Quiet().trace(model)
-    except Exception:  # a trace runs the user's forward on stand-ins and may fail in any way
+    except Exception:  # tracing runs the user's forward on proxies and may fail in any way
         for child in model.children():
             _trace(child, between, links, calls)
         return
@@ -88,7 +88,7 @@ def _trace(
     for node in nodes:
         norm = modules[str(node.target)]
         layer = _layer_before(node, modules, between) if isinstance(norm, _NORMS) else None
-        if layer is not None and isinstance(norm, _BEHIND_LINEAR if is_linear(layer) else _BEHIND_OTHERS):
+        if layer is not None and isinstance(norm, _AFTER_LINEAR if is_linear(layer) else _AFTER_OTHERS):
             links.append((layer, norm))
 
 
@@ -109,13 +109,13 @@ def _layer_before(node: Node, modules: dict[str, nn.Module], between: tuple[Any,
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undo what running a forward does to a model: attributes, containers in them, buffers, the random state."""
+    """Undo the effects of a forward on a model: attributes, containers in them, buffers, the random state."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
     found = [value for saved in attributes.values() for value in saved.values()]
     containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
     python = random.getstate()
     try:
-        with keeping_entries(model.buffers()), torch.random.fork_rng(devices=[]):
+        with keeping_values(model.buffers()), torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)

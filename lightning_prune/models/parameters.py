@@ -25,12 +25,12 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter under all its names.
+    """A parameter with all its names.
 
     Args:
         name: Its qualified name in the plain model, without the prefixes of wrappers.
         parameter: The parameter itself.
-        modules: The modules that own it, more than one where weights are tied.
+        modules: The modules that own it; tied weights have more than one.
         aliases: All its names.
     """
 
@@ -40,8 +40,8 @@ class Target:
     aliases: tuple[str, ...] = ()
 
     @property
-    def weighs(self) -> bool:
-        """Whether it is a weight that could be pruned: floating-point, two or more dimensions, no bias, no norm."""
+    def is_weight(self) -> bool:
+        """Whether it is a weight that can be pruned: floating-point, two or more dimensions, no bias, no norm."""
         return (
             self.parameter.is_floating_point()
             and (is_lazy(self.parameter) or self.parameter.ndim >= 2)
@@ -50,17 +50,17 @@ class Target:
         )
 
     @property
-    def unfit(self) -> str | None:
-        """Why it must not be pruned, although it is a weight; None if it may be."""
+    def why_never(self) -> str | None:
+        """Why this weight must not be pruned even if it is named; None if it may be."""
         return kinds.loses_zeros(self.name, self.modules)
 
     @property
-    def unnamed(self) -> str | None:
-        """Why it has to be named to be pruned; None for weights of known kinds of layers."""
-        return kinds.no_layers_weight(self.name, self.parameter, self.modules)
+    def why_named_only(self) -> str | None:
+        """Why it is pruned only if it is named; None for weights of known kinds of layers."""
+        return kinds.unknown_kind(self.name, self.parameter, self.modules)
 
     @property
-    def embeds(self) -> bool:
+    def is_embedding(self) -> bool:
         """Whether it is the table of an embedding."""
         return self._is_of(_EMBEDDINGS)
 
@@ -76,7 +76,7 @@ class Target:
 
 
 def plain_name(name: str) -> str:
-    """Return a qualified name without the prefixes that wrappers put into it.
+    """Return a qualified name without the prefixes that wrappers add.
 
     >>> plain_name("_orig_mod.fc._orig_mod.weight")
     'fc.weight'
@@ -85,7 +85,7 @@ def plain_name(name: str) -> str:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every parameter once, under its plain name.
+    """Return every parameter once, by its plain name.
 
     >>> list(named_parameters(nn.Linear(2, 2)))
     ['weight', 'bias']
@@ -94,7 +94,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def matches(pattern: str, names: Sequence[str]) -> bool:
-    """Return whether a glob, or a regular expression behind ``re:``, matches one of the names.
+    """Return whether a glob, or a regular expression with the prefix ``re:``, matches one of the names.
 
     >>> matches("encoder.*.weight", ["encoder.0.weight"]), matches("re:encoder", ["decoder.weight"])
     (True, False)
@@ -111,17 +111,18 @@ def find(
     frozen: bool = False,
     later: bool = False,
 ) -> list[Target]:
-    """Return the parameters to prune, in the order of the model; tied ones once, under their first name.
+    """Return the parameters to prune, in the order of the model; tied ones once, by their first name.
 
-    Without ``targets``: the trainable floating-point weights, with two or more dimensions, of known kinds of layers,
-    embeddings excepted. Biases, norms and uninitialised parameters never, nor weights whose zeros would be lost.
+    Without ``targets`` these are the trainable floating-point weights with two or more dimensions of known kinds of
+    layers, except embeddings. Biases, norms, uninitialised parameters and weights that would lose their zeros are
+    never pruned.
 
     Args:
         model: The model.
         targets: Globs (or "re:" and a regular expression) on parameter names.
         ignore: Names to leave out.
-        frozen: Whether frozen parameters are found, too.
-        later: Whether frozen parameters may be trained later on, so that it is no error if there are no others.
+        frozen: Whether to include frozen parameters.
+        later: Whether frozen parameters may be unfrozen later, so that it is not an error if all are frozen.
 
     Raises:
         ValueError: If a pattern matches nothing, or nothing is left to prune.
@@ -132,7 +133,7 @@ def find(
     """
     targets, ignore = patterns("targets", targets), patterns("ignore", ignore)
     entries = _entries(model)
-    weights = [entry for entry in entries if entry.weighs]
+    weights = [entry for entry in entries if entry.is_weight]
     if targets or ignore:
         _check("targets", targets, weights)
         _check("ignore", ignore, entries)
@@ -152,49 +153,49 @@ def find(
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return all weights, of any kind of layer, but the tables of embeddings.
+    """Return all weights, of any kind of layer, except embeddings.
 
     >>> [tuple(weight.shape) for weight in weights_of(nn.Sequential(nn.Linear(4, 3), nn.Embedding(5, 4)))]
     [(3, 4)]
     """
-    return [entry.parameter for entry in _entries(model) if entry.weighs and not entry.embeds]
+    return [entry.parameter for entry in _entries(model) if entry.is_weight and not entry.is_embedding]
 
 
 def left_out(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, str]:
-    """Return the trainable weights that are not pruned although they are not ignored, and the reasons, by name.
+    """Return the trainable weights that are not pruned although not ignored: the reasons by name.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ParameterList([nn.Linear(2, 2).weight]))
     >>> left_out(model)
-    {'1.0': 'it is the weight of no known kind of layer'}
+    {'1.0': 'it is not the weight of a known kind of layer'}
     """
     found = {}
     for entry in _entries(model):
         named = any(matches(pattern, entry.aliases) for pattern in targets)
         ignored = any(matches(pattern, entry.aliases) for pattern in ignore)
-        if entry.weighs and entry.parameter.requires_grad and not ignored and not entry.embeds:
-            why = entry.unfit if named or not targets else None
-            why = why or (entry.unnamed if not targets else None)
+        if entry.is_weight and entry.parameter.requires_grad and not ignored and not entry.is_embedding:
+            why = entry.why_never if named or not targets else None
+            why = why or (entry.why_named_only if not targets else None)
             found.update({entry.name: why} if why else {})
     return found
 
 
 def _wanted(entry: Target, targets: Sequence[str], ignore: Sequence[str]) -> bool:
-    """Return whether a weight is to be pruned, once it can be."""
-    if any(matches(pattern, entry.aliases) for pattern in ignore) or entry.unfit:
+    """Return whether a weight is to be pruned, now or once it is unfrozen or initialised."""
+    if any(matches(pattern, entry.aliases) for pattern in ignore) or entry.why_never:
         return False
     if targets:
         return any(matches(pattern, entry.aliases) for pattern in targets)
-    return not entry.embeds and not entry.unnamed
+    return not entry.is_embedding and not entry.why_named_only
 
 
 def _why(entries: Sequence[Target], weights: Sequence[Target], targets: Sequence[str]) -> str:
     """Return why there is nothing to prune."""
     frozen = [entry.name for entry in weights if not entry.parameter.requires_grad]
-    trained = [entry for entry in weights if entry.parameter.requires_grad and not entry.embeds]
-    reasons = {entry.name: entry.unfit or ("" if targets else entry.unnamed) for entry in trained}
-    told = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
-    if told:
-        return "; ".join(told[:5])
+    trained = [entry for entry in weights if entry.parameter.requires_grad and not entry.is_embedding]
+    reasons = {entry.name: entry.why_never or ("" if targets else entry.why_named_only) for entry in trained}
+    listed = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+    if listed:
+        return "; ".join(listed[:5])
     return f"frozen: {frozen[:5]}" if frozen else f"its parameters: {[entry.name for entry in entries[:5]]}"
 
 
@@ -211,7 +212,7 @@ def _entries(model: nn.Module) -> list[Target]:
 
 
 def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) -> None:
-    """Refuse a pattern that matches nothing, and name what it may have meant."""
+    """Raise if a pattern matches nothing, and list close names."""
     if isinstance(patterns, str):
         raise ValueError(
             f"{argument} must be a sequence of patterns, got the string {patterns!r}: write [{patterns!r}]"
@@ -221,7 +222,7 @@ def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) ->
         try:
             found = matches(pattern, names)
         except re.error as error:
-            raise ValueError(f"{argument} must match a parameter, got {pattern!r}: {error}") from error
+            raise ValueError(f"{argument} must be valid globs or expressions, got {pattern!r}: {error}") from error
         if not found:
             close = get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
             raise ValueError(f"{argument} must match a parameter, got {pattern!r}; close names: {close}")
@@ -245,7 +246,7 @@ def fractions(per_layer: Mapping[str, float], found: Sequence[Target]) -> dict[s
     """Return the sparsity of each target by name, from ``{pattern: sparsity}``; the first pattern that matches decides.
 
     Raises:
-        ValueError: If a pattern decides nothing.
+        ValueError: If a pattern decides for no target.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> fractions({"0.*": 0.9, "*": 0.5}, find(model))
@@ -255,7 +256,7 @@ def fractions(per_layer: Mapping[str, float], found: Sequence[Target]) -> dict[s
     for pattern in per_layer:
         if pattern not in decided.values():
             raise ValueError(
-                f"sparsity must map patterns that each decide over a target, got {pattern!r}, which matches nothing "
-                f"that an earlier pattern left: {list(decided)}"
+                f"sparsity must map patterns that each match a target, got {pattern!r}, which matches none that an "
+                f"earlier pattern does not match already: {list(decided)}"
             )
     return {name: per_layer[pattern] for name, pattern in decided.items() if pattern is not None}

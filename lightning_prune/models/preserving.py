@@ -1,4 +1,4 @@
-"""Preserving: what a model is left with after it was run: its modes, buffers, gradients and compilation."""
+"""Context managers that restore a model after a run: modes, buffers, gradients, compilation."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode, training or eval, that it is in now.
+    """Restore the mode, training or eval, of every module on exit.
 
     >>> model = nn.Linear(2, 2)
     >>> with keeping_modes(model):
@@ -29,7 +29,7 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Put a model in eval mode, all but some of its modules, and every module back into the mode that it is in now.
+    """Put a model, except some modules, in eval mode, and restore the mode of every module on exit.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(1))
     >>> with evaluating(model, training=[model[1]]):
@@ -46,11 +46,11 @@ def evaluating(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator
 
 
 @contextmanager
-def keeping_entries(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put the entries of tensors back that they have now.
+def keeping_values(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the values of tensors on exit.
 
     >>> norm = nn.BatchNorm1d(1)
-    >>> with keeping_entries(norm.buffers()):
+    >>> with keeping_values(norm.buffers()):
     ...     _ = norm(torch.tensor([[1.0], [3.0]]))
     >>> norm.running_mean
     tensor([0.])
@@ -66,7 +66,7 @@ def keeping_entries(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def keeping_gradients(model: nn.Module) -> Iterator[None]:
-    """Put the gradients back that every parameter has now.
+    """Restore the gradients of all parameters on exit.
 
     >>> model = nn.Linear(2, 2)
     >>> with keeping_gradients(model):
@@ -83,34 +83,34 @@ def keeping_gradients(model: nn.Module) -> Iterator[None]:
 
 
 class _Stance:
-    """Compiled modules run as they are written from the first that asks for it until the last has left."""
+    """Runs compiled modules eagerly from the first ``enter`` to the last ``leave``."""
 
     def __init__(self) -> None:
         self.users = 0
         self.eager: Any = None
 
     def enter(self) -> None:
-        """Ask for it."""
+        """Switch compilation off unless it is already off."""
         self.users += 1
         if self.eager is None and "torch._dynamo" in sys.modules:
             self.eager = torch.compiler.set_stance("force_eager")
 
     def leave(self) -> None:
-        """Ask for it no longer; the stance that there was before comes back with the last."""
+        """Restore the previous stance once all users have left."""
         self.users -= 1
         if self.eager is not None and not self.users:
             self.eager.__exit__(None, None, None)
             self.eager = None
 
 
-_STANCE = _Stance()  # one a process, as that of the compiler
+_STANCE = _Stance()  # the compiler has one stance a process
 
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run compiled modules as they are written: compiled code would be compiled anew for every new shape.
+    """Run compiled modules eagerly, since every new shape would trigger a recompilation.
 
-    It may be entered again before it is left, and left in any order.
+    Uses may be nested and end in any order.
     """
     _STANCE.enter()
     try:

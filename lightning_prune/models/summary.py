@@ -1,4 +1,4 @@
-"""Report: how sparse a model is, layer by layer, and what a pruning run is going to do, as text."""
+"""Summary: the sparsity of a model, layer by layer, as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Sparsity of the prunable weights of a model, a row each; as text a table.
+    """The sparsity of the prunable weights of a model, a row each; ``str`` returns a table.
 
     Args:
         rows: One row a parameter.
@@ -55,7 +55,7 @@ class Summary:
 
 
 def table(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows of cells as lines of equal length: the first two columns to the left, numbers to the right."""
+    """Return rows of cells as aligned lines: the first two columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -117,12 +117,12 @@ def zeros(parameter: Tensor) -> int:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Return what a quantized tensor stands for; any other as it is."""
+    """Return the values of a quantized tensor; any other tensor as it is."""
     return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor
 
 
 def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> list[Row]:
-    """Return a row for every prunable weight; with sharded parameters all ranks must call it."""
+    """Return a row for every prunable weight; a collective if parameters are sharded."""
     return [
         Row(target.name, tuple(target.parameter.shape), target.parameter.numel(), zeros(target.parameter))
         for target in counted(model, targets, ignore)
@@ -130,9 +130,9 @@ def rows(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> lis
 
 
 def counted(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> list[Target]:
-    """Return the weights whose zeros count: those that can be pruned, or could if they were not all frozen.
+    """Return the weights whose zeros count: the prunable ones, or the frozen ones if all weights are frozen.
 
-    A model that is set up for inference has no others, nor has a quantized one, where biases alone are left to train.
+    All weights are frozen in a model for inference, and in a quantized one, where only biases are trainable.
 
     >>> [target.name for target in counted(nn.Linear(4, 2).requires_grad_(False))]
     ['weight']

@@ -1,4 +1,4 @@
-"""Recalibration: the statistics of batch norms, measured anew after the layers before them have changed."""
+"""Recalibration: re-estimates the running statistics of batch norms after pruning."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,15 +16,15 @@ from lightning_prune.validation.values import optional
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> None:
-    """Measure the running statistics of all batch norms anew: the plain average over these batches.
+    """Re-estimate the running statistics of all batch norms as the plain average over some batches.
 
-    Pruning changes what a batch norm sees, while it goes on in eval mode with the statistics of before. No weight is
-    changed. Everything but the batch norms runs in eval mode.
+    Pruning changes the inputs of batch norms, but their running statistics are still those of the dense model. No
+    weight changes. Everything but the batch norms runs in eval mode.
 
     Args:
         model: Any module; one without batch norms is left as it is.
         loader: Batches: inputs, or a tuple or list that begins with them.
-        batches: How many to take; None takes all.
+        batches: How many batches to take; None takes all.
 
     Raises:
         ValueError: If there is no batch, or an argument is out of range.
@@ -59,4 +59,4 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = N
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     if not seen:
-        raise ValueError("loader must have a batch, got none")
+        raise ValueError("loader must yield at least one batch, got none")

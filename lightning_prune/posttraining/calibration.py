@@ -1,4 +1,4 @@
-"""Calibration: a model is run over batches of data, whole or block by block, and left as it was."""
+"""Calibration: runs a model over batches of data, as a whole or block by block, and leaves it as it was."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,34 +12,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.models.forward import convert, device_of, inputs_of
-from lightning_prune.models.preserving import evaluating, keeping_entries, keeping_gradients
+from lightning_prune.models.preserving import evaluating, keeping_gradients, keeping_values
 from lightning_prune.validation.values import shown
 
 Run = Callable[[Any], Any]
 
-_NO_INPUTS = (
-    type(None),
-    int,
-    float,
-    str,
-    bytes,
-    set,
-    type,
-    nn.Module,
-)  # all else may be what the model's forward takes
+# anything else may be an input of the model
+_NOT_INPUTS = (type(None), int, float, str, bytes, set, type, nn.Module)
 
 
 @contextmanager
 def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[None]:
-    """Put a model in eval mode, and give back its modes and gradients, and the random state, as they were.
+    """Put a model in eval mode, and restore its modes and gradients and the random state on exit.
 
     Args:
         model: Any module.
-        batch_statistics: Whether batch norms stay in training mode; their buffers are given back, too.
+        batch_statistics: Whether batch norms run in training mode; their buffers are restored as well.
     """
     cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     norms = batch_norms(model) if batch_statistics else []
-    kept = keeping_entries(buffer for norm in norms for buffer in norm.buffers())
+    kept = keeping_values(buffer for norm in norms for buffer in norm.buffers())
     with evaluating(model, norms), keeping_gradients(model), kept, torch.random.fork_rng(list(cuda)):
         yield
 
@@ -54,7 +46,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Iterable[Any]:
-    """Return the first batches of the data, None for all of them, on the device of the model, as they are asked for.
+    """Return the first ``count`` batches of the data, lazily, on the device of the model; None takes all.
 
     >>> list(take([1, 2, 3], 2, nn.Linear(1, 1)))
     [1, 2]
@@ -64,21 +56,21 @@ def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Ite
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on the inputs of a batch: its first part, where it is a list or tuple; a dict as it is."""
+    """Run a model on the inputs of a batch: its first item if it is a list or tuple, otherwise the batch itself."""
     inputs = inputs_of(batch)
-    if isinstance(inputs, _NO_INPUTS) or type(inputs).__module__ == "numpy":
-        raise TypeError(f"the batches of data, samples or a loader must hold tensors, got {shown(inputs)}")
+    if isinstance(inputs, _NOT_INPUTS) or type(inputs).__module__ == "numpy":
+        raise TypeError(f"batches of data, samples or a loader must contain tensors, got {shown(inputs)}")
     with torch.no_grad():
         return model(inputs)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a model that is calibrated, and then pruned, at once.
+    """A part of a model that is calibrated and then pruned in one go.
 
     Args:
         part: The part: a block, or the whole model.
-        passes: Runs the part over the data, a batch an item.
+        passes: Runs the part over the data and yields once a batch.
     """
 
     part: nn.Module
@@ -86,19 +78,19 @@ class Stage:
 
 
 def stages(model: nn.Module, batches: Iterable[Any], run: Run, sequential: str | None = None) -> Iterator[Stage]:
-    """Yield the parts of a model in the order in which they are to be pruned; the last one is the whole model.
+    """Yield the parts of a model in the order in which to prune them; the last one is the whole model.
 
-    With ``sequential`` every block is a stage of its own, whose input comes from the blocks before it as they are by
-    then. Only that input is held, and what else the blocks were called with.
+    With ``sequential`` every block is a stage, and its inputs are the outputs of the previous blocks as pruned by then.
+    Only these inputs and the blocks' other arguments are held in memory.
 
     Args:
-        model: In eval mode.
+        model: The model, in eval mode.
         batches: The data.
         run: Runs the model on a batch.
-        sequential: Name of the container of blocks that run one after another.
+        sequential: Name of the container whose blocks run one after another.
 
     Raises:
-        ValueError: If there is no such container, or its blocks do not feed one another.
+        ValueError: If there is no such container, or its blocks do not feed into each other.
     """
     if sequential is not None:
         batches = list(batches)
@@ -107,10 +99,10 @@ def stages(model: nn.Module, batches: Iterable[Any], run: Run, sequential: str |
 
 
 def blocks_of(model: nn.Module, sequential: str) -> list[nn.Module]:
-    """Return the blocks in a container of that name.
+    """Return the blocks in the container of that name.
 
     Raises:
-        ValueError: If it is no container of blocks.
+        ValueError: If there is no such container.
 
     >>> blocks_of(nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU()), "0")
     [ReLU()]
@@ -128,7 +120,7 @@ def blocks_of(model: nn.Module, sequential: str) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Call:
-    """How a block was called, apart from its first argument, which comes anew."""
+    """The arguments of a call of a block, except the first one, which is passed again."""
 
     name: str | None
     args: tuple[Any, ...]
@@ -142,7 +134,7 @@ class _Call:
 
 
 class _Recorder:
-    """Hooks that write down how each block is called, and refuse blocks that do not feed one another."""
+    """Records how each block is called by hooks, which raise if the blocks do not feed into each other."""
 
     def __init__(self, sequential: str, count: int) -> None:
         self.sequential = sequential
@@ -159,8 +151,8 @@ class _Recorder:
             self.inputs.append(stream)
         elif not (isinstance(stream, Tensor) and isinstance(self._last, Tensor) and stream.equal(self._last)):
             raise ValueError(
-                f"sequential must name blocks of which each is given the output of the one before, got "
-                f"{self.sequential!r}, where block {number} is not"
+                f"sequential must name blocks that each take the output of the previous one, got "
+                f"{self.sequential!r}, where block {number} does not"
             )
         self.calls[number].append(_Call(name, args[1:], rest))
 
@@ -173,7 +165,7 @@ class _Recorder:
 def _record(
     blocks: list[nn.Module], batches: list[Any], run: Run, sequential: str
 ) -> tuple[list[Any], list[list[_Call]]]:
-    """Return the inputs of the first block, one a batch, and by block how it is called for each batch."""
+    """Return the inputs of the first block, one a batch, and the calls of each block, one a batch."""
     recorder = _Recorder(sequential, len(blocks))
     handles = []
     for number, block in enumerate(blocks):
@@ -197,15 +189,15 @@ def _record(
             )
     if blocks and batches and not _same(recorder.calls[0][0](blocks[0], recorder.inputs[0]), recorder.output):
         raise ValueError(
-            f"sequential must name blocks that can be run again, got {sequential!r}, where block 0 then gives another "
-            f"output: switch off what it remembers, such as a cache of keys and values (config.use_cache = False)"
+            f"sequential must name blocks that can be run again, got {sequential!r}, where block 0 then returns a "
+            f"different output: disable its state, such as a key-value cache (config.use_cache = False)"
         )
     return recorder.inputs, recorder.calls
 
 
 def _blocks(blocks: list[nn.Module], batches: list[Any], run: Run, sequential: str) -> Iterator[Stage]:
-    streams, plans = _record(blocks, batches, run, sequential)
-    for block, calls in zip(blocks, plans, strict=True):
+    streams, recorded = _record(blocks, batches, run, sequential)
+    for block, calls in zip(blocks, recorded, strict=True):
         yield Stage(block, partial(_outputs, block, calls, streams))
         for number, output in enumerate(_outputs(block, calls, streams)):
             streams[number] = output

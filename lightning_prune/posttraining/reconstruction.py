@@ -1,4 +1,4 @@
-"""Reconstruction: the arithmetic of SparseGPT on the rows of one weight, given the second moments of its input."""
+"""Reconstruction: the SparseGPT update of a weight, given the second moments of its input."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,49 +8,50 @@ from torch import Tensor
 from lightning_prune.models.layer_inputs import wide
 from lightning_prune.tensors.ranking import rank_within
 
-_PART = 1 << 22  # entries of unfolded input at a time
+_CHUNK = 1 << 22  # elements of unfolded input at a time
 
 
 class Choice:
-    """Chooses the lowest of each span of columns, so many that the fraction of all that were shown is always met.
+    """Chooses the lowest saliencies in each span of columns, so that the running fraction is always the target.
 
-    Negative saliencies always go; spans that follow make up for it, where they are more than the fraction.
+    Negative saliencies are always pruned; if they exceed the fraction, later spans compensate.
 
     Args:
-        share: The fraction that goes.
-        group: Columns that are compared with each other only, of one row at a time; None compares all of a block.
-        blocksize: Columns in a block.
+        share: The fraction to prune.
+        group: Number of columns in a group within which the weights of one row are compared; None compares a whole
+            block.
+        blocksize: Number of columns in a block.
     """
 
     def __init__(self, share: float, group: int | None, blocksize: int) -> None:
         self.share = share
         self.group = group
         self.blocksize = blocksize
-        self.shown = self.chosen = 0
+        self.seen = self.chosen = 0
 
-    def order(self, inputs: int, places: int) -> tuple[Tensor, list[int]]:
-        """Return the order in which columns (inputs, places of the kernel) are visited, and the widths of its spans.
+    def order(self, inputs: int, kernel: int) -> tuple[Tensor, list[int]]:
+        """Return the order in which columns (inputs, positions of the kernel) are visited, and the widths of the spans.
 
-        Groups lie along the inputs, at each place of the kernel. Those that are shorter come last: behind them the
-        fraction need not be met by whole numbers.
+        Groups run along the inputs, at each position of the kernel. Shorter groups come last, since the fraction may
+        not be a whole number of their weights.
         """
-        columns = torch.arange(inputs * places).view(inputs, places)
+        columns = torch.arange(inputs * kernel).view(inputs, kernel)
         if self.group is None:
-            return columns.view(-1), _widths(inputs * places, self.blocksize)
-        whole, rest = columns.T.split([inputs - inputs % self.group, inputs % self.group], 1)
-        spans = _widths(whole.numel(), self.group) + _widths(rest.numel(), max(1, rest.shape[1]))
-        return torch.cat([whole.reshape(-1), rest.reshape(-1)]), spans
+            return columns.view(-1), _widths(inputs * kernel, self.blocksize)
+        full, rest = columns.T.split([inputs - inputs % self.group, inputs % self.group], 1)
+        spans = _widths(full.numel(), self.group) + _widths(rest.numel(), max(1, rest.shape[1]))
+        return torch.cat([full.reshape(-1), rest.reshape(-1)]), spans
 
     def __call__(self, saliency: Tensor) -> Tensor:
-        """Return what goes (bool) of a span, by saliencies of shape (groups, columns of the span, rows)."""
-        gone = saliency < 0
-        self.shown += saliency.numel()
-        count = max(round(self.share * self.shown) - self.chosen, int(gone.sum()))
+        """Return what to prune (bool) in a span, by saliencies of shape (groups, columns of the span, rows)."""
+        forced = saliency < 0
+        self.seen += saliency.numel()
+        count = max(round(self.share * self.seen) - self.chosen, int(forced.sum()))
         if self.group is not None:
             saliency = rank_within(saliency.movedim(1, -1), saliency.shape[1]).movedim(-1, 1)
         picked = torch.zeros(saliency.numel(), dtype=torch.bool, device=saliency.device)
         picked[saliency.reshape(-1).topk(count, largest=False, sorted=False).indices] = True
-        picked |= gone.reshape(-1)
+        picked |= forced.reshape(-1)
         self.chosen += int(picked.sum())
         return picked.view(saliency.shape)
 
@@ -67,26 +68,26 @@ def reconstruct(
     blocksize: int = 128,
     damping: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
-    """Return rows of weights after some are pruned and the others make up for it, and which (bool) are pruned.
+    """Prune rows of weights and update the remaining ones to compensate; return both, the pruned as bools.
 
     Args:
-        rows: Of shape (groups, rows, columns); each group meets inputs of its own. Weights that are 0 stay 0, and those
-            of inputs that are always 0 become it.
+        rows: Of shape (groups, rows, columns); each group has its own inputs. Weights that are 0 stay 0; weights of
+            inputs that are always 0 become 0.
         moments: Second moments of the inputs, of shape (groups, columns, columns).
-        choose: From the saliencies of a span of columns, as it is by then, to what goes (bool): of shape
+        choose: Maps the current saliencies of a span of columns to what to prune (bool), both of shape
             (groups, columns of the span, rows). Weights that were 0 from the start have -1.
-        spans: Numbers of columns that are chosen from together, in order.
-        blocksize: Columns whose errors reach those behind the block together; the same result, sooner.
+        spans: Numbers of columns to choose from together, in order.
+        blocksize: Number of columns whose errors are propagated together; affects speed only.
         damping: Added to the diagonal of the moments, as a fraction of its mean.
 
-    >>> inputs = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])  # the second input can do the work of the first
+    >>> inputs = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])  # the second input can replace the first
     >>> rows, moments = torch.tensor([[[1.0, 3.0]]]), inputs.mT @ inputs
     >>> new, pruned = reconstruct(rows, moments, lambda saliency: saliency == saliency.min(), [2], damping=1e-6)
     >>> new.round(decimals=3).tolist()
     [[[0.0, 4.0]]]
     """
     factor = torch.stack([inverse_factor(group, damping) for group in moments]).to(rows.dtype)
-    columns = rows.mT.clone(memory_format=torch.contiguous_format)  # a column at a time is read and written
+    columns = rows.mT.clone(memory_format=torch.contiguous_format)  # columns are read and written one at a time
     zeros = columns == 0
     columns.masked_fill_(moments.diagonal(dim1=1, dim2=2)[..., None] == 0, 0.0)
     pruned = torch.zeros(columns.shape, dtype=torch.bool, device=rows.device)
@@ -101,7 +102,7 @@ def reconstruct(
 
 
 def _blocks(spans: Sequence[int], blocksize: int) -> Iterator[list[int]]:
-    """Yield spans, as many at a time as have no more columns than a block; one at least."""
+    """Yield the spans in blocks of at most ``blocksize`` columns, at least one span each."""
     block: list[int] = []
     for span in spans:
         if block and sum(block) + span > blocksize:
@@ -119,7 +120,7 @@ def _prune_block(
     choose: Callable[[Tensor], Tensor],
     spans: Sequence[int],
 ) -> Tensor:
-    """Prune a block of columns in place, write down what goes, and return the errors for the columns behind it."""
+    """Prune a block of columns in place, mark what is pruned, and return the errors for the columns after it."""
     scale = factor.diagonal(dim1=1, dim2=2)[..., None]
     errors = torch.empty_like(block)
     end = 0
@@ -127,16 +128,16 @@ def _prune_block(
         begin, end = end, end + span
         saliency = (block[:, begin:end] / scale[:, begin:end]).square()
         pruned[:, begin:end] = choose(saliency.masked_fill_(zeros[:, begin:end], -1.0))
-        for place in range(begin, end):
-            errors[:, place] = block[:, place] / scale[:, place] * pruned[:, place]
-            block[:, place:] -= factor[:, place, place:, None] * errors[:, place, None]
+        for column in range(begin, end):
+            errors[:, column] = block[:, column] / scale[:, column] * pruned[:, column]
+            block[:, column:] -= factor[:, column, column:, None] * errors[:, column, None]
     return errors
 
 
 def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular U with U^T U the inverse of the damped moments; an input that is always 0 is damping.
+    """Return the upper triangular U with U^T U the inverse of the damped moments.
 
-    Where they are singular all the same, the damping grows until they are not.
+    The damping grows for as long as they are singular.
 
     >>> inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), 0.0).diagonal()
     tensor([0.5000, 1.0000])
@@ -152,12 +153,12 @@ def inverse_factor(moments: Tensor, damping: float) -> Tensor:
 
 
 def second_moments(seen: Tensor, ndim: int, total: Tensor | None = None) -> Tensor:
-    """Return ``total`` plus the sum of x x^T over windows of a layer's input, in float64 where the device has it.
+    """Return ``total`` plus the sum of x x^T over windows of a layer's input, in float64 if the device has it.
 
     Args:
-        seen: Windows, with as many dimensions of groups, inputs and kernel as the weight has, behind all others.
+        seen: Windows, whose last ``ndim`` dimensions are groups, inputs and kernel.
         ndim: Number of dimensions of the weight.
-        total: What other batches gave.
+        total: The sum over earlier batches; None is zero.
 
     >>> second_moments(torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), 2).tolist()
     [[[10.0, 14.0], [14.0, 20.0]]]
@@ -165,7 +166,7 @@ def second_moments(seen: Tensor, ndim: int, total: Tensor | None = None) -> Tens
     groups, columns = seen.shape[-ndim], seen.shape[1 - ndim :].numel()
     if total is None:
         total = torch.zeros(groups, columns, columns, dtype=wide(seen.device), device=seen.device)
-    for part in seen.split(max(1, _PART // max(1, seen[:1].numel()))):
+    for part in seen.split(max(1, _CHUNK // max(1, seen[:1].numel()))):
         rows = part.flatten(1 - ndim).flatten(0, -3).transpose(0, 1)  # groups, rows, columns
         total += rows.mT @ rows
     return total

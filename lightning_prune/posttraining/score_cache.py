@@ -1,4 +1,4 @@
-"""Trials: scores that took long to measure, kept in a file, so that nothing is measured twice."""
+"""The score cache: measured scores in a file, so that an interrupted analysis can resume."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from lightning_prune.tensors.distributed import full_tensor, local
 
 
 class Trials:
-    """Scores by layer and sparsity, and the JSON file that keeps them.
+    """Scores by layer and sparsity, and the JSON file that stores them.
 
     Args:
-        path: The file; None keeps nothing.
-        measured: What scores must have in common to belong together, as JSON has it.
+        path: The file; None stores nothing.
+        analysis: What identifies the analysis that the scores belong to, as JSON.
 
     Attributes:
         scores: The known scores by (name of the layer, sparsity).
 
     Raises:
-        ValueError: If the file holds scores of something else.
+        ValueError: If the file holds the scores of another analysis.
 
     >>> trials = Trials(None, {})
     >>> trials.add("0.weight", 0.5, 0.97)
@@ -32,32 +32,32 @@ class Trials:
     {('0.weight', 0.5): 0.97}
     """
 
-    def __init__(self, path: str | Path | None, measured: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, analysis: dict[str, Any]) -> None:
         self.scores: dict[tuple[str, float], float] = {}
         self._path = None if path is None else Path(path)
-        self._measured = json.loads(json.dumps(measured))
+        self._analysis = json.loads(json.dumps(analysis))
         if self._path is not None and self._path.exists():
             held = json.loads(self._path.read_text())
-            other = [key for key in self._measured if held.get(key) != self._measured[key]]
-            if other:
+            differing = [key for key in self._analysis if held.get(key) != self._analysis[key]]
+            if differing:
                 raise ValueError(
-                    f"path must hold scores of this analysis, or nothing, got {path}, which differs in {other}"
+                    f"path must hold the scores of this analysis or be new, got {path}, which differs in {differing}"
                 )
             self.scores = {(name, level): score for name, level, score in held["scores"]}
 
     def add(self, name: str, level: float, score: float) -> None:
-        """Keep a score; the file is whole at every moment."""
+        """Store a score; the file is replaced atomically."""
         self.scores[name, level] = score
         if self._path is None or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             return
-        kept = {**self._measured, "scores": [[*trial, score] for trial, score in self.scores.items()]}
-        beside = self._path.with_name(self._path.name + ".part")
-        beside.write_text(json.dumps(kept, indent=1))
-        beside.replace(self._path)
+        stored = {**self._analysis, "scores": [[*trial, score] for trial, score in self.scores.items()]}
+        partial = self._path.with_name(self._path.name + ".part")
+        partial.write_text(json.dumps(stored, indent=1))
+        partial.replace(self._path)
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of named tensors; with sharded ones all ranks must call it.
+    """Return a digest of named tensors; a collective if they are sharded.
 
     >>> fingerprint([("weight", torch.zeros(2))]) == fingerprint([("weight", torch.zeros(2))])
     True
@@ -71,7 +71,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def lasting_name(value: Any) -> str:
-    """Return a name of an argument that is the same in another process.
+    """Return a name for an argument that is the same in every process.
 
     >>> lasting_name(len), lasting_name("val_acc")
     ('len', 'val_acc')

@@ -1,4 +1,4 @@
-"""SparseGPT: prune a trained model layer by layer, and let the weights that stay make up for those that go."""
+"""SparseGPT: prunes a trained model layer by layer, and updates the remaining weights to compensate."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,27 +42,28 @@ def sparsegpt(
     sequential: str | None = None,
     scope: scopes.ScopeName | scopes.Scope = "local",
 ) -> Masks:
-    """Prune every target by its own sparsity and reconstruct what it outputs for the data, in place; return the masks.
+    """Prune every target, reconstruct its outputs on the data in place, and return the masks.
 
-    Weights go column by column. The error that a pruned weight makes is spread, as the inverse of the input's second
-    moments says, over the weights of its row in the columns that are still to come. Weights that are zero already stay
-    zero, and count; those of inputs that are zero in all of the data become zero, too, and are the first to be pruned.
+    Weights are pruned column by column. The error of a pruned weight is distributed over the remaining columns of its
+    row by the inverse of the input's second moments. Weights that are already zero stay zero and count. Weights of
+    inputs that are zero in all of the data become zero as well, and are pruned first.
 
     Args:
         model: Any module; the targets belong to linear layers and convolutions, with groups or without.
-        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer. More go where
-            more are zero already.
-        data: Batches to calibrate with; all of them are taken. A batch is the model's input, or has it in front.
+        sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer. A layer that has
+            more zeros already keeps them.
+        data: Batches to calibrate with, all of which are used. A batch is the model's input, or a sequence that begins
+            with it.
         granularity: ``Weight()``, or ``NM(n, m)`` to choose in groups of m inputs.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out.
-        blocksize: Columns over which weights are chosen together; every block gets its share of zeros.
+        blocksize: Number of columns to choose weights from together; every block is pruned to the same sparsity.
         damping: Added to the second moments of every input, as a fraction of their mean.
-        sequential: Name of the ModuleList or Sequential whose blocks run one after another; each one is then calibrated
-            behind the pruned ones, and no more than one block's input is held.
-        scope: How one sparsity is shared out over the targets: "local" gives it to each; any other scope, such as
-            ``OWL()``, goes by the scores of ``Wanda`` for the model as it is. That takes one more pass over the data,
-            which are held.
+        sequential: Name of the ModuleList or Sequential whose blocks run one after another. Each block is then
+            calibrated on the outputs of the pruned blocks before it, and only one block's inputs are held in memory.
+        scope: How the sparsity is allocated to the targets: "local" gives the same to each; any other scope, such as
+            ``OWL()``, uses the scores of ``Wanda`` for the dense model. That takes one more pass over the data, which
+            are then held in memory.
 
     Raises:
         ValueError: If an argument is out of range, a target belongs to another kind of layer, or an input is not
@@ -85,7 +86,7 @@ def sparsegpt(
         raise ValueError(f"granularity must be Weight() or NM(n, m), got {granularity}")
     allocate = scopes.resolve(scope)
     if granularity.group is not None and allocate is not scopes.local:
-        raise ValueError(f'scope must be "local" for {granularity}, which leaves nothing to share out, got {scope!r}')
+        raise ValueError(f'scope must be "local" for {granularity}, whose layers are all equally sparse, got {scope!r}')
     blocksize = integer("blocksize", blocksize, 1)
     damping = number("damping", damping, "[0, inf)")
     found = goal.find(model, targets, ignore)
@@ -130,7 +131,7 @@ def _check_layers(found: Sequence[Target]) -> None:
 
 
 def _moments(found: Sequence[Target], stage: Stage) -> dict[str, Tensor]:
-    """Run the stage and return, by name, the sums of x x^T over what each target met: (groups, columns, columns)."""
+    """Run the stage and return, by name, the sums of x x^T over each target's inputs: (groups, columns, columns)."""
     moments: dict[str, Tensor] = {}
 
     def add(target: Target, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -147,7 +148,7 @@ def _moments(found: Sequence[Target], stage: Stage) -> dict[str, Tensor]:
     for target in found:
         if target.name not in moments:
             raise ValueError(
-                f"data must lead through the layer of {target.name!r}, got no forward pass of it: ignore it"
+                f"data must reach the layer of {target.name!r}, got no forward pass through it: ignore the parameter"
             )
         if not bool(moments[target.name].isfinite().all()):
             raise ValueError(f"inputs must be finite, got NaN or infinity at the layer of {target.name!r}")

@@ -1,1 +1,1 @@
-"""What a run has done, for people: metrics, plots, a page."""
+"""Reporting: metrics, plots and an HTML page about a run."""

@@ -10,11 +10,11 @@ from lightning_prune.validation.values import scalar
 
 @dataclass
 class History:
-    """What a run has gone through.
+    """The sparsity and the metrics of a run.
 
     Attributes:
-        sparsity: (optimizer step, fraction of zeros among the targets), each time that it changed.
-        metrics: (optimizer step, value) by the name of the metric, each time that it was logged.
+        sparsity: (optimizer step, fraction of zeros among the targets) at every change.
+        metrics: (optimizer step, value) at every log, by the name of the metric.
 
     >>> history = History()
     >>> history.add(10, {"val_acc": 0.9})
@@ -26,24 +26,24 @@ class History:
     sparsity: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
-    def change(self, step: int, level: float) -> None:
-        """Note the sparsity from this step on, if it is another one."""
-        if not self.sparsity or self.sparsity[-1][1] != level:
-            _put(self.sparsity, step, level)
+    def change(self, step: int, sparsity: float) -> None:
+        """Record the sparsity from this step on, if it has changed."""
+        if not self.sparsity or self.sparsity[-1][1] != sparsity:
+            _put(self.sparsity, step, sparsity)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Note the values of metrics at this step."""
+        """Record the values of metrics at this step."""
         for name, value in values.items():
             _put(self.metrics.setdefault(name, []), step, value)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON has it, with null for what is not finite."""
+        """Return the history as JSON, with null for values that are not finite."""
         found: dict[str, Any] = as_json({"sparsity": self.sparsity, "metrics": self.metrics})
         return found
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON has it: null for what is not finite, and as text what it has no word for.
+    """Return a value as JSON: null for numbers that are not finite, and text for types that JSON lacks.
 
     >>> import torch
     >>> as_json({"levels": (0.5, float("nan")), "device": torch.device("cpu"), "count": torch.tensor(3)})
@@ -60,6 +60,6 @@ def as_json(value: Any) -> Any:
 
 
 def _put(entries: list[tuple[int, float]], step: int, value: float) -> None:
-    if entries and entries[-1][0] == step:  # what is logged later at a step is the newer
+    if entries and entries[-1][0] == step:  # the last value logged at a step wins
         entries.pop()
     entries.append((step, value))

@@ -1,4 +1,4 @@
-"""Report page: what is known of a pruning run, as one HTML page that needs nothing else."""
+"""The report page: a pruning run as a self-contained HTML page."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#010203"  # the colour of lines and letters in figures, which the page replaces by that of its text
+INK = "#010203"  # the colour of lines and text in figures; the page replaces it by its text colour
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
     **dict.fromkeys(["figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"], "none"),
@@ -22,18 +22,18 @@ def render(found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> str:
     """Return the page.
 
     Args:
-        found: What a ``PruningReport`` writes as JSON.
-        figures: Figures drawn in ``STYLE``: "sparsity" and "masks" for the layers, all others for what happened.
+        found: The data that ``PruningReport`` writes as JSON.
+        figures: Figures drawn in ``STYLE``: "sparsity" and "masks" for the layers, all others for the history.
     """
     svg = {name: f'<figure aria-label="{escape(name)}">{as_svg(figure)}</figure>' for name, figure in figures.items()}
-    happened = "\n".join(svg[name] for name in svg if name not in ("sparsity", "masks"))
+    history = "\n".join(svg[name] for name in svg if name not in ("sparsity", "masks"))
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"Pruning of {found['model']}"),
         subtitle=escape(f"{found['sparsity']:.2%} of the targets are pruned after {found['steps']:,} optimizer steps"),
         sizes=_sizes(found["before"], found["after"]),
         plans="\n".join(f"<pre>{escape(callback['plan'])}</pre>" for callback in found["callbacks"]),
-        history=f'<div class="figures">{happened}</div>{_metrics(found["history"]["metrics"])}',
+        history=f'<div class="figures">{history}</div>{_metrics(found["history"]["metrics"])}',
         layers=_layers(found["layers"]) + svg.get("sparsity", ""),
         masks=svg.get("masks", "<p>There are no masks.</p>"),
         config=escape(found["config"]),
@@ -42,18 +42,18 @@ def render(found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> str:
 
 
 def as_svg(figure: "Figure") -> str:
-    """Return a figure as an SVG element, in the colour of the text around it."""
+    """Return a figure as an SVG element in the colour of the surrounding text."""
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({"svg.hashsalt": "lightning_prune"}):  # ids of parts follow from what they are
+    with rc_context({"svg.hashsalt": "lightning_prune"}):  # reproducible ids
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[Any]], foot: Sequence[Any] = (), sortable: bool = False) -> str:
-    """Return a table; a cell is a string, or a pair of the string and the number to sort it by."""
+    """Return a table; a cell is a string, or a pair of a string and a number to sort by."""
     heads = [f'<th scope="col">{f"<button>{escape(h)}</button>" if sortable else escape(h)}</th>' for h in head]
     rows = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
     last = f"<tfoot><tr>{''.join(map(_cell, foot))}</tr></tfoot>" if foot else ""
@@ -85,9 +85,9 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
 
 _SIZES = {
     "parameters": ("parameters", "{:,.0f}"),
-    "active_parameters": ("parameters that are not zero", "{:,.0f}"),
+    "active_parameters": ("nonzero parameters", "{:,.0f}"),
     "bytes": ("size", "{:,.0f} bytes"),
-    "packed_bytes": ("size without zeros, with a bit map of them", "{:,.0f} bytes"),
+    "packed_bytes": ("size as a bitmask and nonzero values", "{:,.0f} bytes"),
     "flops": ("FLOPs of a forward pass of the example input", "{:,.0f}"),
     "active_flops": ("FLOPs without products with zeros", "{:,.0f}"),
 }

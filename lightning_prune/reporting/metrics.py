@@ -1,7 +1,7 @@
-"""Metrics: sparsity, movement and cost of a masked model, for any LightningModule that logs with torchmetrics.
+"""Metrics: sparsity, mask overlap and cost of a masked model, for any LightningModule that logs with torchmetrics.
 
-A ``MetricCollection`` of several takes ``compute_groups=False``: by default it merges metrics that count the same at
-first, such as the sparsities of two parts that are dense.
+Pass ``compute_groups=False`` to a ``MetricCollection`` of these: by default it merges metrics with equal states after
+the first update, such as the sparsities of two dense parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from lightning_prune.validation.instances import by_name, instance
 
 
 class _Ratio(Metric):
-    """The abstract base of fractions that are counted layer by layer: a subclass calls ``count``."""
+    """The abstract base of fractions that are counted layer by layer; a subclass calls ``count``."""
 
     is_differentiable = False
     full_state_update = False
@@ -40,39 +40,39 @@ class _Ratio(Metric):
         self.ignore = patterns("ignore", ignore)
         self.layers = flag("layers", layers)
         self.names: list[str] = []
-        # a list, since how many layers there are is not known yet; every rank adds the counts of all pieces of a
-        # parameter, so that the fraction is the same with and without a reduction
+        # a list, since the number of layers is not known yet; every rank adds the counts of the full parameters,
+        # so that the fraction is the same with and without a reduction
         self.add_state("counts", default=[], dist_reduce_fx="cat")
 
     def count(self, counts: Mapping[str, tuple[int, int]]) -> None:
-        """Add the parts and wholes of one update, by name."""
+        """Add the parts and totals of one update, by name."""
         self.names = list(counts)
         self.counts.append(torch.tensor(list(counts.values()), dtype=torch.int64, device=self.device))
 
     @override
     def compute(self) -> Tensor | dict[str, Tensor]:
-        parts, wholes = dim_zero_cat(self.counts).view(-1, len(self.names), 2).sum(0).unbind(1)
-        total = _fraction(parts.sum(), wholes.sum())
+        parts, totals = dim_zero_cat(self.counts).view(-1, len(self.names), 2).sum(0).unbind(1)
+        total = _fraction(parts.sum(), totals.sum())
         if not self.layers:
             return total
-        return {"total": total, **dict(zip(self.names, _fraction(parts, wholes), strict=True))}
+        return {"total": total, **dict(zip(self.names, _fraction(parts, totals), strict=True))}
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         return self._plot(val, ax)
 
 
-def _fraction(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole, 1.0)
+def _fraction(part: Tensor, total: Tensor) -> Tensor:
+    return torch.where(total > 0, part / total, 1.0)
 
 
 class Sparsity(_Ratio):
-    """The fraction of zeros, 0 to 1, among the prunable weights of a model; over several updates their mean.
+    """The fraction of zeros, 0 to 1, among the prunable weights of a model, averaged over updates.
 
     Args:
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
-        layers: Whether ``compute`` returns a dict with the sparsity of every layer beside the "total".
+        layers: Whether ``compute`` returns a dict with the sparsity of every layer in addition to the "total".
         **kwargs: Arguments of ``torchmetrics.Metric``.
 
     >>> model = nn.Linear(4, 2)
@@ -85,22 +85,22 @@ class Sparsity(_Ratio):
 
     @override
     def update(self, model: nn.Module) -> None:
-        """Count the zeros of a model; with sharded parameters all ranks must call it."""
+        """Count the zeros of a model; a collective if parameters are sharded."""
         instance("model", model, nn.Module)
         self.count({row.name: (row.zeros, row.weights) for row in report.rows(model, self.targets, self.ignore)})
 
 
 class MaskOverlap(_Ratio):
-    """How much of the masks stayed, 0 to 1, from one update to the next: the Jaccard index of the kept weights.
+    """How similar successive masks are, 0 to 1: the Jaccard index of the kept weights.
 
-    What two successive masks both keep, over what either keeps; over several updates their mean by weights, and 1 while
-    there is nothing to compare. The last masks outlive ``reset``, so that one update an epoch compares epochs; they
-    take a byte a weight.
+    That is the number of weights that both masks keep over the number that either keeps, summed over updates before the
+    division, and 1 before the second update. The last masks survive ``reset``, so that one update an epoch compares
+    epochs; they take a byte a weight.
 
     Args:
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
-        layers: Whether ``compute`` returns a dict with the overlap of every layer beside the "total".
+        layers: Whether ``compute`` returns a dict with the overlap of every layer in addition to the "total".
         **kwargs: Arguments of ``torchmetrics.Metric``.
 
     Reference: Paganini and Forde, 2020, "On Iterative Neural Network Pruning, Reinitialization, and the Similarity of
@@ -123,11 +123,11 @@ class MaskOverlap(_Ratio):
 
     @override
     def update(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Compare with the last masks; with sharded parameters all ranks must call it.
+        """Compare with the last masks; a collective if parameters are sharded.
 
         Args:
             model: The masked model.
-            masks: Its masks, such as those of a callback; of a weight without a mask, what is not zero counts as kept.
+            masks: Its masks, such as those of a callback; without a mask, the nonzero weights count as kept.
         """
         instance("model", model, nn.Module)
         masks = {} if masks is None else by_name("masks", masks, Tensor)
@@ -138,7 +138,7 @@ class MaskOverlap(_Ratio):
 
 
 def _both_and_either(mask: Tensor, last: Tensor | None, parameter: Tensor) -> tuple[int, int]:
-    """Return how many entries two masks both keep and how many one of them keeps; nothing while there is but one."""
+    """Return how many elements both masks keep and how many either keeps; zeros before there is a last mask."""
     if last is None:
         return 0, 0
     last = last.to(mask.device)
@@ -148,7 +148,7 @@ def _both_and_either(mask: Tensor, last: Tensor | None, parameter: Tensor) -> tu
 
 
 class _Amount(Metric):
-    """The abstract base of amounts, of which every rank finds the whole: a subclass calls ``add``."""
+    """The abstract base of amounts that every rank computes in full; a subclass calls ``add``."""
 
     is_differentiable = False
     full_state_update = False
@@ -177,7 +177,7 @@ class _Amount(Metric):
 
 
 class ActiveParameters(_Amount):
-    """The number of parameters that are not zero, biases and norms among them; over several updates their mean.
+    """The number of nonzero parameters, including biases and norms, averaged over updates.
 
     Args:
         **kwargs: Arguments of ``torchmetrics.Metric``.
@@ -190,17 +190,17 @@ class ActiveParameters(_Amount):
 
     @override
     def update(self, model: nn.Module) -> None:
-        """Count the parameters of a model; with sharded parameters all ranks must call it."""
+        """Count the parameters of a model; a collective if parameters are sharded."""
         instance("model", model, nn.Module)
         self.add(sum(p.numel() - report.zeros(p) for p in named_parameters(model).values()))
 
 
 class ActiveFLOPs(_Amount):
-    """The FLOPs of a forward pass that skips every product with a zero; over several updates their mean.
+    """The FLOPs of a forward pass that skips every product with a zero, averaged over updates.
 
-    The dense FLOPs of each layer, as torch's ``flop_counter`` counts them (a multiplication with its addition is two),
-    times the density of its weight; what multiplies no weights counts in full. It is what a perfect sparse kernel
-    would do, and no promise of speed. Not to be updated inside a ``training_step``, whose forward passes criteria see.
+    These are the dense FLOPs of each layer by torch's ``flop_counter`` (a multiply-add is two), times the density of
+    its weight; products of activations count in full. It is what a perfect sparse kernel computes, not a prediction of
+    speed. Do not update it inside a ``training_step``, where criteria observe the forward passes.
 
     Args:
         inputs: An example: a tuple of positional arguments, a dict of keyword arguments, or the only argument; None is
@@ -222,11 +222,11 @@ class ActiveFLOPs(_Amount):
 
     @override
     def update(self, model: nn.Module) -> None:
-        """Run the example through a model and count; with sharded parameters all ranks must call it."""
+        """Count the FLOPs of the example; a collective if parameters are sharded."""
         instance("model", model, nn.Module)
         inputs = example_of(model, self.inputs)
         if inputs is None:
-            raise ValueError(f"inputs must be given, as {type(model).__name__} has no example_input_array, got None")
+            raise ValueError(f"inputs must be given since {type(model).__name__} has no example_input_array, got None")
         dense, parameters = dense_flops(model, inputs), named_parameters(model)
         density = {name: 1 - report.zeros(parameters[name]) / parameters[name].numel() for name in dense if name}
         self.add(sparse_flops(dense, density))

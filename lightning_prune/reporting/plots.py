@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
     from lightning_prune.training.pruning import Pruning
 
-_ROW, _LETTER = 0.19, 0.058  # inches: the height of a line of small print, and the width of a letter in it
-_CELLS = 128  # a mask is drawn with so many cells a side at most
+_ROW, _LETTER = 0.19, 0.058  # inches: line height and letter width of small print
+_CELLS = 128  # maximum cells a side in the picture of a mask
 
 
 def plot_schedule(callback: "Pruning", length: int, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Plot the sparsity over a run, before it begins.
+    """Plot the planned sparsity over a run.
 
     Args:
         callback: A pruning callback.
         length: Length of the run, in the callback's ``interval``: optimizer steps or epochs.
-        ax: Where to draw; several schedules on one are told apart by colour.
+        ax: Where to draw; each schedule on the same axes has its own colour.
 
     >>> from lightning_prune import MagnitudePruning
     >>> fig, ax = plot_schedule(MagnitudePruning(0.9), length=1000)
     >>> ax.get_xlabel()
     'step'
     """
-    from lightning_prune.training.pruning import Pruning  # which the report, and so these plots, are not to need
+    from lightning_prune.training.pruning import Pruning  # imported here, since it imports the report
 
     instance("callback", callback, Pruning)
     length = integer("length", length, 1)
@@ -47,10 +47,10 @@ def plot_schedule(callback: "Pruning", length: int, ax: "Axes | None" = None) ->
     updates = callback.plan(*callback.horizon.window(length))
     final = callback.sparsity if isinstance(callback.sparsity, float) else 1.0
     steps = [0, *(position for position, _ in updates), length]
-    levels = [0.0, *(amount * final for _, amount in updates)]
+    levels = [0.0, *(fraction * final for _, fraction in updates)]
     ax.step(steps, [*levels, levels[-1]], where="post", label=f"{callback.schedule}, {len(updates)} updates")
     ax.set_xlabel(callback.interval)
-    _percent(ax, "sparsity" if isinstance(callback.sparsity, float) else "part of the target")
+    _percent(ax, "sparsity" if isinstance(callback.sparsity, float) else "fraction of the target")
     ax.legend(loc="lower right")
     return fig, ax
 
@@ -59,7 +59,7 @@ def plot_sparsity(model: "nn.Module | report.Summary", ax: "Axes | None" = None)
     """Plot the sparsity of every prunable weight, in the order of the model, and the total.
 
     Args:
-        model: A module, or what ``summary`` has returned.
+        model: A module, or a ``Summary``.
         ax: Where to draw.
 
     >>> fig, ax = plot_sparsity(nn.Linear(4, 2))
@@ -84,10 +84,10 @@ def plot_sparsity(model: "nn.Module | report.Summary", ax: "Axes | None" = None)
 
 
 def plot_history(history: History, metric: str | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Plot the sparsity over a run, and one metric beside it, on an axis of its own.
+    """Plot the sparsity over a run and, on a second axis, one metric.
 
     Args:
-        history: What a ``PruningReport`` has recorded.
+        history: The ``history`` of a ``PruningReport``.
         metric: The name of a metric in it; None draws the sparsity alone.
         ax: Where to draw.
 
@@ -101,7 +101,7 @@ def plot_history(history: History, metric: str | None = None, ax: "Axes | None" 
     instance("history", history, History)
     metric = optional(text, "metric", metric, "the name of a metric")
     if metric is not None and metric not in history.metrics:
-        raise ValueError(f"metric must be one that was recorded, got {metric!r}: {sorted(history.metrics)}")
+        raise ValueError(f"metric must be one of the recorded metrics {sorted(history.metrics)}, got {metric!r}")
     fig, ax = _axes(ax, 6.4, 3.2)
     points = history.metrics[metric] if metric is not None else []
     last = max([step for step, _ in [*history.sparsity, *points]], default=0)
@@ -111,17 +111,17 @@ def plot_history(history: History, metric: str | None = None, ax: "Axes | None" 
     _percent(ax, "sparsity")
     if metric is not None:
         ax.yaxis.label.set_color("C0")
-        beside = ax.twinx()
-        beside.plot(*_columns(points), color="C1", marker="o", markersize=3)
-        beside.set_ylabel(metric, color="C1", parse_math=False)  # a name may have a $
+        second = ax.twinx()
+        second.plot(*_columns(points), color="C1", marker="o", markersize=3)
+        second.set_ylabel(metric, color="C1", parse_math=False)  # a name may have a $
     return fig, ax
 
 
 def plot_sensitivity(analysis: SensitivityAnalysis, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Plot what each layer costs at each sparsity when it is pruned alone.
+    """Plot how much pruning each layer alone costs, by sparsity.
 
     Args:
-        analysis: What ``sensitivity`` has returned.
+        analysis: The result of ``sensitivity``.
         ax: Where to draw.
 
     >>> analysis = SensitivityAnalysis("accuracy", "max", 0.9, {"0.weight": {0.5: 0.9, 0.9: 0.7}})
@@ -151,22 +151,22 @@ def plot_sensitivity(analysis: SensitivityAnalysis, ax: "Axes | None" = None) ->
     _rows(ax, names)
     ax.set_xticks(range(len(levels)), [f"{level:.4g}%" for level in (100 * level for level in levels)])
     ax.set_xlabel("sparsity of this layer alone")
-    ax.set_title(f"dense: {analysis.metric} {analysis.dense:.4g}", fontsize=8)
-    fig.colorbar(image, ax=ax, label=f"{analysis.metric} lost")
+    ax.set_title(f"dense {analysis.metric}: {analysis.dense:.4g}", fontsize=8)
+    fig.colorbar(image, ax=ax, label=f"degradation of {analysis.metric}")
     return fig, ax
 
 
 def plot_masks(
     masks: Mapping[str, Tensor], ax: "Axes | Sequence[Axes] | None" = None
 ) -> "tuple[Figure, Sequence[Axes]]":
-    r"""Plot masks as pictures: dark is kept, light is pruned, grey cells of large masks stand for parts of both.
+    r"""Plot masks as images: dark is kept, light is pruned, grey cells of large masks are averages.
 
     Args:
-        masks: Bool masks by name, such as those of a callback; of a convolution, rows are output channels.
+        masks: Bool masks by name, such as those of a callback; rows are output channels.
         ax: Where to draw, one for each mask of two or more dimensions.
 
     Raises:
-        ValueError: If there is no such mask, or another number of axes.
+        ValueError: If there is no such mask, or the number of axes differs.
 
     >>> fig, axes = plot_masks({"weight": nn.Linear(4, 4).weight.new_tensor([[1, 0, 0, 0]]).bool()})
     >>> axes[0].get_title()
@@ -174,14 +174,14 @@ def plot_masks(
     """
     pictures = {name: _picture(mask) for name, mask in by_name("masks", masks, Tensor).items() if mask.ndim >= 2}
     if not pictures:
-        raise ValueError(f"masks must hold one of two or more dimensions, got {list(masks)}")
+        raise ValueError(f"masks must contain one of two or more dimensions, got {list(masks)}")
     given = [] if ax is None else [*ax] if isinstance(ax, Sequence) and not isinstance(ax, str | bytes) else [ax]
     axes = _grid(len(pictures)) if ax is None else [_axes(each, 0, 0)[1] for each in given]
     if len(axes) != len(pictures):
         raise ValueError(f"ax must be one for each of {len(pictures)} masks, got {len(axes)}")
     for place, (name, (picture, density)) in zip(axes, pictures.items(), strict=True):
         place.imshow(picture, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        # in lines, since layers often differ in the middle of their long names
+        # wrapped, since layers often differ in the middle of long names
         place.set_title("\n".join([*wrap(name, 26), f"{1 - density:.1%} pruned"]), fontsize=6, parse_math=False)
         place.set_xticks([])
         place.set_yticks([])
@@ -189,7 +189,7 @@ def plot_masks(
 
 
 def _picture(mask: Tensor) -> tuple[Any, float]:
-    """Return a mask as a picture of bounded size, whose cells are fractions of what is kept, and its density."""
+    """Return a mask as an image of bounded size, whose cells are fractions of kept weights, and its density."""
     rows = mask.detach().cpu().flatten(1)
     size = (min(_CELLS, rows.shape[0]), min(_CELLS, rows.shape[1]))
     cells = nn.functional.adaptive_avg_pool2d(rows[None].float(), size)[0]
@@ -227,7 +227,7 @@ def _pyplot() -> Any:
 
 
 def _rows(ax: "Axes", names: Sequence[str]) -> None:
-    """Write a name beside each row, the first on top."""
+    """Label each row with its name, the first at the top."""
     ax.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
 

@@ -1,4 +1,4 @@
-"""Pruning report: one page that says what a run was to do, what it did, and how to do it again."""
+"""Pruning report: a page with the plan, the results and the configuration of a run."""
 
 import json
 import os
@@ -16,12 +16,11 @@ from typing_extensions import override
 
 from lightning_prune.models import summary as report
 from lightning_prune.models.parameters import named_parameters
-from lightning_prune.reporting import plots
+from lightning_prune.reporting.contents import configuration, figures_of, masks_of, sizes
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
-from lightning_prune.reporting.sizes import sizes
-from lightning_prune.reporting.yaml_config import configuration, plain
-from lightning_prune.tensors.distributed import full_tensor, local, reshard
+from lightning_prune.reporting.yaml_config import plain
+from lightning_prune.tensors.distributed import reshard
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.masked import MaskedTraining
@@ -47,23 +46,22 @@ _RULES = {
 class PruningReport(Callback):
     """Record a run, and write a page about it when it ends: plan, history, layers, sizes, masks and configuration.
 
-    The page is one HTML file that needs no network; the same is written as JSON beside it. The configuration on it has
-    the callbacks of this package and what of the Trainer decides over the steps; the model and its data are the user's.
+    The page is a self-contained HTML file, with the same data as JSON in a second file. The configuration lists the
+    callbacks of this package and the Trainer's arguments that affect the steps; the model and its data are the user's.
+    If the page cannot be written, you are warned, and the run completes without it.
 
     Args:
-        path: Where to write the page; None is ``pruning_report.html`` in the Trainer's ``log_dir``, or, without a
-            logger, in its ``default_root_dir``. The JSON has the suffix .json.
-        log_figures: Whether to add the figures to every logger that takes figures, as TensorBoard's does.
-
-    A page that cannot be written, for whatever reason, is a warning and no error: the run is complete without it.
+        path: Where to write the page; None is ``pruning_report.html`` in the Trainer's ``log_dir``, or in its
+            ``default_root_dir`` without a logger. The JSON file has the suffix .json.
+        log_figures: Whether to log the figures to every logger that supports figures, such as TensorBoard's.
 
     Attributes:
-        history: Sparsity and metrics so far, as ``plot_history`` takes them.
+        history: Sparsity and metrics so far, for ``plot_history``.
 
     Raises:
         ModuleNotFoundError: Before training, if matplotlib is not installed.
-        ValueError: If the path has another suffix than .html; before training, if a pruning callback comes after this
-            one, since some change the model once more when training ends.
+        ValueError: If the suffix of the path is not .html; before training, if a pruning callback comes after this one,
+            since some change the model when training ends.
 
     >>> PruningReport("report.html").history
     History(sparsity=[], metrics={})
@@ -80,7 +78,7 @@ class PruningReport(Callback):
     def _reset(self) -> None:
         self.history = History()
         self._before: dict[str, float] = {}
-        self._levels: list[float] = []
+        self._sparsities: list[float] = []
         self._earlier: dict[str, Tensor] = {}
         self._validated: set[str] = set()
 
@@ -106,24 +104,24 @@ class PruningReport(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:  # another run than the one before
+        if trainer.global_step == 0:  # a new run
             self._reset()
         self._before = self._before or sizes(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._look(trainer, pl_module)
+        self._record_sparsity(trainer, pl_module)
 
-    def _look(self, trainer: Trainer, model: nn.Module) -> None:
-        """Note the sparsity of the targets of all callbacks together, if that of one has changed."""
+    def _record_sparsity(self, trainer: Trainer, model: nn.Module) -> None:
+        """Record the sparsity of the targets of all callbacks together, if that of any has changed."""
         callbacks = training_methods(trainer)
-        levels = [callback.sparsity_now for callback in callbacks]
-        if levels == self._levels:
+        sparsities = [callback.sparsity_now for callback in callbacks]
+        if sparsities == self._sparsities:
             return
-        self._levels = levels
+        self._sparsities = sparsities
         parameters = named_parameters(model)
         counts = [sum(parameters[name].numel() for name in callback.target_names()) for callback in callbacks]
-        zeros = sum(level * count for level, count in zip(levels, counts, strict=True))
+        zeros = sum(sparsity * count for sparsity, count in zip(sparsities, counts, strict=True))
         self.history.change(trainer.global_step, zeros / max(1, sum(counts)))
 
     @override
@@ -133,19 +131,19 @@ class PruningReport(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            # those of training are still there, from an earlier step
+            # callback_metrics still has the training metrics of an earlier step
             new = {n: v for n, v in trainer.callback_metrics.items() if v is not self._earlier.get(n)}
             self._validated.update(new)
-            self._note(trainer, new)
+            self._record(trainer, new)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning has "loss" a second and a third time, as "loss_step" and "loss_epoch"
-        again = {name + suffix for name in trainer.callback_metrics for suffix in ("_step", "_epoch")}
-        others = self._validated | again
-        self._note(trainer, {name: v for name, v in trainer.callback_metrics.items() if name not in others})
+        # Lightning repeats "loss" as "loss_step" and "loss_epoch"
+        repeated = {name + suffix for name in trainer.callback_metrics for suffix in ("_step", "_epoch")}
+        others = self._validated | repeated
+        self._record(trainer, {name: v for name, v in trainer.callback_metrics.items() if name not in others})
 
-    def _note(self, trainer: Trainer, logged: Mapping[str, Tensor]) -> None:
+    def _record(self, trainer: Trainer, logged: Mapping[str, Tensor]) -> None:
         own = {name: float(value) for name, value in logged.items() if not name.startswith("pruning/")}
         self.history.add(trainer.global_step, own)
 
@@ -153,23 +151,23 @@ class PruningReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
             self._finish(trainer, pl_module)
-        except Exception as error:  # a run that has been paid for is not to be lost for a page about it
-            rank_zero_warn(f"PruningReport could not write its page, and the run is complete without: {error!r}")
+        except Exception as error:  # a finished run must not fail for its report
+            rank_zero_warn(f"PruningReport could not write its page; the run is complete without it: {error!r}")
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
-        self._look(trainer, pl_module)
-        found = as_json(self._found(trainer, pl_module))  # on all ranks, which may hold pieces of the parameters
-        masks = _masks(trainer, pl_module)
-        folder = trainer.log_dir or trainer.default_root_dir  # all ranks have to ask for it
+        self._record_sparsity(trainer, pl_module)
+        found = as_json(self._found(trainer, pl_module))  # on all ranks, since parameters may be sharded
+        masks = masks_of(trainer, pl_module)
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective
         if trainer.is_global_zero:
             path = Path(self.path or Path(folder) / "pruning_report.html")
-            _write(path, found, _figures(self.history, found, masks, STYLE))
+            _write(path, found, figures_of(self.history, found, masks, STYLE))
             if self.log_figures:
-                _log(trainer, _figures(self.history, found, masks, {}))
+                _log(trainer, figures_of(self.history, found, masks, {}))
 
     def _found(self, trainer: Trainer, model: LightningModule) -> dict[str, Any]:
-        """Return all that the page says, as JSON has it."""
+        """Return the data of the page, as JSON."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in report.rows(model, (), ())]
         callbacks = training_methods(trainer)
         return {
@@ -199,31 +197,6 @@ class PruningReport(Callback):
         self.history = History([(at, level) for at, level in state_dict["sparsity"]], pairs)
         self._before = dict(state_dict["before"])
         self._validated = set(state_dict["validated"])
-
-
-def _masks(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the full masks of all targets, as their weights show them."""
-    parameters = named_parameters(model)
-    names = [name for callback in training_methods(trainer) for name in callback.target_names()]
-    return {name: full_tensor(local(parameters[name]) != 0, parameters[name]) for name in names}
-
-
-def _figures(
-    history: History, found: Mapping[str, Any], masks: Mapping[str, Tensor], style: dict[Any, Any]
-) -> "dict[str, Figure]":
-    """Return the figures of the page by name."""
-    from matplotlib import pyplot, rc_context
-
-    rows = tuple(report.Row(r["name"], tuple(r["shape"]), r["weights"], r["zeros"]) for r in found["layers"])
-    with rc_context(style):
-        figures = {name: plots.plot_history(history, name)[0] for name in history.metrics}
-        figures = figures or {"history": plots.plot_history(history)[0]}
-        figures["sparsity"] = plots.plot_sparsity(report.Summary(rows))[0]
-        if masks:
-            figures["masks"] = plots.plot_masks(masks)[0]
-    for figure in figures.values():
-        pyplot.close(figure)  # it stays as it is, and pyplot shows it no more
-    return figures
 
 
 def _write(path: Path, found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> None:

@@ -1,28 +1,24 @@
-"""Configuration: the arguments of objects as YAML that LightningCLI reads back."""
+"""Configuration: the arguments of objects as YAML for LightningCLI."""
 
 import inspect
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_prune.methods.distillation import Distillation
-from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.representation import parameters_of
 from lightning_prune.validation.values import scalar
 
 
 def as_yaml(trainer: Mapping[str, Any], callbacks: Iterable[Any], seed: int | None = None) -> str:
-    """Return a configuration for LightningCLI, without the arguments that have their defaults.
+    """Return a configuration for LightningCLI, without arguments that have their default values.
 
     Args:
         trainer: Arguments of the Trainer.
-        callbacks: Callbacks, each of which has its arguments as attributes of the same names.
-        seed: What ``seed_everything`` was given.
+        callbacks: Callbacks that store their arguments as attributes of the same names.
+        seed: The argument of ``seed_everything``.
 
     >>> from lightning_prune import Channel, MagnitudePruning
     >>> print(as_yaml({"max_epochs": 5}, [MagnitudePruning(0.9, granularity=Channel())], seed=1), end="")
@@ -43,9 +39,9 @@ def as_yaml(trainer: Mapping[str, Any], callbacks: Iterable[Any], seed: int | No
 
 
 def plain(value: Any) -> Any:
-    """Return a value in the words of YAML: numbers, strings, lists, dicts, and import paths of all else.
+    """Return a value in the types of YAML: numbers, strings, lists, dicts, and import paths for anything else.
 
-    Of a network only the class is told: its weights are no configuration.
+    A network becomes its class alone: weights are not configuration.
 
     >>> from lightning_prune import Entropy
     >>> plain((1, 2)), plain(len), plain(Entropy(bins=8))
@@ -55,7 +51,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return str(value)  # a subclass, such as NumPy's, is nothing that YAML knows
+        return str(value)  # YAML does not support subclasses, such as NumPy's
     if isinstance(value, Mapping):
         return {plain(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
@@ -68,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
-    """Return the arguments that make an object like this one, from its attributes, without those that are defaults.
+    """Return the arguments that create an object like this one, from its attributes, without default values.
 
     >>> from lightning_prune import EntropyPruning
     >>> arguments_of(EntropyPruning(0.5, bins=8, start=2))
@@ -78,7 +74,7 @@ def arguments_of(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (parameter, own) in parameters_of(cls).items():
         argument = getattr(value, name, parameter.default)
-        # a preset may fix an argument of its base, and then takes it no more
+        # a preset may fix an argument of its base, and no longer accept it
         if not _same(argument, parameter.default) and (own or _takes(cls, {**found, name: argument})):
             found[name] = argument
     return found
@@ -89,27 +85,17 @@ def _takes(cls: type, arguments: Mapping[str, Any]) -> bool:
         cls(**arguments)
     except TypeError:
         return False
-    except ValueError:  # the class has looked at them: another one is still missing
+    except ValueError:  # the class has accepted them, but misses another one
         return True
     return True
 
 
 def _same(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and bool(value == default)  # 1 step is not all of the run, 1.0
+    return type(value) is type(default) and bool(value == default)  # 1 is one step, 1.0 the whole run
 
 
 def _path(value: Any) -> str:
-    """Return the import path of a class or function, the short one where this package has it."""
+    """Return the import path of a class or function, the short one if this package exports it."""
     package, name = __name__.partition(".")[0], value.__qualname__
     short = getattr(sys.modules[package], name, None) is value
     return f"{package if short else value.__module__}.{name}"
-
-
-def configuration(trainer: Trainer) -> str:
-    """Return the YAML of this package's callbacks, and of the Trainer's arguments that decide over the steps."""
-    defaults = inspect.signature(Trainer.__init__).parameters
-    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
-    given = {name: getattr(trainer, name) for name in names if getattr(trainer, name) != defaults[name].default}
-    own: list[Any] = [c for c in trainer.callbacks if isinstance(c, MaskedTraining | Distillation)]  # type: ignore[attr-defined]
-    seed = os.environ.get("PL_GLOBAL_SEED")
-    return as_yaml(given, own, None if seed is None else int(seed))

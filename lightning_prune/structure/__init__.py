@@ -1,1 +1,1 @@
-"""Which channels depend on each other, and how they are cut out of a model and found again in a checkpoint."""
+"""Changing the structure of a model: groups of units that go together, the equivalence check, the cut, its record."""

@@ -1,4 +1,4 @@
-"""Loading: how the kept channels of a shrunk model travel in its checkpoint, and how its own class takes them up."""
+"""Checkpoints of shrunk models: they carry the cut record, by which a model of the original class is cut to fit."""
 
 import sys
 import warnings
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_prune.models.copying import copied
-from lightning_prune.structure.cut_record import Kept, kept_of, remember
+from lightning_prune.structure.cut_record import CutRecord, cut_record_of, record_cut
 from lightning_prune.structure.surgery import cut
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
@@ -28,16 +28,16 @@ _FROM_CLI = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.
 
 
 def save_shrunk(model: nn.Module, path: str | Path) -> None:
-    """Save the weights of a shrunk model, and which channels of its class they are; ``load_shrunk`` reads it.
+    """Save the weights of a shrunk model and which channels it has kept; ``load_shrunk`` reads the file.
 
-    Of a ``LightningModule`` ``Trainer.save_checkpoint`` saves both as well.
+    For a ``LightningModule``, ``Trainer.save_checkpoint`` saves both as well.
 
     Raises:
         ValueError: If the model has never been shrunk.
     """
     instance("model", model, nn.Module)
     file = as_path("path", path)
-    kept = kept_of(model)
+    kept = cut_record_of(model)
     if kept is None:
         raise ValueError(f"the model must have been shrunk, got a {type(model).__name__} that has not")
     torch.save({"state_dict": model.state_dict(), KEY: kept.state_dict()}, file)
@@ -46,17 +46,17 @@ def save_shrunk(model: nn.Module, path: str | Path) -> None:
 def load_shrunk(
     model: Model | Callable[..., Model], checkpoint: str | Path | Mapping[str, Any], **kwargs: Any
 ) -> Model:
-    """Return a shrunk model, of its own class, from its checkpoint: no pickled model, no trace, no example input.
+    """Return a shrunk model of its original class from a checkpoint: no pickled model, no trace, no example input.
 
     Args:
-        model: The class of the model, or a function, which makes it as it was before it was shrunk; or such a model.
-        checkpoint: A file of ``Trainer.save_checkpoint`` or ``save_shrunk``, or what ``torch.load`` makes of it.
-        kwargs: Arguments of the class. Those that a ``LightningModule`` has saved in a Trainer's checkpoint need not be
-            given; this is then its ``load_from_checkpoint``.
+        model: The class of the model, or a function that builds it as it was before shrinking, or such a model.
+        checkpoint: A file by ``Trainer.save_checkpoint`` or ``save_shrunk``, or what ``torch.load`` returns for it.
+        kwargs: Arguments of the class. Those that a ``LightningModule`` saves in a Trainer's checkpoint can be left
+            out, as for ``load_from_checkpoint``.
 
     Raises:
-        ValueError: If the checkpoint is none of a shrunk model, or of another one; a model that was given stays as it
-            was.
+        ValueError: If the checkpoint is not one of a shrunk model, or does not fit the model; a model that was given is
+            then left as it was.
 
     >>> from lightning_prune.structure.shrinking import shrink
     >>> def build():
@@ -69,7 +69,7 @@ def load_shrunk(
     Linear(in_features=4, out_features=1, bias=True)
     """
     if not callable(model):
-        raise TypeError(f"model must be a class, a function that makes a model, or a model, got {shown(model)}")
+        raise TypeError(f"model must be a class, a function that builds a model, or a model, got {shown(model)}")
     if not isinstance(checkpoint, Mapping):
         checkpoint = as_path("checkpoint", checkpoint)
     load = getattr(model, "load_from_checkpoint", None) if isinstance(model, type) else None
@@ -77,64 +77,64 @@ def load_shrunk(
         return cast(Model, load(checkpoint, map_location="cpu", **kwargs))
     state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
     if isinstance(model, nn.Module) and kwargs:
-        raise ValueError(f"arguments must be given to a class only, got {sorted(kwargs)} for a model")
+        raise ValueError(f"arguments must be given for a class only, got {sorted(kwargs)} for a model")
     loaded = model if isinstance(model, nn.Module) else model(**kwargs)
     if not isinstance(loaded, nn.Module):
-        raise TypeError(f"model must make a Module, got {shown(model)}, which made {shown(loaded)}")
+        raise TypeError(f"model must return a Module, got {shown(model)}, which returned {shown(loaded)}")
     if loaded is model:
-        _load_whole(copied(loaded), state)  # what fails halfway has to leave the model as it was
-    _load_whole(loaded, state)
+        _cut_and_load(copied(loaded), state)  # a failure halfway must leave the model as it was
+    _cut_and_load(loaded, state)
     return cast(Model, loaded)
 
 
-def _load_whole(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Cut a model to what a checkpoint has kept, and load the weights.
+def _cut_and_load(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a model to fit a checkpoint, and load the weights.
 
     Raises:
-        ValueError: If they do not fit; the model may have been cut by then.
+        ValueError: If they do not fit; the model may already have been cut.
     """
-    _take_up(model, checkpoint)
+    _cut_to_fit(model, checkpoint)
     try:
         model.load_state_dict(checkpoint["state_dict"])
-    except Exception as error:  # whatever torch, or a hook of the user's, says of weights that do not fit
+    except Exception as error:  # torch and the user's hooks raise errors of any type
         raise ValueError(f"checkpoint must fit a {type(model).__name__}, got one that does not: {error}") from error
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether ``save_shrunk`` wrote a file, and not a Trainer.
+    """Return whether ``save_shrunk`` wrote a file, rather than a Trainer.
 
     Raises:
-        ValueError: If neither did.
+        ValueError: If it is not a checkpoint.
     """
     try:
         return set(_read(path, mmap=zipfile.is_zipfile(path))) == {"state_dict", KEY}
     except ValueError as error:
-        # hyperparameters of any type, which only a Trainer saves
+        # only a Trainer saves hyperparameters of any type
         if zipfile.is_zipfile(path) and isinstance(error.__cause__, UnpicklingError):
             return False
         raise
 
 
 def _read(path: Path, mmap: bool = False) -> Mapping[str, Any]:
-    """Return what a file holds.
+    """Return the checkpoint in a file.
 
     Raises:
-        ValueError: If it is no checkpoint.
-        FileNotFoundError: If there is none.
+        ValueError: If it is not a checkpoint.
+        FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint must be a file of a shrunk model, got {str(path)!r}, where there is none")
+        raise FileNotFoundError(f"checkpoint must be an existing file of a shrunk model, got {str(path)!r}")
     try:
         return _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"checkpoint must be a file of a shrunk model, got {str(path)!r}: {error}") from error
+        raise ValueError(f"checkpoint must be the file of a shrunk model, got {str(path)!r}: {error}") from error
 
 
 def _checked(saved: Any) -> Mapping[str, Any]:
-    """Return what a file holds.
+    """Return what a file holds if it is a checkpoint.
 
     Raises:
-        ValueError: If it is no checkpoint.
+        ValueError: If it is not.
     """
     if not isinstance(saved, Mapping) or "state_dict" not in saved:
         found = f"the entries {list(saved)[:5]}" if isinstance(saved, Mapping) else shown(saved)
@@ -143,22 +143,22 @@ def _checked(saved: Any) -> Mapping[str, Any]:
 
 
 def travel_along(model: nn.Module) -> None:
-    """Let a ``LightningModule`` add what it has kept to every checkpoint; other modules have no checkpoints."""
+    """Let a ``LightningModule`` add its cut record to every checkpoint; other modules save none."""
     if hasattr(type(model), "on_save_checkpoint"):
-        # on this model alone: its class stays what it is
+        # on this instance alone: its class stays as it is
         vars(model)["on_save_checkpoint"] = partial(_save, model)
 
 
 def _save(model: Any, checkpoint: dict[str, Any]) -> None:
     type(model).on_save_checkpoint(model, checkpoint)
-    kept = kept_of(model)
+    kept = cut_record_of(model)
     assert kept is not None
     checkpoint[KEY] = kept.state_dict()
     name = checkpoint.get(model.CHECKPOINT_HYPER_PARAMS_NAME)
     if name not in (None, "kwargs"):
         warnings.warn(
-            f"load this checkpoint of a shrunk model by load_shrunk({type(model).__name__}(...), path), since "
-            f"load_from_checkpoint cannot: its hyperparameters are all in one argument, {name!r}",
+            f"load this checkpoint of a shrunk model with load_shrunk({type(model).__name__}(...), path): "
+            f"load_from_checkpoint cannot, since all hyperparameters are in one argument, {name!r}",
             stacklevel=2,
         )
         return
@@ -168,12 +168,12 @@ def _save(model: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def instantiate(cls: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """Return a ``LightningModule`` that takes up the kept channels of the checkpoint that it is going to load."""
+    """Return a ``LightningModule`` that cuts itself to fit the checkpoint that it is going to load."""
     return _expecting(cls(**kwargs))
 
 
 def instantiate_from_cli(cls: Any, kwargs: dict[str, Any]) -> Any:
-    """Return likewise one whose arguments ``LightningCLI`` has saved."""
+    """Return such a ``LightningModule`` from arguments that ``LightningCLI`` has saved."""
     from lightning.pytorch.cli import instantiate_module
 
     return _expecting(instantiate_module(cls, kwargs))
@@ -185,25 +185,25 @@ def _expecting(model: nn.Module) -> nn.Module:
 
 
 def _load(model: Any, checkpoint: dict[str, Any]) -> None:
-    del vars(model)["on_load_checkpoint"]  # the method of the class is next
-    _take_up(model, checkpoint)
+    del vars(model)["on_load_checkpoint"]  # so that the method of the class is found next
+    _cut_to_fit(model, checkpoint)
     model.on_load_checkpoint(checkpoint)
 
 
-def _take_up(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Cut a model to what a checkpoint has kept.
+def _cut_to_fit(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a model to fit a checkpoint.
 
     Raises:
-        ValueError: If the checkpoint is none of a shrunk model, or of another one; the model is left as it was.
+        ValueError: If the checkpoint is not one of a shrunk model, or of another model, which is left as it was.
     """
     missing = {KEY, "state_dict"}.difference(checkpoint)
     if missing:
         raise ValueError(
             f"the checkpoint must be one of a shrunk model, with {sorted(missing)}, got {list(checkpoint)}"
         )
-    kept = Kept.from_state_dict(checkpoint[KEY])
+    kept = CutRecord.from_state_dict(checkpoint[KEY])
     cut(model, kept)
-    remember(model, kept)
+    record_cut(model, kept)
     travel_along(model)
 
 
@@ -212,7 +212,7 @@ def _path(function: Callable[..., Any]) -> str:
 
 
 def _trust() -> None:
-    """Let Lightning call the two functions above: they run no code but that of the class that loads."""
+    """Let Lightning call the two functions above: they run no code but that of the class being loaded."""
     for name in ("lightning.pytorch.core.saving", "pytorch_lightning.core.saving"):
         allowed: set[str] = getattr(
             sys.modules.get(name), "_ALLOWED_INSTANTIATORS", set()

@@ -1,4 +1,4 @@
-"""Kept: what a smaller model has kept of the model that it was, and how that is written down."""
+"""The cut record: which parts of its former tensors a shrunk model has kept, and how a checkpoint stores that."""
 
 import re
 from collections.abc import Mapping
@@ -11,33 +11,33 @@ from torch import Tensor, nn
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.validation.states import MASKS, every, one, record, row, table, whole
 
-_ATTRIBUTE = "_kept_channels"
-_PLACE = one("names of a dimension and a tensor", lambda value: all(map(re.compile(r"\d+:").match, value)))
+_ATTRIBUTE = "_kept_channels"  # of a shrunk model; pickled models and users rely on it
+_KEY = one("names of a dimension and a tensor", lambda value: all(map(re.compile(r"\d+:").match, value)))
 _HEADS = one("at least one head, and no more than there were", lambda value: 1 <= value[1] <= value[0])
-_ROW = one("a mask of one dimension", lambda value: len(value) == 1)
-_WRITTEN = record(
-    places=every(MASKS, record(shapes=every(_PLACE, table(_ROW)))),
+_VECTOR = one("a mask of one dimension", lambda value: len(value) == 1)
+_STATE = record(
+    places=every(MASKS, record(shapes=every(_KEY, table(_VECTOR)))),
     heads=table(every(row(whole(), whole()), _HEADS)),
 )
 
 
 @dataclass(frozen=True)
-class Kept:
+class CutRecord:
     """What is kept of a model when units are cut out of it.
 
     Args:
-        places: By name and dimension of a tensor: which places (bool, of the length that it had) are kept.
-        heads: By name of an attention: the number of heads that it had and has.
+        places: Which indices are kept, by name and dimension of a tensor: bool, of the length before the cut.
+        heads: The number of heads before and after the cut, by name of the attention.
     """
 
     places: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
-    def then(self, later: "Kept") -> "Kept":
-        """Return what is kept after a later cut, of what was there before both.
+    def then(self, later: "CutRecord") -> "CutRecord":
+        """Return the record of both cuts, this one and a later one.
 
-        >>> first = Kept({("weight", 0): torch.tensor([True, False, True])})
-        >>> first.then(Kept({("weight", 0): torch.tensor([False, True])})).places
+        >>> first = CutRecord({("weight", 0): torch.tensor([True, False, True])})
+        >>> first.then(CutRecord({("weight", 0): torch.tensor([False, True])})).places
         {('weight', 0): tensor([False, False,  True])}
         """
         places = dict(self.places)
@@ -45,17 +45,17 @@ class Kept:
             earlier = self.places.get(place, torch.ones_like(kept))
             places[place] = torch.zeros_like(earlier).masked_scatter(earlier, kept)
         heads = {name: (self.heads.get(name, counts)[0], counts[1]) for name, counts in later.heads.items()}
-        return Kept(places, {**self.heads, **heads})
+        return CutRecord(places, {**self.heads, **heads})
 
     def of_mask(self, name: str, mask: Tensor) -> Tensor:
-        """Return what is left of the mask of a parameter."""
+        """Return the part of a parameter's mask that is kept."""
         for (part, dim), kept in self.places.items():
             if part == name:
                 mask = select(mask, dim, kept)
         return mask
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors that these places are not places of.
+        """Raise if the record does not fit these tensors.
 
         Raises:
             ValueError: If a name is missing, or a dimension has another length.
@@ -69,29 +69,29 @@ class Kept:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain tensors and numbers, at a bit a place."""
+        """Return plain tensors and numbers, one bit an index."""
         places = pack_all({f"{dim}:{name}": kept for (name, dim), kept in self.places.items()})
         return {"version": 1, "places": places, "heads": {name: list(counts) for name, counts in self.heads.items()}}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> "Kept":
-        """Return what ``state_dict`` wrote down.
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "CutRecord":
+        """Return the record that ``state_dict`` wrote.
 
         Raises:
             ValueError: If something is missing or damaged; the message names it.
 
-        >>> kept = Kept({("weight", 0): torch.tensor([True, False])}, {"attention": (4, 2)})
-        >>> Kept.from_state_dict(kept.state_dict()).heads
+        >>> kept = CutRecord({("weight", 0): torch.tensor([True, False])}, {"attention": (4, 2)})
+        >>> CutRecord.from_state_dict(kept.state_dict()).heads
         {'attention': (4, 2)}
         """
-        whole = isinstance(state, Mapping) and {"version", "places", "heads"} <= state.keys()
-        if not whole or state["version"] != 1:
+        complete = isinstance(state, Mapping) and {"version", "places", "heads"} <= state.keys()
+        if not complete or state["version"] != 1:
             raise ValueError(
                 f"'lightning_prune' of a checkpoint, the kept channels, must be of version 1, with places and heads, "
                 f"got {state!r:.80}"
             )
         try:
-            _WRITTEN("lightning_prune", state)
+            _STATE("lightning_prune", state)
         except ValueError as error:
             raise ValueError(f"the kept channels must have {error}") from error
         places = {}
@@ -101,8 +101,11 @@ class Kept:
         return cls(places, {name: (before, now) for name, (before, now) in state["heads"].items()})
 
 
+Kept = CutRecord  # the name in models that version 0.1 pickled
+
+
 def select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    """Return the places of a dimension that are kept (bool).
+    """Return the slices of a tensor along a dimension that are kept (bool).
 
     >>> select(torch.tensor([[1, 2, 3]]), 1, torch.tensor([True, False, True]))
     tensor([[1, 3]])
@@ -110,13 +113,13 @@ def select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
     return tensor.index_select(dim, kept.nonzero().squeeze(1).to(tensor.device))
 
 
-def remember(model: nn.Module, kept: Kept) -> None:
-    """Let a model know what it has kept, of the model that it was before its first cut."""
-    earlier = kept_of(model)
+def record_cut(model: nn.Module, kept: CutRecord) -> None:
+    """Store on a model what a cut has kept, relative to the model before its first cut."""
+    earlier = cut_record_of(model)
     setattr(model, _ATTRIBUTE, kept if earlier is None else earlier.then(kept))
 
 
-def kept_of(model: nn.Module) -> Kept | None:
-    """Return what a model has kept; None if it has never been shrunk."""
-    found: Kept | None = getattr(model, _ATTRIBUTE, None)
+def cut_record_of(model: nn.Module) -> CutRecord | None:
+    """Return the cut record of a model; None if it has never been shrunk."""
+    found: CutRecord | None = getattr(model, _ATTRIBUTE, None)
     return found

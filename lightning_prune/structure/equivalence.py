@@ -1,4 +1,4 @@
-"""Proof: a trial on a copy of a model shows whether its outputs stay the same without some of its units."""
+"""The equivalence check: whether the outputs of a model stay the same without some of its units, tried on a copy."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -6,27 +6,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.models.copying import copied, scratch
+from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, convert, device_of, difference, run
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.surgery import Decision, cut, kept_by, silence
+from lightning_prune.structure.surgery import Decision, cut, kept_by, zero_units
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-5
 
 
-def removable(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
-    """Return the names of the groups of which units can be removed, as a trial with random weights shows."""
+def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
+    """Return the names of the groups whose units can be removed, as a trial with random weights shows."""
     decisions = [(group, torch.arange(group.size) % 2 == 0) for group in groups]
-    trial = scratch(model)
+    trial = hookless_copy(model)
     _randomize(trial)
-    silence(trial, decisions)
-    return {group.name for group, _ in agreeing(trial, decisions, inputs)}
+    zero_units(trial, decisions)
+    return {group.name for group, _ in equivalent_cuts(trial, decisions, inputs)}
 
 
 @torch.no_grad()
 def _randomize(model: nn.Module) -> None:
-    """Give a model weights of no special value: zeros or ones would hide what depends on what."""
+    """Give a model random weights, since zeros or ones would hide dependencies."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(tensor: Tensor, low: float, high: float) -> None:
@@ -42,44 +42,44 @@ def _randomize(model: nn.Module) -> None:
                 draw(statistic, 0.5, 1.5)
 
 
-def agreeing(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) -> list[Decision]:
-    """Return the decisions after which a model, whose units that are not kept are zero, puts out what it did before.
+def equivalent_cuts(model: nn.Module, decisions: Sequence[Decision], inputs: Inputs) -> list[Decision]:
+    """Return the decisions that leave the outputs of a model as they are; the units that go must already be zero.
 
-    All of them are tried together first, and halves of them where they do not agree. The model is left as it is.
+    All decisions are tried together first, then halves of them where the outputs differ. The model is left as it is.
     """
     precise, inputs = _precise(model, inputs)
     expected = run(precise, inputs)
 
-    def agree(part: Sequence[Decision]) -> bool:
+    def equivalent(part: Sequence[Decision]) -> bool:
         trial = copied(precise)
         try:
             cut(trial, kept_by(trial, part))
             return difference(expected, run(trial, inputs)) <= TOLERANCE
-        except Exception:  # the forward of the user, which may well insist on its sizes
+        except Exception:  # the user's forward may rely on its sizes
             return False
 
-    found = _search(list(decisions), agree)
-    if len(found) < len(decisions) and not agree(found):  # what agrees alone may not agree together
+    found = _bisect(list(decisions), equivalent)
+    if len(found) < len(decisions) and not equivalent(found):  # decisions that are safe alone may not be so together
         together: list[Decision] = []
         for decision in found:
-            together = [*together, decision] if agree([*together, decision]) else together
+            together = [*together, decision] if equivalent([*together, decision]) else together
         return together
     return found
 
 
-def _search(part: list[Decision], agree: Callable[[Sequence[Decision]], bool]) -> list[Decision]:
-    if not part or agree(part):
+def _bisect(part: list[Decision], equivalent: Callable[[Sequence[Decision]], bool]) -> list[Decision]:
+    if not part or equivalent(part):
         return part
     middle = len(part) // 2
-    return _search(part[:middle], agree) + _search(part[middle:], agree) if middle else []
+    return _bisect(part[:middle], equivalent) + _bisect(part[middle:], equivalent) if middle else []
 
 
 def _precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
-    """Return a copy of the model and inputs in double precision, if it runs in that."""
-    copy, device = scratch(model), device_of(model)
+    """Return a copy of the model and the inputs in double precision, or in their own if it does not run in that."""
+    copy, device = hookless_copy(model), device_of(model)
     try:
         wide = convert(inputs, device, torch.float64)
         run(copy.double(), wide)
-    except Exception:  # a forward with a type of its own
-        return scratch(model), inputs
+    except Exception:  # the user's forward may need its own dtype
+        return hookless_copy(model), inputs
     return copy, wide

@@ -1,4 +1,4 @@
-"""Groups: units of a model that live and die together, and where each of them lies."""
+"""Groups: units of a model that must be removed together, and where each of them lies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Role = Literal["makes", "follows", "reads"]
+Role = Literal["producer", "dependent", "consumer"]
+Direction = Literal["in", "out", "both"]  # which channels of a layer are removed
+Item = tuple[Any, Direction, list[int], list[Any]]  # module, direction, its channels, the channels of the first layer
 
 
 HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")
@@ -22,8 +24,9 @@ class Member:
     Args:
         name: Its qualified name.
         dim: The dimension along which they lie.
-        index: Their places in it (int64): a row of entries for each unit.
-        role: Whether its entries make the unit's output, follow it (bias, norm, statistics), or read it (columns).
+        index: Their indices in it (int64), a row for each unit.
+        role: "producer" for weights that compute the units, "dependent" for what goes along with their outputs (bias,
+            norm, running statistics), "consumer" for the columns of later weights that read them.
     """
 
     name: str
@@ -34,10 +37,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that can be removed from a model: each with all that dies with it.
+    """Units that can be removed from a model, each with everything that depends on it.
 
     Args:
-        name: The first weight that makes the units, by its qualified name.
+        name: The first weight that produces the units, by its qualified name.
         members: Where they lie.
         owner: The attention module whose heads they are; None for channels.
     """
@@ -67,9 +70,3 @@ class Graph:
 
     groups: tuple[Group, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
-
-
-Direction = Literal["in", "out", "both"]
-
-
-Item = tuple[Any, Direction, list[int], list[Any]]

@@ -1,4 +1,4 @@
-"""Shrinking: takes dead channels and heads out of a model, once it is proven that its outputs stay the same."""
+"""Shrinking: removes dead channels and heads from a model, once a check shows that its outputs stay the same."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.masks import Masks
-from lightning_prune.models.copying import copied, scratch
+from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.orientation import is_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.checkpoints import travel_along
-from lightning_prune.structure.cut_record import Kept, remember
-from lightning_prune.structure.equivalence import agreeing
+from lightning_prune.structure.cut_record import CutRecord, record_cut
+from lightning_prune.structure.equivalence import equivalent_cuts
 from lightning_prune.structure.groups import Graph
-from lightning_prune.structure.surgery import Decision, cut, kept_by, named_tensors, zero_units
+from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import by_name, instance, several
+from lightning_prune.validation.instances import by_name, instance, sequence_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,21 +35,21 @@ def shrink(
     optimizers: Sequence[Optimizer] = (),
     averages: Sequence[nn.Module] = (),
 ) -> Model:
-    """Return the model without its dead channels and heads: smaller, faster, the same classes, the same outputs.
+    """Return the model without its dead channels and heads: smaller and faster, with the same classes and outputs.
 
-    A channel is dead if everything that makes it is zero (its weights, bias and norm), or everything that reads it is.
-    The outputs of the model and of the smaller one are compared, in double precision and eval mode, before anything is
-    changed. What cannot be removed stays, as zeros, and is named in a warning.
+    A channel is dead if everything that produces it is zero (its weights, bias and norm), or every weight that reads
+    it. Before anything is changed, the outputs with and without the dead channels are compared in double precision and
+    eval mode. Channels that cannot be removed stay, as zeros, and a warning names them.
 
     Args:
         model: Any module; a ``LightningModule`` keeps its ``load_from_checkpoint``.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the
             ``example_input_array`` of a ``LightningModule``.
-        masks: Masks by parameter name that are applied first.
-        round_to: Keep a multiple of so many channels, as far as there are dead ones to keep.
-        inplace: Whether to shrink the model itself, rather than a copy. Parameters stay the same objects.
-        optimizers: The model's own, which go on with the smaller parameters; only in place.
-        averages: Copies of the model with averaged weights, also in an ``AveragedModel``, to shrink alike; only in
+        masks: Masks by parameter name, applied first.
+        round_to: Keep a multiple of this many channels, padded with dead ones where there are enough.
+        inplace: Whether to shrink the model itself rather than a copy. Parameters stay the same objects.
+        optimizers: The optimizers of the model, which go on with the smaller parameters; only in place.
+        averages: Copies of the model with averaged weights, also in an ``AveragedModel``, to shrink likewise; only in
             place.
 
     Raises:
@@ -69,12 +69,12 @@ def shrink(
     instance("model", model, nn.Module)
     round_to = integer("round_to", round_to, 1)
     inplace = flag("inplace", inplace)
-    optimizers = several("optimizers", optimizers, Optimizer)
-    averages = several("averages", averages, nn.Module)
+    optimizers = sequence_of("optimizers", optimizers, Optimizer)
+    averages = sequence_of("averages", averages, nn.Module)
     masks = Masks({} if masks is None else by_name("masks", masks, Tensor))
     if not inplace and (optimizers or averages):
         raise ValueError(
-            f"inplace must be True where optimizers or averages are given: they hold the model itself, got {inplace}"
+            f"inplace must be True if optimizers or averages are given, since they hold the model itself, got {inplace}"
         )
     inputs = needed_example_of(model, example_inputs)
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
@@ -90,36 +90,38 @@ def what_to_keep(
     masks: Masks,
     round_to: int = 1,
     averages: Sequence[nn.Module] = (),
-) -> Kept:
-    """Return what is kept of a model without its dead units; the model is left as it is, and what stays is named.
+) -> CutRecord:
+    """Return what is kept of a model without its dead units, and warn of dead units that stay.
+
+    The model is left as it is.
 
     Args:
         model: Any module.
         inputs: Example inputs.
-        masks: Masks that are applied first.
-        round_to: Keep a multiple of so many units, as far as there are dead ones to keep.
-        averages: Models of the same parameters, in which units have to be dead as well.
+        masks: Masks to apply first.
+        round_to: Keep a multiple of this many units, padded with dead ones where there are enough.
+        averages: Models with the same parameters, in which the units must be dead as well.
     """
-    proofs = [scratch(each) for each in (model, *averages)]
-    for proof in proofs:
-        masks.apply(proof)
-    first, *others = proofs
+    copies = [hookless_copy(each) for each in (model, *averages)]
+    for copy in copies:
+        masks.apply(copy)
+    first, *others = copies
     inputs = fitting(inputs, first)
     graph = trace(first, inputs)
     done = _removable(first, graph, inputs, round_to, others)
     for other in (*others, first) if others else ():
-        done = agreeing(other, done, inputs)
-    _name_what_stays(first, graph, done)
+        done = equivalent_cuts(other, done, inputs)
+    _warn_of_remaining(first, graph, done)
     return kept_by(first, done)
 
 
 def cut_all(
-    model: nn.Module, kept: Kept, optimizers: Sequence[Optimizer] = (), averages: Sequence[nn.Module] = ()
+    model: nn.Module, kept: CutRecord, optimizers: Sequence[Optimizer] = (), averages: Sequence[nn.Module] = ()
 ) -> None:
-    """Cut a model, the states of its optimizers and its averages in place, and let them know what they have kept."""
+    """Cut a model, its averages and the states of its optimizers in place, and record the cut on the models."""
     for each in (model, *map(unwrapped, averages)):
         cut(each, kept, optimizers)
-        remember(each, kept)
+        record_cut(each, kept)
         travel_along(each)
 
 
@@ -131,24 +133,24 @@ def unwrapped(average: nn.Module) -> nn.Module:
 def _removable(
     model: nn.Module, graph: Graph, inputs: Inputs, round_to: int, others: Sequence[nn.Module]
 ) -> list[Decision]:
-    """Return what can be removed: units that neither make nor are read, or, failing that, those that are not read."""
+    """Return what can be removed: units with no producer or no consumer left; where that fails, only the latter."""
     parameters = [named_parameters(each) for each in (model, *others)]
-    unread = {group.name: zero_units(parameters, group.role("reads")) for group in graph.groups}
+    unread = {group.name: dead_units(parameters, group.role("consumer")) for group in graph.groups}
     dead = {}
     for group in graph.groups:
-        made = [m for m in (*group.role("makes"), *group.role("follows")) if m.name in parameters[0]]
-        dead[group.name] = zero_units(parameters, made) | unread[group.name]
+        produced = [m for m in (*group.role("producer"), *group.role("dependent")) if m.name in parameters[0]]
+        dead[group.name] = dead_units(parameters, produced) | unread[group.name]
     first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
     first = [decision for decision in first if not decision[1].all()]
-    done = agreeing(model, first, inputs)
+    done = equivalent_cuts(model, first, inputs)
     kept = {group.name for group, _ in done}
     again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
     again = [decision for decision in again if not decision[1].all()]
-    return agreeing(model, [*done, *again], inputs) if again else done
+    return equivalent_cuts(model, [*done, *again], inputs) if again else done
 
 
 def _rounded(keep: Tensor, round_to: int) -> Tensor:
-    """Return a decision that keeps a multiple of units, at least one, by sparing the first ones that would go."""
+    """Return a decision that keeps a multiple of ``round_to`` units, at least one, by keeping the first dead ones."""
     wanted = min(len(keep), max(1, -(-int(keep.sum()) // round_to)) * round_to)
     spared = (~keep).nonzero().squeeze(1)[: max(0, wanted - int(keep.sum()))]
     return keep.index_fill(0, spared, True)
@@ -159,24 +161,25 @@ def _is_across(module: nn.Module) -> bool:
     return convolution or is_transposed(module) or isinstance(module, nn.Embedding)
 
 
-def _name_what_stays(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
-    """Warn of weights with dead channels that are not removed."""
+def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
+    """Warn of dead channels that are not removed."""
     tensors = named_tensors(model)
-    modules = model.named_modules()  # of an embedding a row is a word, which may well be zero, as that of padding is
+    modules = model.named_modules()  # rows of an embedding are tokens, and may be zero (padding)
     across = {plain_name(f"{n}.weight") for n, m in modules if _is_across(m)}
     removed = {group.name for group, _ in done}
-    stays = {}
+    remaining = {}
     for group in graph.groups:
-        if group.name not in removed and (count := int(zero_units([tensors], group.role("makes")).sum())):
-            stays[group.name] = f"{count} of {group.size}: the model does not put out the same without them"
+        if group.name not in removed and (count := int(dead_units([tensors], group.role("producer")).sum())):
+            remaining[group.name] = f"{count} of {group.size}: the outputs of the model differ without them"
     for name, reason in graph.left_out.items():
         weight = tensors[name].detach().movedim(1 if name in across else 0, 0)
         if count := int((~weight.flatten(1).any(1)).sum()):
-            stays[name] = f"{count} of {len(weight)}: {reason}"
-    if stays:
-        listed = "; ".join(f"{name} ({reason})" for name, reason in stays.items())
+            remaining[name] = f"{count} of {len(weight)}: {reason}"
+    if remaining:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in remaining.items())
         warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)
     elif not done:
         warnings.warn(
-            "nothing was removed: no channel is zero throughout, as after pruning by Channel or Head", stacklevel=3
+            "nothing was removed: no channel is all zero; prune with Channel() or Head() first",
+            stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Surgery: cuts units out of the parameters and buffers of a model, and tells its layers of their new sizes."""
+"""Surgery: cuts units out of the parameters and buffers of a model, and updates the sizes that its layers state."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 
 from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
-from lightning_prune.structure.cut_record import Kept, select
+from lightning_prune.structure.cut_record import CutRecord, select
 from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
 
 
-def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> Kept:
-    """Return what decisions on units keep of a model."""
+def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> CutRecord:
+    """Return what is kept of a model after decisions on its units."""
     decisions = list(decisions)
     shapes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
     places: dict[tuple[str, int], Tensor] = {}
@@ -26,28 +26,28 @@ def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> Kept:
             kept = places.setdefault(key, torch.ones(shapes[member.name][member.dim], dtype=torch.bool))
             kept[member.index[~keep.cpu()].flatten()] = False
     heads = {group.owner: (group.size, int(keep.sum())) for group, keep in decisions if group.owner is not None}
-    return Kept(places, heads)
+    return CutRecord(places, heads)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer once, under its plain name."""
+    """Return every parameter and buffer once, by its plain name."""
     return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def zero_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
-    """Return which units (bool) are zero in all of these members, in the tensors of all of these models."""
-    found = [entries(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
+def dead_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
+    """Return which units (bool) are zero in all of these members and in the tensors of all models."""
+    found = [unit_weights(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
     return ~torch.stack(found).any(0)
 
 
-def entries(tensor: Tensor, member: Member) -> Tensor:
-    """Return the entries of each unit in a tensor, a row a unit."""
+def unit_weights(tensor: Tensor, member: Member) -> Tensor:
+    """Return the elements of each unit in a tensor, a row a unit."""
     return tensor.movedim(member.dim, 0)[member.index.to(tensor.device)].flatten(1)
 
 
 @torch.no_grad()
-def silence(model: nn.Module, decisions: Iterable[Decision]) -> None:
-    """Zero, in place, the entries of parameters that belong to units which are not kept (bool, True = kept)."""
+def zero_units(model: nn.Module, decisions: Iterable[Decision]) -> None:
+    """Zero, in place, the weights of units that are not kept."""
     parameters = named_parameters(model)
     for (name, dim), kept in kept_by(model, decisions).places.items():
         if name in parameters:
@@ -55,15 +55,15 @@ def silence(model: nn.Module, decisions: Iterable[Decision]) -> None:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> None:
-    """Remove from a model, in place, what is not kept of it.
+def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Cut a model down, in place, to what is kept of it.
 
-    Parameters stay the same objects, so that optimizers and everything else that holds them go on with them.
+    Parameters stay the same objects, so that optimizers and other holders go on working.
 
     Args:
         model: Any module with tensors of these names and lengths.
         kept: What is kept.
-        optimizers: Those of the model, whose states are cut as well.
+        optimizers: The optimizers of the model; their states are cut as well.
 
     Raises:
         ValueError: If the model does not fit; it is left as it was.
@@ -74,19 +74,19 @@ def cut(model: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] = ()) -> N
         tensor = tensors[name]
         for optimizer in optimizers:
             _cut_state(optimizer, tensor, dim, places)
-        grad, tensor.grad = tensor.grad, None  # it has to be of the shape of the data at every moment
+        grad, tensor.grad = tensor.grad, None  # a gradient must always have the shape of the data
         tensor.data = select(tensor.data, dim, places)
         tensor.grad = None if grad is None else select(grad, dim, places)
     for name, module in model.named_modules():
-        tell(module)
+        update_sizes(module)
         if plain_name(name) in kept.heads:
-            _tell_heads(module, *kept.heads[plain_name(name)])
+            _update_heads(module, *kept.heads[plain_name(name)])
 
 
 def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
-    """Cut what an optimizer remembers of a parameter: entry by entry, or row by row; it forgets what it cannot cut."""
+    """Cut an optimizer's state of a parameter, element-wise or row-wise; a state of another shape is dropped."""
     if isinstance(optimizer, torch.optim.LBFGS):
-        optimizer.state.clear()  # one history of all parameters together
+        optimizer.state.clear()  # one history for all parameters
         optimizer._numel_cache = None
         return
     state = optimizer.state.get(parameter, {})
@@ -96,8 +96,8 @@ def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor
         fits = value.ndim == parameter.ndim
         if not fits or any(a not in (b, 1) for a, b in zip(value.shape, parameter.shape, strict=True)):
             warnings.warn(
-                f"{type(optimizer).__name__} forgets its state of a parameter that was cut: {key!r} has the shape "
-                f"{tuple(value.shape)}, which is none of a parameter of {tuple(parameter.shape)}",
+                f"{type(optimizer).__name__} loses its state of a parameter that was cut: {key!r} must have the shape "
+                f"of the parameter, {tuple(parameter.shape)}, or 1 along some dimensions, got {tuple(value.shape)}",
                 stacklevel=4,
             )
             optimizer.state.pop(parameter)
@@ -106,12 +106,12 @@ def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor
             state[key] = select(value, dim, places)
 
 
-def tell(module: nn.Module) -> None:
-    """Set the sizes that a layer states to those that its parameters have."""
+def update_sizes(module: nn.Module) -> None:
+    """Set the sizes that a layer states to those of its parameters."""
     if is_transposed(module):
         tell_transposed(module)
     elif isinstance(module, nn.modules.conv._ConvNd):
-        _tell_convolution(module)
+        _update_convolution(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
@@ -126,15 +126,15 @@ def tell(module: nn.Module) -> None:
         module.flatten_parameters()
 
 
-def _tell_convolution(module: nn.modules.conv._ConvNd) -> None:
+def _update_convolution(module: nn.modules.conv._ConvNd) -> None:
     outputs = int(module.transposed)
     if module.groups == module.in_channels == module.out_channels:
-        module.groups = module.weight.shape[0]  # one filter for each channel
+        module.groups = module.weight.shape[0]  # depthwise: one filter a channel
     module.out_channels = module.weight.shape[outputs] * (module.groups if module.transposed else 1)
     module.in_channels = module.weight.shape[1 - outputs] * (1 if module.transposed else module.groups)
 
 
-def _tell_heads(module: nn.Module, before: int, now: int) -> None:
+def _update_heads(module: nn.Module, before: int, now: int) -> None:
     for name in HEADS:
         if getattr(module, name, None) == before:
             setattr(module, name, now)

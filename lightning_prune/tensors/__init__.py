@@ -1,1 +1,1 @@
-"""Arithmetic on tensors: which entries are the lowest, and how a mask is applied, packed and shared among ranks."""
+"""Arithmetic on tensors: selecting the lowest elements, applying and packing masks, and distributed tensors."""

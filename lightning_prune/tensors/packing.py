@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 def pack(mask: Tensor) -> dict[str, Any]:
-    """Return a mask as one bit an entry: ``{"shape": [...], "bits": uint8 tensor on the CPU}``.
+    """Return a mask as one bit an element: ``{"shape": [...], "bits": uint8 tensor on the CPU}``.
 
     >>> pack(torch.tensor([True, False, True]))
     {'shape': [3], 'bits': tensor([160], dtype=torch.uint8)}
     """
     flat = mask.reshape(-1).to("cpu", torch.uint8)
     flat = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    place = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
-    return {"shape": list(mask.shape), "bits": (flat * place).sum(1, dtype=torch.uint8)}
+    bit = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+    return {"shape": list(mask.shape), "bits": (flat * bit).sum(1, dtype=torch.uint8)}
 
 
 def unpack(packed: Mapping[str, Any]) -> Tensor:
@@ -40,7 +40,7 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
 
 
 def pack_all(masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return masks by name as ``{"shapes": {name: [...]}, "bits": uint8 tensor}``; one tensor, since each has a cost.
+    """Return masks by name as ``{"shapes": {name: [...]}, "bits": uint8 tensor}``: one tensor is the fastest to save.
 
     >>> pack_all({"weight": torch.tensor([True, False, True])})
     {'shapes': {'weight': [3]}, 'bits': tensor([160], dtype=torch.uint8)}
@@ -57,7 +57,7 @@ def unpack_all(packed: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the masks that ``pack_all`` packed.
 
     Raises:
-        ValueError: If bits are missing, of the parameter that is named, or left over.
+        ValueError: If bits are missing, for the parameter that the message names, or left over.
 
     >>> unpack_all(pack_all({"weight": torch.tensor([True, False, True])}))
     {'weight': tensor([ True, False,  True])}
@@ -69,7 +69,7 @@ def unpack_all(packed: Mapping[str, Any]) -> dict[str, Tensor]:
         try:
             masks[name] = unpack({"shape": shape, "bits": packed["bits"][begin:end]})
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"the state must hold a whole mask of {name!r}, got: {error}") from error
+            raise ValueError(f"the state must hold a complete mask of {name!r}, got: {error}") from error
         begin = end
     if begin != len(packed["bits"]):
         raise ValueError(f"the state must hold {begin} bytes of masks for {list(masks)}, got {len(packed['bits'])}")

@@ -1,4 +1,4 @@
-"""Radix selection: the k-th smallest of any number of floats, by counting the digits of their bits."""
+"""Radix selection: the k-th smallest of any number of floats, by counting 16-bit digits."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,18 +9,18 @@ from torch import Tensor
 Reduce = Callable[[Tensor], Tensor]
 
 _DIGIT = 16  # bits a pass: 2**16 counters stay in the cache
-_SIGMAS = 4.0  # a range that follows from a random sample misses the k-th once in 16,000
+_SIGMAS = 4.0  # the range estimated from a random sample misses the k-th smallest once in 16,000 times
 
 
 def identity(counts: Tensor) -> Tensor:
-    """Return the counters as they are: the sum over one process."""
+    """Return the counters as they are: the sum over a single process."""
     return counts
 
 
 def keys(scores: Tensor, bits: int = 32, kept: Tensor | None = None) -> Tensor:
-    """Return signed integers of 32 or 64 bits that order as the floats do (-0.0 equals 0.0).
+    """Return signed integers of 32 or 64 bits that sort like the floats (-0.0 equals 0.0).
 
-    Where ``kept`` (bool) is False, the key is the lowest of all, whatever the score.
+    Where ``kept`` (bool) is False, the key is the lowest possible, whatever the score.
 
     >>> keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).diff().sign().tolist()
     [1, 0, 1]
@@ -28,18 +28,18 @@ def keys(scores: Tensor, bits: int = 32, kept: Tensor | None = None) -> Tensor:
     floats, integer = (torch.float32, torch.int32) if bits == 32 else (torch.float64, torch.int64)
     most = torch.iinfo(integer).max
     values = scores.to(floats)
-    key = values.view(integer)  # positive floats order as their bits do: nothing to compute, nor to write
-    # negative ones order backwards: flip all their bits but the sign (integers of 64 bits are slow to look through)
+    key = values.view(integer)  # the bits of positive floats sort like the floats: nothing to do
+    # those of negative floats sort in reverse: flip all bits but the sign (a minimum of 64-bit integers is slow)
     if key.numel() and not bool(values.amin() > 0) and int(key.amin()) < 0:
         key = (values + 0.0).view(integer)
         key.bitwise_xor_(key.bitwise_right_shift(bits - 1).bitwise_and_(most))
-    if kept is not None:  # zero or minus one, flipped: the greatest or the lowest integer; no branch on single entries
+    if kept is not None:  # 0 or -1, flipped: the largest or the smallest integer; branch-free
         key = torch.minimum(key, kept.view(torch.int8).sub(1).to(integer).bitwise_xor_(most))
     return key
 
 
 def _histogram(key: Tensor, shift: int, prefix: int | None) -> Tensor:
-    """Count the 16-bit digits at ``shift`` of the keys that begin with ``prefix``."""
+    """Count the 16-bit digits at ``shift`` of the keys with this prefix."""
     if prefix is None:
         digits = key.bitwise_right_shift(shift).add_(1 << (_DIGIT - 1))  # signed: the lowest key gets digit 0
     else:
@@ -49,10 +49,10 @@ def _histogram(key: Tensor, shift: int, prefix: int | None) -> Tensor:
 
 
 def kth(stream: Callable[[], Iterable[Tensor]], k: int, bits: int, reduce: Reduce = identity) -> tuple[int, int, int]:
-    """Return the k-th smallest key, how many keys equal to it are among the k smallest, and how many there are.
+    """Return the k-th smallest key, how many of the k smallest equal it, and how many of all keys do.
 
     Args:
-        stream: Gives the keys, integer tensors of any number and size, anew at each pass.
+        stream: Returns the keys, any number of integer tensors of any size; called once a pass.
         k: From 1 to the number of keys on all ranks.
         bits: Width of the keys: 32 or 64.
         reduce: Sums a vector of counters over the ranks.
@@ -77,11 +77,11 @@ def kth(stream: Callable[[], Iterable[Tensor]], k: int, bits: int, reduce: Reduc
 
 
 def likely(sample: Sequence[Tensor], share: float, bits: int, reduce: Reduce = identity) -> tuple[int, int]:
-    """Return the least and the greatest key of a range that very likely holds a quantile of all keys.
+    """Return the ends of a range of keys that very likely contains a quantile of all keys.
 
     Args:
-        sample: Some of the keys, on this rank.
-        share: How many of all keys are up to the quantile, above 0 to 1.
+        sample: A random sample of the keys of this rank.
+        share: The quantile, in (0, 1].
         bits: Width of the keys: 32 or 64.
         reduce: Sums a vector of counters over the ranks.
 

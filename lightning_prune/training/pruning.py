@@ -12,7 +12,7 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight, shrinkable
 from lightning_prune.masks import Masks
 from lightning_prune.models import summary as report
-from lightning_prune.structure.cut_record import Kept
+from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.protocols import averaged_models
@@ -124,7 +124,7 @@ class Pruning(ScheduledTraining):
         state = self.state
         others = averaged_models(trainer.callbacks)  # type: ignore[attr-defined]
         mine = what_to_keep(pl_module, state.inputs, state.masks, averages=others)
-        kept: Kept = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
+        kept: CutRecord = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
         cut_all(pl_module, kept, trainer.optimizers, others)
         state.masks = Masks({name: kept.of_mask(name, mask) for name, mask in state.masks.items()})
         # the sparsity stays that of the targets as they were

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.surgery import entries
+from lightning_prune.structure.surgery import unit_weights
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.units import Norms, Units, Values
@@ -69,7 +69,9 @@ class CoupledUnits(Units):
         super().__init__(target.name, target.parameter, target.modules, dim, group.size, False, norms)
         self.group = group
         self.members: Members = [(parameters[m.name], m) for m in group.members if m.name in parameters]
-        self.producers: Members = [(parameter, member) for parameter, member in self.members if member.role == "makes"]
+        self.producers: Members = [
+            (parameter, member) for parameter, member in self.members if member.role == "producer"
+        ]
         self._weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
         self.minimum = min(coupling.minimum, self.size)
         self.round_to = coupling.round_to
@@ -83,7 +85,7 @@ class CoupledUnits(Units):
     @property
     @override
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter, member in self.members if member.role != "reads"]
+        return [parameter for parameter, member in self.members if member.role != "consumer"]
 
     @property
     @override
@@ -92,7 +94,7 @@ class CoupledUnits(Units):
 
     @override
     def norms(self) -> list[nn.Module]:
-        owners = [self._owners.get(parameter) for parameter, member in self.members if member.role == "follows"]
+        owners = [self._owners.get(parameter) for parameter, member in self.members if member.role == "dependent"]
         return [owner for owner in dict.fromkeys(owners) if isinstance(owner, _NormBase)]
 
     @override
@@ -103,7 +105,7 @@ class CoupledUnits(Units):
 
     def joined(self, tensors: Sequence[tuple[Tensor, Member]]) -> Tensor:
         """Return the elements of each unit in several tensors, a row a unit."""
-        return torch.cat([entries(tensor, member).to(self.parameter.device) for tensor, member in tensors], 1)
+        return torch.cat([unit_weights(tensor, member).to(self.parameter.device) for tensor, member in tensors], 1)
 
     @override
     def contribution(self) -> Tensor:
@@ -112,16 +114,16 @@ class CoupledUnits(Units):
 
     def gate_part(self, parameter: nn.Parameter, member: Member) -> Tensor:
         """Return what one parameter of the gates contributes to each unit."""
-        values = entries(weight_times_gradient(weight_of(parameter, self.grad_scale)), member)
+        values = unit_weights(weight_times_gradient(weight_of(parameter, self.grad_scale)), member)
         return values.sum(1).to(self.parameter.device)
 
     def _gate_members(self) -> Members:
         """Return the parameters that the gates lie in, producers first; those that a norm follows do not count."""
-        found, followers = self.find_norms(), [p for p, member in self.members if member.role == "follows"]
+        found, followers = self.find_norms(), [p for p, member in self.members if member.role == "dependent"]
         layers = {self._owners[parameter] for parameter, _ in self.producers}
         layers = {own for own in layers if own not in found or not affine_of(found[own], followers, self.name)}
         affine = [own for norm in self.norms() for own in affine_of(norm, followers, self.name)]
-        gates = [(p, m) for p, m in self.members if m.role != "reads"]
+        gates = [(p, m) for p, m in self.members if m.role != "consumer"]
         return [(p, m) for p, m in gates if self._owners[p] in layers or among(p, affine)]
 
     @override
@@ -134,7 +136,7 @@ class CoupledUnits(Units):
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         if any(member.name not in masks for _, member in self.producers):
             return None
-        alive = [entries(masks[member.name], member).any(1) for _, member in self.producers]
+        alive = [unit_weights(masks[member.name], member).any(1) for _, member in self.producers]
         return torch.stack([part.to(self.parameter.device) for part in alive]).any(0)
 
     @override
@@ -181,7 +183,7 @@ class RowUnits(CoupledUnits):
 
     @override
     def gate_part(self, parameter: nn.Parameter, member: Member) -> Tensor:
-        if member.role == "makes":
+        if member.role == "producer":
             return self.sum(weight_times_gradient)
         return super().gate_part(parameter, member)[self.at]
 

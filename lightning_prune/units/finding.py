@@ -10,11 +10,12 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.layer_kinds import rows_are_gates
-from lightning_prune.models.norms import norms_behind
+from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, channel_dim, named_parameters
-from lightning_prune.structure.equivalence import removable
+from lightning_prune.structure.equivalence import removable_groups
+from lightning_prune.structure.grouping import packed_heads
 from lightning_prune.structure.groups import Graph, Group
-from lightning_prune.structure.tracing import packed_heads, trace
+from lightning_prune.structure.tracing import trace
 from lightning_prune.tensors.distributed import is_sharded, over_ranks
 from lightning_prune.units.coupled import CoupledUnits, Coupling, JoinedUnits, RowUnits
 from lightning_prune.units.units import Norms, Units
@@ -33,7 +34,7 @@ class MakesUnits(Protocol):
 
 def make_units(found: Sequence[Target], model: nn.Module, granularity: MakesUnits) -> list[Units]:
     """Return the units of every target, with the parameters of the model that follow them."""
-    norms = cache(partial(norms_behind, model))  # traces the model: only if somebody asks
+    norms = cache(partial(following_norms, model))  # traces the model: only if somebody asks
     if not granularity.follows:
         return [granularity.units(target, norms=norms) for target in found]
     names = {parameter: name for name, parameter in named_parameters(model).items()}
@@ -99,17 +100,17 @@ def coupled_units(
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
     candidates, reasons = _candidates(graph, coupling, targets, parameters)
     proven = _proven(model, candidates, inputs, distributed)
-    made = {member.name for group in proven for member in group.role("makes")}
+    made = {member.name for group in proven for member in group.role("producer")}
     for group in candidates:
         reason = "the outputs of the model change without some of its units"
-        reasons.update({member.name: reason for member in group.role("makes")})
+        reasons.update({member.name: reason for member in group.role("producer")})
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}
     if not proven:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         if coupling.by_head and not why:
             why = f"no attention with {coupling.heads or 'a stated number of'} heads is known"
         raise ValueError(f"{coupling} must find units to prune, got none ({why})")
-    norms = cache(partial(norms_behind, model))
+    norms = cache(partial(following_norms, model))
     owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
     names = list(targets)
     units = [_units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in proven]
@@ -144,7 +145,7 @@ def _candidates(
         if reason is None and (group.owner is not None) == heads:
             candidates.append(group)
         elif reason is not None:
-            reasons.update({member.name: reason for member in group.role("makes")})
+            reasons.update({member.name: reason for member in group.role("producer")})
     return candidates, reasons
 
 
@@ -156,7 +157,7 @@ def _unfit(
         return None
     if group.owner is not None and not heads:
         return f"the channels of the attention {group.owner} go by heads: use Head()"
-    others = [member.name for member in group.role("makes") if member.name not in targets]
+    others = [member.name for member in group.role("producer") if member.name not in targets]
     if others:
         return f"its channels are those of {others[0]} too, which is not among the targets"
     fixed = [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]
@@ -170,7 +171,7 @@ def _proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, distribut
     """
     known = {group.name for group in packed_heads(model)}
     tried = [group for group in groups if group.name not in known]
-    agree = removable(model, tried, inputs) if tried else set()
+    agree = removable_groups(model, tried, inputs) if tried else set()
     votes = torch.tensor([int(group.name in agree or group.name in known) for group in groups])
     votes = over_ranks(votes, "min") if distributed else votes
     return [group for group, vote in zip(groups, votes.tolist(), strict=True) if vote]
@@ -186,7 +187,7 @@ def _units_of_group(
     owners: Mapping[nn.Parameter, nn.Module],
 ) -> CoupledUnits:
     """Return the units of a group, of the kind that fits its producers."""
-    producers = [member for member in group.role("makes") if member.name in parameters]
+    producers = [member for member in group.role("producer") if member.name in parameters]
     alone = len(producers) == 1 and producers[0].index.shape[1] == 1
     kind = RowUnits if alone else JoinedUnits
     return kind(target, group, parameters, coupling, counted, norms, owners)

@@ -34,7 +34,7 @@ class Units(ABC):
         dim: Dimension of its output channels.
         size: Number of units, on all ranks.
         sharded: Whether ranks hold shards of the parameter.
-        find_norms: Finds the norm behind every layer of the model that has one, by ``norms_behind``.
+        find_norms: Finds the norm behind every layer of the model that has one, by ``following_norms``.
 
     Attributes:
         statistic: What the criterion has observed so far; None before the first observation.

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_prune.models.copying import scratch
+from lightning_prune.models.copying import hookless_copy
 from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.parameters import named_parameters
@@ -102,7 +102,7 @@ def make_budget(
         return Budget(units, {name: float(parameter.numel()) for name, parameter in parameters.items()}, shares)
     if inputs is None:
         raise ValueError('of="flops" needs example inputs: example_input_array, or example_inputs of prune()')
-    counted = dense_flops(scratch(model), fitting(inputs, model))
+    counted = dense_flops(hookless_copy(model), fitting(inputs, model))
     names = [*parameters, *(name for name in counted if name not in parameters)]
     flops = torch.tensor([counted.get(name, 0) for name in names], dtype=torch.float64)
     found = over_ranks(flops) if distributed else flops

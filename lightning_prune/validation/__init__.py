@@ -1,1 +1,1 @@
-"""Arguments and states: what users and checkpoints give, checked by rules, as plain Python values."""
+"""Validation of arguments and of states from checkpoints: plain Python values, or an error that names the rule."""

@@ -1,7 +1,7 @@
-"""Arguments: numbers, names and patterns as plain Python values, or an error with the argument, its rule and the value.
+"""Checks of numbers, names and patterns given as arguments; errors name the argument, the rule and the value.
 
-Every function takes the name of the argument and what was given for it, and returns what is to be used. Scalars of
-NumPy and PyTorch count as the numbers that they are, and come back as Python's own; bools are no numbers.
+Every function takes the name of an argument and its value, and returns the value to use. Scalars of NumPy and PyTorch
+are accepted as numbers and returned as plain Python ones; bools are not numbers.
 """
 
 import math
@@ -26,7 +26,7 @@ def integer(argument: str, value: Any, least: int | None = None, most: int | Non
     """Return an int within bounds.
 
     Raises:
-        TypeError: If the value is no int; a float never is one.
+        TypeError: If it is not an int; floats are not, whatever their value.
         ValueError: If it is too small or too large.
 
     >>> integer("window", 0, least=1)
@@ -35,8 +35,8 @@ def integer(argument: str, value: Any, least: int | None = None, most: int | Non
     """
     found = value if type(value) is int else scalar(value)
     if isinstance(found, bool) or not isinstance(found, int):
-        whole = isinstance(found, float) and found.is_integer()
-        raise TypeError(f"{argument} must be an int, got {shown(value)}{_suggest(int(found)) if whole else ''}")
+        integral = isinstance(found, float) and found.is_integer()
+        raise TypeError(f"{argument} must be an int, got {shown(value)}{_suggest(int(found)) if integral else ''}")
     if abs(found) >= _TOO_LONG:
         raise ValueError(f"{argument} must fit into 64 bits, got {shown(found)}")
     if least is not None and found < least:
@@ -47,10 +47,10 @@ def integer(argument: str, value: Any, least: int | None = None, most: int | Non
 
 
 def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | float:
-    """Return a number in an interval, such as "[0, 1)"; NaN is in none.
+    """Return a number in an interval, such as "[0, 1)"; NaN lies in no interval.
 
     Raises:
-        ValueError: If the value is no number, or outside of the interval.
+        ValueError: If it is not a number, or outside the interval.
 
     >>> number("sparsity", 90, "[0, 1)")
     Traceback (most recent call last):
@@ -66,10 +66,10 @@ def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | fl
 
 
 def real(argument: str, value: Any) -> int | float:
-    """Return any number, also NaN and infinity.
+    """Return any number, NaN and infinity included.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is not a number.
 
     >>> real("dense", "0.9")
     Traceback (most recent call last):
@@ -82,11 +82,11 @@ def real(argument: str, value: Any) -> int | float:
 
 
 def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]:
-    """Return the numbers of a sequence, one at least, each in an interval.
+    """Return the numbers of a sequence, at least one, each in an interval.
 
     Raises:
-        ValueError: If one is no number, or outside of the interval, or there is none.
-        TypeError: If the value is no sequence.
+        ValueError: If one is not a number or outside the interval, or there are none.
+        TypeError: If it is not a sequence.
 
     >>> numbers("levels", [0.5, 90], "(0, 1)")
     Traceback (most recent call last):
@@ -100,7 +100,7 @@ def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]
         raise TypeError(f"{argument} must be a sequence of numbers in {interval}, got {shown(value)}")
     given = list(value)
     if not given:
-        raise ValueError(f"{argument} must be numbers in {interval}, one at least, got {given}")
+        raise ValueError(f"{argument} must be numbers in {interval}, at least one, got {given}")
     for entry in given:
         found = plain_number(entry)
         if found is None or not _lies_in(found, interval):
@@ -109,10 +109,10 @@ def numbers(argument: str, value: Any, interval: str) -> tuple[int | float, ...]
 
 
 def position(argument: str, value: Any) -> int | float:
-    """Return a moment of a run: an int that counts intervals, or a float that is a fraction of all.
+    """Return a position in a run: an int counts intervals, a float is a fraction of the run.
 
     Raises:
-        ValueError: If the value is neither.
+        ValueError: If it is neither.
 
     >>> position("start", 2), position("start", 0.5)
     (2, 0.5)
@@ -127,8 +127,8 @@ def fractions(argument: str, value: Any) -> int | float | dict[str, float]:
     """Return a fraction in [0, 1), or a dict from patterns to fractions.
 
     Raises:
-        ValueError: If the value is neither.
-        TypeError: If a pattern is no string.
+        ValueError: If it is neither.
+        TypeError: If a pattern is not a string.
 
     >>> fractions("sparsity", {"net.0.*": 1.5})
     Traceback (most recent call last):
@@ -148,7 +148,7 @@ def flag(argument: str, value: Any) -> bool:
     """Return a bool.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is not one.
 
     >>> flag("log_layers", True)
     True
@@ -163,7 +163,7 @@ def text(argument: str, value: Any, what: str) -> str:
     """Return a string.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is not one.
 
     >>> text("monitor", 5, "the name of a metric")
     Traceback (most recent call last):
@@ -175,10 +175,10 @@ def text(argument: str, value: Any, what: str) -> str:
 
 
 def choice(argument: str, value: Any, options: Sequence[Option]) -> Option:
-    """Return the option that was chosen.
+    """Return one of the options.
 
     Raises:
-        ValueError: If the value is none of them.
+        ValueError: If it is not one of them.
 
     >>> choice("interval", "batch", ("step", "epoch"))
     Traceback (most recent call last):
@@ -193,11 +193,11 @@ def choice(argument: str, value: Any, options: Sequence[Option]) -> Option:
 
 
 def patterns(argument: str, value: Any) -> tuple[str, ...]:
-    """Return the patterns of names: globs, or regular expressions behind "re:".
+    """Return patterns of names: globs, or regular expressions with the prefix "re:".
 
     Raises:
-        ValueError: If the value is a string, or a regular expression is none.
-        TypeError: If it is no sequence of strings.
+        ValueError: If it is a string, or a regular expression is invalid.
+        TypeError: If it is not a sequence of strings.
 
     >>> patterns("targets", ["net.*"])
     ('net.*',)
@@ -212,14 +212,14 @@ def patterns(argument: str, value: Any) -> tuple[str, ...]:
 def _pattern(argument: str, entry: Any) -> str:
     if not isinstance(entry, str):
         raise TypeError(
-            f"{argument} must hold patterns of parameter names, strings, got {shown(entry)}: "
-            f'names are those of model.named_parameters(), and "*" stands for any part of one'
+            f"{argument} must contain patterns of parameter names, got {shown(entry)}: "
+            f'names are those of model.named_parameters(), and "*" matches any part of one'
         )
     if entry.startswith("re:"):
         try:
             re.compile(entry[3:])
         except re.error as error:
-            raise ValueError(f"{argument} must match a parameter, got {entry!r}: {error}") from error
+            raise ValueError(f"{argument} must be valid globs or expressions, got {entry!r}: {error}") from error
     return str(entry)
 
 
@@ -231,7 +231,7 @@ def _lies_in(found: float, interval: str) -> bool:
 
 
 def _meant(value: Any, interval: str) -> str:
-    """Return the fraction that a percentage, or a number in quotes, may have been meant for."""
+    """Return a hint with the fraction that was probably meant by a percentage, or by a number in quotes."""
     if isinstance(value, str):
         try:
             value = float(value)

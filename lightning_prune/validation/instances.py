@@ -1,4 +1,4 @@
-"""Instances: objects and functions given as arguments, or an error with the argument, its rule and the value."""
+"""Checks of objects and functions given as arguments; errors name the argument, the rule and the value."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def settle(instance: Any, **values: Any) -> None:
-    """Give a frozen dataclass, in its ``__post_init__``, its checked arguments."""
+    """Set the checked arguments of a frozen dataclass, in its ``__post_init__``."""
     for name, value in values.items():
         object.__setattr__(instance, name, value)
 
@@ -24,7 +24,7 @@ def instance(argument: str, value: Any, cls: type[T]) -> T:
     """Return an object of a class.
 
     Raises:
-        TypeError: If the value is none; it names the call that makes one, where a class or its name was given.
+        TypeError: If it is not one; if a class or its name was given, the message suggests the call.
 
     >>> instance("model", nn.Linear, nn.Module)
     Traceback (most recent call last):
@@ -36,7 +36,7 @@ def instance(argument: str, value: Any, cls: type[T]) -> T:
 
 
 def _pass(value: Any, cls: type) -> str:
-    """Return the call that may have been meant."""
+    """Return a hint with the call that was probably meant."""
     if isinstance(value, str):
         name = value.replace("_", "").lower()
         value = next((kind for kind in _subclasses(cls) if kind.__name__.lower() == name), None)
@@ -58,10 +58,10 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def function(argument: str, value: Any, *parameters: str) -> Callable[..., Any]:
-    """Return a function that can be called with so many positional arguments.
+    """Return a function that takes these positional arguments.
 
     Raises:
-        TypeError: If the value is none, or is a class or a layer of ``torch.nn``.
+        TypeError: If it is not one, or is a class or a layer of ``torch.nn``.
 
     >>> function("loss", nn.CrossEntropyLoss(), "model", "batch")
     Traceback (most recent call last):
@@ -75,10 +75,10 @@ def function(argument: str, value: Any, *parameters: str) -> Callable[..., Any]:
 
 
 def named(argument: str, value: Any, options: Mapping[str, Function], *parameters: str) -> Function:
-    """Return the function of that name, or one that is given itself.
+    """Return the function of that name, or the function that was given.
 
     Raises:
-        ValueError: If there is no such name.
+        ValueError: If the name is unknown.
         TypeError: If the value is neither a name nor a function of these parameters.
 
     >>> named("scope", "layer", {"global": print, "local": print}, "scores", "sparsity")
@@ -98,7 +98,7 @@ def named(argument: str, value: Any, options: Mapping[str, Function], *parameter
 
 
 def _is_function(value: Any, arguments: int) -> bool:
-    """Return whether a value can be called so; a class would be made, and a layer takes tensors."""
+    """Return whether a value can be called with this many arguments; classes and layers of torch do not count."""
     if not callable(value) or isinstance(value, type):
         return False
     if isinstance(value, nn.Module) and type(value).__module__.startswith("torch.nn."):
@@ -107,7 +107,7 @@ def _is_function(value: Any, arguments: int) -> bool:
         inspect.signature(value.forward if isinstance(value, nn.Module) else value).bind(*range(arguments))
     except TypeError:
         return False
-    except ValueError:  # written in C, where it is not known
+    except ValueError:  # written in C: the signature is unknown
         return True
     return True
 
@@ -116,7 +116,7 @@ def path(argument: str, value: Any) -> Path:
     """Return a path.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is neither a string nor a path.
         ValueError: If it is empty.
 
     >>> path("path", "model.pt").name
@@ -133,25 +133,25 @@ def batches(argument: str, value: Any) -> Iterable[Any]:
     """Return an iterable of batches.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is not one.
 
     >>> batches("data", 5)
     Traceback (most recent call last):
     TypeError: data must be an iterable of batches, such as a DataLoader, got 5
     """
-    if hasattr(value, "ndim") and value.ndim:  # of which an iteration would give rows, or single samples
+    if hasattr(value, "ndim") and value.ndim:  # iterating over it would give single samples
         raise TypeError(f"{argument} must be an iterable of batches, got {shown(value)}: pass [batch] for one batch")
-    sole = isinstance(value, str | bytes | Mapping | nn.Module | type) or hasattr(value, "ndim")
-    if sole or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
+    is_single = isinstance(value, str | bytes | Mapping | nn.Module | type) or hasattr(value, "ndim")
+    if is_single or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
         raise TypeError(f"{argument} must be an iterable of batches, such as a DataLoader, got {shown(value)}")
     return cast(Iterable[Any], value)
 
 
 def by_name(argument: str, value: Any, cls: type[T]) -> dict[str, T]:
-    """Return the objects of a class in a mapping from names.
+    """Return a mapping from names to objects of a class, as a dict.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is not one.
 
     >>> by_name("masks", [], nn.Module)
     Traceback (most recent call last):
@@ -166,13 +166,13 @@ def by_name(argument: str, value: Any, cls: type[T]) -> dict[str, T]:
     return dict(value)
 
 
-def several(argument: str, value: Any, cls: type[T]) -> tuple[T, ...]:
-    """Return the objects of a class in a sequence.
+def sequence_of(argument: str, value: Any, cls: type[T]) -> tuple[T, ...]:
+    """Return a sequence of objects of a class, as a tuple.
 
     Raises:
-        TypeError: If the value is none.
+        TypeError: If it is not one.
 
-    >>> several("averages", [nn.ReLU()], nn.Module)
+    >>> sequence_of("averages", [nn.ReLU()], nn.Module)
     (ReLU(),)
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):

@@ -1,4 +1,4 @@
-"""States: what the state of a callback in a checkpoint has to look like, checked before any of it is taken up."""
+"""States: what a callback's state in a checkpoint must look like, checked before any of it is used."""
 
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as short
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_prune.tensors.packing import unpack_all
 
-VERSION = 1  # of all states that this release writes
-Rule = Callable[[str, Any], None]  # from the path of a value, and the value; refuses it with a ValueError
+VERSION = 1  # of the states that this release writes
+Rule = Callable[[str, Any], None]  # takes the path of a value and the value; raises a ValueError if it is wrong
 
 
 def check(owner: str, state: Any, rules: Mapping[str, Rule], required: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def check(owner: str, state: Any, rules: Mapping[str, Rule], required: Sequence[
         required: The keys that have to be there.
 
     Raises:
-        ValueError: If it is not; the message names the key.
+        ValueError: If the state is invalid; the message names the key.
 
     >>> check("Pruning", {"version": 1, "steps": -3}, {"steps": whole()}, ["steps"])
     Traceback (most recent call last):
@@ -35,8 +35,8 @@ def check(owner: str, state: Any, rules: Mapping[str, Rule], required: Sequence[
     version = state.get("version", VERSION)
     if not _is_whole(version) or not 1 <= version <= VERSION:
         raise ValueError(
-            f"the state of {owner} must be of 'version' 1 to {VERSION}, got {short(version)}: a later one needs the "
-            f"release of lightning-prune that wrote it"
+            f"the state of {owner} must be of 'version' 1 to {VERSION}, got {short(version)}: load a later one "
+            f"with the release of lightning-prune that wrote it"
         )
     missing = set(required).difference(state)
     if missing:
@@ -53,7 +53,7 @@ def check(owner: str, state: Any, rules: Mapping[str, Rule], required: Sequence[
 
 
 def one(what: str, holds: Callable[[Any], bool]) -> Rule:
-    """Return the rule that a single value has to be ``what``."""
+    """Return the rule that a value must be ``what``."""
 
     def rule(path: str, value: Any) -> None:
         if not holds(value):
@@ -64,17 +64,17 @@ def one(what: str, holds: Callable[[Any], bool]) -> Rule:
 
 
 def whole(least: int = 0) -> Rule:
-    """Return the rule for whole numbers from ``least`` on; a bool is none."""
+    """Return the rule for whole numbers of at least ``least``; bools are not numbers."""
     return one(f"a whole number of at least {least}", lambda value: _is_whole(value) and least <= value < 2**63)
 
 
 def optional(rule: Rule) -> Rule:
-    """Return a rule that None fits as well."""
+    """Return a rule that accepts None as well."""
     return lambda path, value: None if value is None else rule(path, value)
 
 
 def items(rule: Rule) -> Rule:
-    """Return the rule that every item of a list has to fit a rule."""
+    """Return the rule that every item of a list must satisfy a rule."""
 
     def each(path: str, value: Any) -> None:
         _LIST(path, value)
@@ -85,7 +85,7 @@ def items(rule: Rule) -> Rule:
 
 
 def row(*rules: Rule) -> Rule:
-    """Return the rule for a list with one item for each of these rules."""
+    """Return the rule for a list with one item for each of these rules, in order."""
 
     def each(path: str, value: Any) -> None:
         one(f"a list of {len(rules)}", lambda value: _is_list(value) and len(value) == len(rules))(path, value)
@@ -96,7 +96,7 @@ def row(*rules: Rule) -> Rule:
 
 
 def table(rule: Rule) -> Rule:
-    """Return the rule that every value of a dict with names for keys has to fit a rule."""
+    """Return the rule that every value of a dict with string keys must satisfy a rule."""
 
     def each(path: str, value: Any) -> None:
         NAMES(path, value)
@@ -120,7 +120,7 @@ def record(**rules: Rule) -> Rule:
 
 
 def every(*rules: Rule) -> Rule:
-    """Return the rule that one value has to fit all of these rules, looked at in order."""
+    """Return the rule that a value must satisfy all of these rules, checked in order."""
 
     def each(path: str, value: Any) -> None:
         for rule in rules:
@@ -154,14 +154,14 @@ TEXT = one("a string", lambda value: isinstance(value, str))
 NUMBER = one("a number", is_number)
 FRACTION = one("a fraction in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
 TENSOR = one("a tensor", lambda value: isinstance(value, Tensor))
-IN_ORDER = one("a first position that is not behind the last", lambda value: value[0] <= value[1])
+IN_ORDER = one("a first position that is not after the last", lambda value: value[0] <= value[1])
 
 
 def _unpacks(path: str, value: Any) -> None:
     try:
         unpack_all(value)
     except ValueError as error:
-        raise ValueError(f"whole masks in {path!r}: {error}") from error
+        raise ValueError(f"complete masks in {path!r}: {error}") from error
 
 
 _BITS = one("a tensor of one dimension", lambda value: isinstance(value, Tensor) and value.ndim == 1)

@@ -1,4 +1,4 @@
-"""Values: what was given for an argument, as a plain scalar and in the words of an error message."""
+"""Values: an argument as a plain Python scalar, and as text in an error message."""
 
 import math
 import sys
@@ -8,11 +8,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 T = TypeVar("T")
 Rest = ParamSpec("Rest")
 
-_LENGTH = 80  # of a value in a message
+_MAX_LENGTH = 80  # of a value in a message
 
 
 def scalar(value: Any) -> Any:
-    """Return the Python number in a 0-d array or tensor; anything else as it is.
+    """Return the Python number in a 0-d array or tensor, anything else as it is.
 
     >>> import torch
     >>> scalar(torch.tensor(2)), scalar([2])
@@ -27,7 +27,7 @@ def scalar(value: Any) -> Any:
 
 
 def plain_number(value: Any) -> int | float | None:
-    """Return a number as Python has it; None for anything else, bools too.
+    """Return a number as a plain Python one; None for anything else, bools included.
 
     >>> plain_number(True) is None, plain_number(0.5)
     (True, 0.5)
@@ -35,7 +35,7 @@ def plain_number(value: Any) -> int | float | None:
     found = scalar(value)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
-    if abs(found) > sys.float_info.max:  # an int that no float can hold is as good as infinite
+    if abs(found) > sys.float_info.max:  # an int beyond the range of floats counts as infinite
         return math.inf if found > 0 else -math.inf
     return int(found) if isinstance(found, int) else float(found)
 
@@ -43,7 +43,7 @@ def plain_number(value: Any) -> int | float | None:
 def optional(
     check: Callable[Concatenate[str, Any, Rest], T], argument: str, value: Any, *rest: Rest.args, **also: Rest.kwargs
 ) -> T | None:
-    """Return None for None, and any other value as the check of an argument returns it.
+    """Return None for None, and the result of an argument's check for any other value.
 
     >>> optional(lambda argument, value: int(value), "window", None) is None
     True
@@ -52,7 +52,7 @@ def optional(
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message names it: what it is, if its text alone would not tell or would be too long.
+    """Return a value as error messages show it: its repr, or what it is if the repr is unclear or too long.
 
     >>> import torch
     >>> shown("0.9"), shown(int), shown(torch.zeros(2, 3)), shown(torch.tensor(2.5))
@@ -66,10 +66,10 @@ def shown(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return f"{article(type(value).__name__)} of shape {tuple(shape)}"
-    told = _short(value)
+    text = _short(value)
     if hasattr(value, "__qualname__"):
         return f"the function {value.__qualname__}"
-    return article(type(value).__name__) if "\n" in told or told.startswith("<") else told
+    return article(type(value).__name__) if "\n" in text or text.startswith("<") else text
 
 
 def article(name: str) -> str:
@@ -82,5 +82,5 @@ def article(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    told = repr(value)
-    return told if len(told) <= _LENGTH else f"{told[: _LENGTH - 3]}..."
+    text = repr(value)
+    return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 3]}..."

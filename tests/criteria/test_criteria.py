@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Criterion, Entropy, Granularity, Magnitude, Random, Sensitivity, Weight, prune
-from lightning_prune.criteria import histogram as lattice
+from lightning_prune.criteria import histogram
 from lightning_prune.criteria.activations import channel_values
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.selection import Scores
@@ -304,10 +304,10 @@ def random_outputs(channels: int = 5) -> Tensor:
     return values
 
 
-def histogram(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
-    found = lattice.empty(parts[0].shape[1], cells, torch.device("cpu"))
+def counted(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
+    found = histogram.empty(parts[0].shape[1], cells, torch.device("cpu"))
     for part in parts:
-        found = lattice.count(found, part.T)
+        found = histogram.count(found, part.T)
     return found
 
 
@@ -317,21 +317,21 @@ def histogram(parts: Sequence[Tensor], cells: int = 64) -> Tensor:
 def test_a_histogram_is_the_same_in_whatever_order_and_parts_values_come(
     sizes: list[int], cells: int, asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lattice, "_is_free_to_ask", lambda counts: asks)  # as on a CPU, or on a GPU
+    monkeypatch.setattr(histogram, "_is_on_host", lambda counts: asks)  # as on a CPU, or on a GPU
     values = random_outputs()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
-    found = histogram(values[order].split(sizes), cells)
+    found = counted(values[order].split(sizes), cells)
     monkeypatch.undo()
-    assert torch.equal(found, histogram([values], cells))
+    assert torch.equal(found, counted([values], cells))
     assert found[:, 2:].sum(1).tolist() == [300] * 5
     assert torch.equal(found[:, :2].T, torch.stack([values.amin(0), values.amax(0)]))
 
 
 @pytest.mark.parametrize("sizes", [[150, 150], [1, 299], [100, 0, 200], [75, 75, 75, 75]])
 def test_histograms_of_several_ranks_merge_to_that_of_one_process(sizes: list[int]) -> None:
-    parts = [histogram([part]) for part in random_outputs().split(sizes)]
+    parts = [counted([part]) for part in random_outputs().split(sizes)]
     before = [part.clone() for part in parts]
-    assert torch.equal(lattice.merge(parts), histogram([random_outputs()]))
+    assert torch.equal(histogram.merge(parts), counted([random_outputs()]))
     assert all(torch.equal(part, held) for part, held in zip(parts, before, strict=True))
 
 
@@ -339,7 +339,7 @@ def test_histograms_of_several_ranks_merge_to_that_of_one_process(sizes: list[in
 @pytest.mark.parametrize("offset", [0.0, 1.0, -1e6])
 def test_a_cell_is_a_small_part_of_the_range(scale: float, offset: float) -> None:
     values = (torch.linspace(0, 1, 1001)[:, None] + offset) * scale
-    counts = histogram([values], 1024)[0, 2:]
+    counts = counted([values], 1024)[0, 2:]
     steps = values.unique().numel()  # as float32 tells them apart
     assert counts.count_nonzero() >= min(250, steps)
     assert counts.sum() == 1001
@@ -482,7 +482,7 @@ def test_entropy_of_a_module_that_has_no_output_per_channel_is_refused() -> None
             out: Tensor = self.attention(x, x, x)[0]
             return out
 
-    with pytest.raises(ValueError, match=r"the module of 'attention\.in_proj_weight' must put out .* got tuple"):
+    with pytest.raises(ValueError, match=r"the module of 'attention\.in_proj_weight' must output .* got tuple"):
         prune(Attention(), 0.5, criterion=Entropy(), granularity=Channel(), data=[torch.rand(3, 1, 4)])
 
 

@@ -258,7 +258,7 @@ def test_a_file_without_a_checksum_is_loaded(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + size :])
     assert_same({"weight": weight}, load_compressed(path))
     path.write_bytes(path.read_bytes().replace(struct.pack("<f", 1.5), struct.pack("<f", 0.0)))
-    with pytest.raises(ValueError, match="must be those that are not zero"):
+    with pytest.raises(ValueError, match="the values must be nonzero"):
         load_compressed(path)
 
 

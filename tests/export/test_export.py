@@ -88,7 +88,9 @@ def test_arguments_by_position_and_by_name_in_any_order(tmp_path: Path) -> None:
 def test_a_pruned_lightning_module_is_exported_by_its_own_example(tmp_path: Path) -> None:
     model = MLP()
     fit(model, MagnitudePruning(0.8, start=0, end=3))
-    with pytest.raises(ValueError, match="example_inputs must be given, or the example_input_array"):
+    with pytest.raises(
+        ValueError, match="example_inputs must be given unless a LightningModule has an example_input_array"
+    ):
         export_onnx(model, None, tmp_path / "a.onnx")
     model.example_input_array = torch.randn(1, 6)
     export_onnx(torch.compile(model, backend="eager"), None, tmp_path / "a.onnx")
@@ -137,8 +139,8 @@ class Drawn(nn.Module):
     ("model", "message"),
     [
         (Lists(), "the model must be one that torch.export can trace"),
-        (Fixed(), r"with a batch of another size too unless .* fixes the size.* Got: 4 Expected: 3"),
-        (Drawn(), "must put out what the model does, got a relative difference of"),
+        (Fixed(), r"also with another batch size unless .* fixes the size.* Got: 4 Expected: 3"),
+        (Drawn(), "must return the outputs of the model, got a relative difference of"),
         (nn.Linear(2, 2, dtype=torch.bfloat16), r"ONNX Runtime must run the exported model, .*NOT_IMPLEMENTED"),
     ],
     ids=["data", "batch", "random", "type"],

@@ -92,7 +92,7 @@ def trap(monkeypatch: pytest.MonkeyPatch) -> Trap:
     # few enough for the histogram to be there, and to grow, within the window
     monkeypatch.setattr("lightning_prune.criteria.entropy._CELLS", 16)
     monkeypatch.setattr("lightning_prune.criteria.entropy._CELLS_A_BIN", 1)
-    monkeypatch.setattr("lightning_prune.criteria.histogram._is_free_to_ask", lambda counts: False)
+    monkeypatch.setattr("lightning_prune.criteria.histogram._is_on_host", lambda counts: False)
     return trap
 
 

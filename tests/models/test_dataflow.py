@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Channel, prune
-from lightning_prune.models.norms import norms_behind
+from lightning_prune.models.norms import following_norms
 
 
 def links(model: nn.Module) -> dict[str, str]:
     """Return the name of the norm behind each layer, by the name of the layer."""
     names = {module: name for name, module in model.named_modules()}
-    return {names[layer]: names[norm] for layer, norm in norms_behind(model).items()}
+    return {names[layer]: names[norm] for layer, norm in following_norms(model).items()}
 
 
 # ------------------------------------------------------------------------------------------------ in a sequence
@@ -281,7 +281,7 @@ def test_without_a_norm_nothing_is_traced() -> None:
             out: Tensor = self.fc(x)
             return out
 
-    assert norms_behind(Counts()) == {}
+    assert following_norms(Counts()) == {}
     assert Counts.calls == 0
 
 
@@ -362,7 +362,7 @@ def test_a_trace_leaves_attributes_and_buffers_as_they_were(build: Callable[[], 
     busy = next(module for module in model.modules() if isinstance(module, Busy))
     busy.history.append("something")
     history, cache, count = busy.history, busy.cache, busy.count
-    norms_behind(model)
+    following_norms(model)
     assert (busy.calls, busy.last, busy.history, busy.cache) == (0, None, ["something"], {"hidden": None})
     assert busy.history is history
     assert busy.cache is cache
@@ -375,7 +375,7 @@ def test_a_trace_leaves_attributes_and_buffers_as_they_were(build: Callable[[], 
 def test_a_trace_leaves_a_model_that_can_be_copied_saved_and_used(build: Callable[[], nn.Module]) -> None:
     model = build()
     before = pickle.dumps(model.state_dict())
-    norms_behind(model)
+    following_norms(model)
     assert pickle.dumps(model.state_dict()) == before
     copy.deepcopy(model)(torch.rand(4, 2))
     pickle.loads(pickle.dumps(model))
@@ -385,14 +385,14 @@ def test_a_trace_leaves_a_model_that_can_be_copied_saved_and_used(build: Callabl
 def test_a_trace_leaves_the_random_state_of_torch() -> None:
     model = Busy()
     before = torch.get_rng_state()
-    norms_behind(model)
+    following_norms(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_trace_leaves_the_random_state_of_python() -> None:
     model = Busy()
     before = random.getstate()
-    norms_behind(model)
+    following_norms(model)
     assert random.getstate() == before
 
 
@@ -402,7 +402,7 @@ def test_a_trace_leaves_hooks_modes_and_gradients() -> None:
     model.fc1.register_forward_hook(lambda m, args, out: None)
     model(torch.rand(4, 3)).sum().backward()
     grads = [parameter.grad for parameter in model.parameters()]
-    norms_behind(model)
+    following_norms(model)
     assert [parameter.grad for parameter in model.parameters()] == grads
     assert (model.training, model.norm1.training, model.norm2.training) == (True, False, True)
     assert len(model.fc1._forward_hooks) == 1

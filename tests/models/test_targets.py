@@ -110,7 +110,7 @@ class Own(nn.Module):
 
 def test_parameters_of_the_root_and_in_lists() -> None:
     assert names(Own(), "*") == ["w", "heads.0", "by_name.key"]
-    unknown = "it is the weight of no known kind of layer"
+    unknown = "it is not the weight of a known kind of layer"
     assert left_out(Own()) == dict.fromkeys(["w", "heads.0", "by_name.key"], unknown)
     assert left_out(Own(), ["w"]) == {}
     assert left_out(Own(), ignore=["heads.*"]) == dict.fromkeys(["w", "by_name.key"], unknown)
@@ -184,7 +184,7 @@ def test_weights_of_known_kinds_of_layers_are_targets_and_others_are_named(
     [
         (nn.utils.parametrizations.weight_norm, "a row of zeros becomes NaN"),
         (nn.utils.weight_norm, "a row of zeros becomes NaN"),
-        (nn.utils.parametrizations.orthogonal, "an orthogonal parametrization makes other weights of its zeros"),
+        (nn.utils.parametrizations.orthogonal, "an orthogonal parametrization turns its zeros into other weights"),
     ],
 )
 def test_weights_whose_zeros_would_be_lost_are_no_targets_even_if_they_are_named(

@@ -70,7 +70,7 @@ def test_prune_recalibrates_with_its_data() -> None:
 
 
 def test_what_cannot_be_measured_is_refused_or_left() -> None:
-    with pytest.raises(ValueError, match="loader must have a batch, got none"):
+    with pytest.raises(ValueError, match="loader must yield at least one batch, got none"):
         recalibrate(ConvNet(), [])
     with pytest.raises(ValueError, match="data must be given to recalibrate batch norms, got recalibrate=2"):
         prune(ConvNet(), 0.5, recalibrate=2)

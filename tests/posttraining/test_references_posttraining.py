@@ -486,9 +486,18 @@ def test_the_cubic_schedule_is_that_of_zhu_and_gupta(initial: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 0.5, "initial": 0.5}, "initial must be less than one sparsity of all targets, got 0.5 for 0.5"),
-        ({"sparsity": {"*": 0.5}, "initial": 0.1}, "initial must be less than one sparsity of all targets, got 0.1"),
-        ({"threshold": 0.5, "initial": 0.1}, "initial must be less than one sparsity of all targets, got 0.1 for None"),
+        (
+            {"sparsity": 0.5, "initial": 0.5},
+            "initial must be less than one sparsity for all targets, got 0.5 for 0.5",
+        ),
+        (
+            {"sparsity": {"*": 0.5}, "initial": 0.1},
+            "initial must be less than one sparsity for all targets, got 0.1",
+        ),
+        (
+            {"threshold": 0.5, "initial": 0.1},
+            "initial must be less than one sparsity for all targets, got 0.1 for None",
+        ),
         ({"sparsity": 0.5, "initial": 50}, r"initial must be in \[0, 1\), got 50"),
     ],
 )

@@ -247,7 +247,7 @@ def test_scores_of_something_else_are_refused(change: dict[str, Any], differs: s
     path = tmp_path / "scores.json"
     arguments = {"model": MLP(), "data": [], "metric": Counted(99), "levels": LEVELS, "path": path, "progress": False}
     sensitivity(**arguments)
-    with pytest.raises(ValueError, match=rf"path must hold scores of this analysis.*differs in \['{differs}'\]"):
+    with pytest.raises(ValueError, match=rf"path must hold the scores of this analysis.*differs in \['{differs}'\]"):
         sensitivity(**{**arguments, **change})
     assert len(json.loads(path.read_text())["scores"]) == 7
 
@@ -259,17 +259,17 @@ def test_scores_of_something_else_are_refused(change: dict[str, Any], differs: s
     ("arguments", "message"),
     [
         ({"levels": [90]}, r"levels must be numbers in \(0, 1\), got 90"),
-        ({"levels": []}, r"levels must be numbers in \(0, 1\), one at least, got \[\]"),
+        ({"levels": []}, r"levels must be numbers in \(0, 1\), at least one, got \[\]"),
         ({"mode": "best"}, 'mode must be "max" or "min", got \'best\''),
         (
             {"metric": "val_acc"},
-            "metric must be a function of model and loader where no Trainer",
+            "metric must be a function of model and loader if no Trainer",
         ),
         ({"targets": ["nope"]}, "targets must match a parameter, got 'nope'"),
         ({"data": trainer(), "metric": accuracy}, "metric must be the name of a metric that the Trainer's validation"),
         (
             {"data": trainer(), "metric": "acc"},
-            r"metric must be one that validation logs, got 'acc'; logged",
+            r"metric must be one that validation logs, got 'acc'; validation logs",
         ),
     ],
 )

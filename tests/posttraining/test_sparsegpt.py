@@ -261,7 +261,7 @@ def test_nothing_but_the_targets_changes() -> None:
         (nn.Linear(4, 2), {"damping": -1.0}, "damping must be at least 0, got -1.0"),
         (nn.LSTM(4, 2), {}, "targets must belong to linear layers and convolutions, got 'weight_ih_l0' of LSTM"),
         (nn.ConvTranspose1d(4, 2, 1), {}, "convolutions, got 'weight' of ConvTranspose1d"),
-        (nn.Linear(4, 2), {"data": []}, "data must lead through the layer of 'weight', got no forward pass of it"),
+        (nn.Linear(4, 2), {"data": []}, "data must reach the layer of 'weight', got no forward pass through it"),
         (nn.Linear(4, 2), {"data": [torch.full((3, 4), torch.nan)]}, "inputs must be finite, got NaN or infinity"),
         (nn.Linear(4, 2), {"targets": ["6.*"]}, "targets must match a parameter, got '6.*'"),
     ],

@@ -184,7 +184,7 @@ def test_active_flops_fall_with_the_density_of_each_layer() -> None:
 
 def test_active_flops_take_the_example_of_the_module() -> None:
     model = MLP()
-    with pytest.raises(ValueError, match="inputs must be given, as MLP has no example_input_array, got None"):
+    with pytest.raises(ValueError, match="inputs must be given since MLP has no example_input_array, got None"):
         ActiveFLOPs().update(model)
     model.example_input_array = torch.zeros(2, 6)
     assert int(ActiveFLOPs()(model)) == 2 * 2 * (48 + 80 + 30)

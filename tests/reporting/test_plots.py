@@ -110,7 +110,7 @@ def test_history_has_the_sparsity_and_the_metric_on_axes_of_their_own() -> None:
     fig, ax = plot_history(HISTORY)
     assert fig.axes == [ax]
     plot_history(History(), None)
-    with pytest.raises(ValueError, match=r"metric must be one that was recorded, got 'acc': \['val_acc'\]"):
+    with pytest.raises(ValueError, match=r"metric must be one of the recorded metrics \['val_acc'\], got 'acc'"):
         plot_history(HISTORY, "acc")
 
 
@@ -119,7 +119,7 @@ def test_sensitivity_shows_every_drop() -> None:
     assert ax.images[0].get_array().tolist() == [pytest.approx([0.01, 0.4]), pytest.approx([0.01, 0.395])]
     assert [text.get_text() for text in ax.texts] == ["0.010", "0.400", "0.010", "0.395"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["50%", "90%"]
-    assert fig.axes[1].get_ylabel() == "val_acc lost"
+    assert fig.axes[1].get_ylabel() == "degradation of val_acc"
     nothing = SensitivityAnalysis("loss", "min", 2.0, {"a": {0.5: 1.5}, "b": {0.5: float("nan")}})
     _, ax = plot_sensitivity(nothing)
     assert [text.get_text() for text in ax.texts] == ["-0.500", "nan"]
@@ -138,7 +138,7 @@ def test_masks_are_pictures_of_themselves() -> None:
     assert picture.shape == (128, 128)
     assert (picture[:, :64] == 0.5).all()
     assert (picture[:, 64:] == 0).all()
-    with pytest.raises(ValueError, match=r"masks must hold one of two or more dimensions, got \['bias'\]"):
+    with pytest.raises(ValueError, match=r"masks must contain one of two or more dimensions, got \['bias'\]"):
         plot_masks({"bias": torch.ones(3).bool()})
     with pytest.raises(ValueError, match="ax must be one for each of 2 masks, got 1"):
         plot_masks(masks, plt.subplots()[1])

@@ -480,7 +480,7 @@ def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     callback, model = MagnitudePruning(0.5, **LINEAR), Example()
     report = PruningReport(str(tmp_path / "file" / "report.html"))  # inside of a file
-    with pytest.warns(UserWarning, match=r"could not write its page, and the run is complete without: FileExistsError"):
+    with pytest.warns(UserWarning, match=r"could not write its page; the run is complete without it: FileExistsError"):
         trainer = fit(model, callback, report, max_epochs=3)
     assert trainer.state.finished
     assert zeros(model) == size(model) / 2

@@ -17,7 +17,7 @@ from models import QUIET, Attention, ConvNet, fit
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Head, Pruning, load_shrunk, prune, save_shrunk, shrink
-from lightning_prune.structure.cut_record import kept_of
+from lightning_prune.structure.cut_record import cut_record_of
 
 COUPLED = Channel(coupled=True)
 
@@ -132,7 +132,7 @@ def test_what_was_kept_of_a_model_that_was_shrunk_twice(tmp_path: Path) -> None:
     twice = shrunk(once, inputs, 0.3)
     assert twice.net[0].out_channels + twice.net[3].out_channels < once.net[0].out_channels + once.net[3].out_channels
     assert same(ConvNet.load_from_checkpoint(saved(twice, tmp_path / "twice.ckpt")), twice)
-    kept = kept_of(twice)
+    kept = cut_record_of(twice)
     assert kept is not None
     assert kept.places["net.0.weight", 0].shape == (6,)
     original = ConvNet().net[0].weight[kept.places["net.0.weight", 0]]
@@ -147,6 +147,18 @@ def test_copies_and_pickles_save_what_they_are(tmp_path: Path) -> None:
         loaded = ConvNet.load_from_checkpoint(saved(other, tmp_path / "other.ckpt"))
         assert same(loaded, other)
         assert not same(loaded, small)
+
+
+def test_a_model_that_an_earlier_version_pickled_is_loaded() -> None:
+    small = shrunk(ConvNet(), torch.ones(2, 2, 6, 6))
+    pickled = pickle.dumps(small, protocol=0)
+    moved = (("structure.cut_record\nCutRecord", "kept\nKept"), ("structure.checkpoints\n_save", "loading\n_save"))
+    for now, then in moved:
+        assert now.encode() in pickled
+        pickled = pickled.replace(f"lightning_prune.{now}".encode(), f"lightning_prune.{then}".encode())
+    record = cut_record_of(pickle.loads(pickled))
+    assert record is not None
+    assert list(record.places) == list(small._kept_channels.places)
 
 
 @pytest.mark.parametrize("save", [saved, save_shrunk], ids=["Trainer", "save_shrunk"])
@@ -184,7 +196,7 @@ def test_a_model_of_the_command_line_is_loaded(tmp_path: Path) -> None:
 def test_hyperparameters_in_one_argument_need_load_shrunk(tmp_path: Path) -> None:
     small = shrunk(Named({"width": 8}), torch.ones(3, 4))
     with pytest.warns(
-        UserWarning, match=r"load this checkpoint of a shrunk model by load_shrunk\(Named\(...\), path\)"
+        UserWarning, match=r"load this checkpoint of a shrunk model with load_shrunk\(Named\(...\), path\)"
     ):
         path = saved(small, tmp_path / "small.ckpt")
     assert same(load_shrunk(Named({"width": 8}), path), small)
@@ -205,14 +217,14 @@ def test_a_model_that_is_another_one_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of '0.weight', .* got no tensor of that name"):
         load_shrunk(Attention(8, 2), tmp_path / "small.pt")
     assert same(other, before)
-    with pytest.raises(ValueError, match=r"arguments must be given to a class only, got \['width'\]"):
+    with pytest.raises(ValueError, match=r"arguments must be given for a class only, got \['width'\]"):
         load_shrunk(other, tmp_path / "small.pt", width=3)
 
 
 def test_a_damaged_checkpoint_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     small = shrunk(copy.deepcopy(model), torch.ones(3, 4))
-    kept = kept_of(small)
+    kept = cut_record_of(small)
     assert kept is not None
     whole = {"state_dict": dict(small.state_dict()), "lightning_prune": kept.state_dict()}
     before, chance, refused = copy.deepcopy(model), random.Random(0), 0
@@ -225,14 +237,14 @@ def test_a_damaged_checkpoint_leaves_the_model_as_it_was() -> None:
         refused += 1
         assert same(model, before), (path, error)
         assert str(model) == str(before), (path, error)
-        assert kept_of(model) is None
+        assert cut_record_of(model) is None
     assert refused > 100
 
 
 def test_weights_that_do_not_fit_leave_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     small = shrunk(copy.deepcopy(model), torch.ones(3, 4))
-    kept = kept_of(small)
+    kept = cut_record_of(small)
     assert kept is not None
     state = {"state_dict": dict(small.state_dict(), **{"2.bias": torch.ones(5)}), "lightning_prune": kept.state_dict()}
     before = copy.deepcopy(model)

@@ -71,7 +71,7 @@ def test_every_weight_has_a_group_or_a_reason(case: Case) -> None:
     model, inputs = build(case)
     graph = trace(model, inputs)
     weights = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
-    made = {member.name for group in graph.groups for member in group.role("makes")}
+    made = {member.name for group in graph.groups for member in group.role("producer")}
     assert graph.left_out.keys() == set(case.stays)
     assert made.isdisjoint(case.stays)
     assert made | set(case.stays) | {"token", "places"} >= weights
@@ -94,7 +94,7 @@ def test_a_unit_lies_in_every_tensor_once(case: Case) -> None:
 
 def test_a_padding_row_is_no_dead_channel() -> None:
     model = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Flatten(), nn.Linear(8, 2))
-    with pytest.warns(UserWarning, match="nothing was removed: no channel is zero throughout"):
+    with pytest.warns(UserWarning, match="nothing was removed: no channel is all zero"):
         shrink(model, torch.ones(3, 2, dtype=torch.int64))
     with torch.no_grad():
         model[0].weight[:, 1] = 0.0
@@ -138,9 +138,9 @@ def test_a_cache_is_no_output_of_the_model() -> None:
     model = Caching()
     (group,) = trace(model, torch.ones(2, 4)).groups
     assert [(member.name, member.role) for member in group.members] == [
-        ("first.weight", "makes"),
-        ("first.bias", "follows"),
-        ("last.weight", "reads"),
+        ("first.weight", "producer"),
+        ("first.bias", "dependent"),
+        ("last.weight", "consumer"),
     ]
     assert model.config.use_cache  # the model is left as it was
     model.config = None  # a cache that is an object

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_prune import Channel, Entropy, Head, Magnitude, Pruning, Random, Sensitivity, Wanda, prune, shrink
 from lightning_prune.granularities import Granularity
 from lightning_prune.models.parameters import find
-from lightning_prune.structure.surgery import named_tensors, zero_units
+from lightning_prune.structure.surgery import dead_units, named_tensors
 from lightning_prune.structure.tracing import trace
 from lightning_prune.units.coupled import CoupledUnits
 
@@ -56,7 +56,7 @@ def test_exactly_the_channels_asked_for_go_and_can_be_removed(case: Case, criter
     assert agrees(model, masks)
     tensors = named_tensors(model)
     groups = [group for group in trace(model, inputs).groups if group.name in sizes]
-    dead = {group.name: int(zero_units([tensors], group.role("makes")).sum()) for group in groups}
+    dead = {group.name: int(dead_units([tensors], group.role("producer")).sum()) for group in groups}
     assert sum(dead.values()) == round(0.5 * sum(sizes.values()))
     assert all(count < sizes[name] for name, count in dead.items()), "a layer has no channel left"
     entries = sum(int(mask.sum()) for mask in masks.values())
@@ -87,7 +87,7 @@ def test_packed_attention_loses_whole_heads_without_a_trace() -> None:
     assert int(heads.sum()) == 2
     assert torch.equal(rows, heads[None, :, None].expand(3, 4, 4))
     assert torch.equal(masks["self_attn.out_proj.weight"].all(0).view(4, 4)[:, 0], heads)
-    with pytest.warns(UserWarning, match="self_attn.in_proj_weight .2 of 4: the model does not put out the same"):
+    with pytest.warns(UserWarning, match="self_attn.in_proj_weight .2 of 4: the outputs of the model differ"):
         assert shrink(layer, torch.randn(2, 3, 16)).self_attn.num_heads == 4
 
 
@@ -123,7 +123,7 @@ def test_the_channels_that_stay_are_a_multiple() -> None:
 def test_a_channel_is_scored_by_all_layers_that_make_it() -> None:
     model = Residual()
     (units,) = units_of(model, COUPLED, model.example_input_array)
-    assert [member.name for member in units.group.role("makes")] == ["first.weight", "second.weight"]
+    assert [member.name for member in units.group.role("producer")] == ["first.weight", "second.weight"]
     both = torch.cat([layer.weight.detach().flatten(1) for layer in (model.first, model.second)], 1)
     assert torch.allclose(Magnitude().scores(units), both.abs().mean(1))
     for layer in (model.first, model.second):
@@ -315,13 +315,13 @@ def test_channels_that_are_shuffled_into_places_stay() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.GRU(6, 8, batch_first=True), r"traceable by torch-pruning, got .* it does not know \['GRU'\]"),
+        (nn.GRU(6, 8, batch_first=True), r"traceable by torch-pruning, got .* it does not support \['GRU'\]"),
         (
             nn.RNN(6, 8, batch_first=True),
-            "must find units to prune, got none .*inner.weight: a layer reads more",
+            "must find units to prune, got none .*inner.weight: a layer reads some channels more",
         ),
         (nn.LSTM(6, 8, bidirectional=True, batch_first=True), "they go through an LSTM with two directions"),
-        (nn.LSTM(6, 8, proj_size=3, batch_first=True), r"traceable by torch-pruning, got .* not know \['LSTM'\]"),
+        (nn.LSTM(6, 8, proj_size=3, batch_first=True), r"traceable by torch-pruning, got .* not support \['LSTM'\]"),
     ],
     ids=["GRU", "RNN", "bidirectional", "projection"],
 )

@@ -283,7 +283,7 @@ def test_a_configuration_is_plain_whatever_the_arguments_of_a_users_class_are() 
         ),
         (
             lambda junk: lp.sensitivity(network(), batches(), lambda *_: junk, [0.5], progress=False),
-            "what metric returns must be a number",
+            "the result of metric must be a number",
         ),
         (
             lambda junk: lp.prune(network(), 0.5, criterion=lp.SNIP(), data=batches(), loss=lambda *_: junk),
@@ -327,8 +327,8 @@ def write(content: Any, path: Path) -> str:
         (lambda _: lp.prune(nn.Linear, 0.5), "model must be a Module, got the class Linear: pass Linear(...)"),
         (
             lambda _: lp.Pruning(0.5, targets=[nn.ReLU()]),
-            "targets must hold patterns of parameter names, strings, got ReLU(): names are those of "
-            'model.named_parameters(), and "*" stands for any part of one',
+            "targets must contain patterns of parameter names, got ReLU(): names are those of "
+            'model.named_parameters(), and "*" matches any part of one',
         ),
         (lambda _: lp.SRSTE(2.5, 4), "n must be an int, got 2.5"),
         (lambda _: lp.SRSTE(2.0, 4), "n must be an int, got 2.0: did you mean 2?"),

@@ -131,7 +131,7 @@ def test_a_pattern_that_matches_nothing_lists_close_names(callback: Any, message
 
 
 def test_a_pattern_that_an_earlier_one_leaves_nothing_is_refused() -> None:
-    refused(r"sparsity must map .* got 'net.0.\*', which matches nothing", MLP(), Pruning({"*": 0.5, "net.0.*": 0.9}))
+    refused(r"sparsity must map .* got 'net.0.\*', which matches none", MLP(), Pruning({"*": 0.5, "net.0.*": 0.9}))
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,8 @@ class Sequence(nn.Module):
 
 NEVER_CALLED = "net.1.layer.self_attn.out_proj.weight: its layer is never called"
 ONLY_LINEAR = "must be a linear one, a convolution or the input projection of an attention, got LSTM"
-ATTENTION = "in_proj_weight: its layer, a MultiheadAttention, "
-NO_CHANNELS = "does not put out a channel for each of its rows"
+ATTENTION = "in_proj_weight: its layer (MultiheadAttention) "
+NO_CHANNELS = "does not output a channel for each of its rows"
 GATES = "its rows are gates, several to a neuron"
 
 
@@ -316,7 +316,7 @@ GATES = "its rows are gates, several to a neuron"
             Weight(),
             [NEVER_CALLED, ATTENTION + NO_CHANNELS],
         ),
-        (APoZ(window=1), Weight(), [NEVER_CALLED, f"weight_hh_l0: its layer, a LSTM, {NO_CHANNELS}"]),
+        (APoZ(window=1), Weight(), [NEVER_CALLED, f"weight_hh_l0: its layer (LSTM) {NO_CHANNELS}"]),
         (Sensitivity(window=1), Channel(), [f"net.2.layer.weight_ih_l0: {GATES}", f"weight_hh_l0: {GATES}"]),
     ],
     ids=str,

@@ -142,7 +142,7 @@ def test_a_damaged_state_is_refused_by_its_key_or_does_no_harm(
 def test_a_state_of_a_later_release_is_refused(method: str, checkpoints: dict[str, dict[str, Any]]) -> None:
     callback, _ = callbacks_of(method)
     state = state_of(checkpoints[method], callback)
-    with pytest.raises(ValueError, match=r"must be of 'version' 1 to 1, got 2: a later one needs the release"):
+    with pytest.raises(ValueError, match=r"must be of 'version' 1 to 1, got 2: load a later one with the release"):
         callback.load_state_dict({**state, "version": 2})
 
 
@@ -152,13 +152,13 @@ def test_sparsity_is_that_of_the_masks_whatever_the_state_says(checkpoints: dict
     callback.load_state_dict({**state, "levels": dict.fromkeys(state["levels"], 1.0)})
     assert callback.sparsity_now == pytest.approx(callback.masks.sparsity)
     assert 0.0 < callback.sparsity_now < 0.5
-    with pytest.raises(ValueError, match=r"must have, in 'masks', a mask of 'net.9.weight'"):
+    with pytest.raises(ValueError, match=r"must have a mask of 'net.9.weight' in 'masks'"):
         callback.load_state_dict({**state, "levels": {"net.9.weight": 0.5}})
 
 
 def test_an_update_that_is_not_planned_is_no_end(checkpoints: dict[str, dict[str, Any]]) -> None:
     callback, _ = callbacks_of("Magnitude")
     state = state_of(checkpoints["Magnitude"], callback)
-    with pytest.raises(ValueError, match=r"'applied' the position of an update, at most 7 by .*, got 1000000000"):
+    with pytest.raises(ValueError, match=r"an update in 'applied', at most 7 according to .*, got 1000000000"):
         callback.load_state_dict({**state, "applied": 10**9})
     assert not callback.masks
