@@ -29,7 +29,7 @@ from lightning_prune import (
     prune,
     sparsegpt,
 )
-from lightning_prune.structure.surgery import tell
+from lightning_prune.structure.surgery import update_sizes
 
 X = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3.0, 8)
 DATA = [(X, X[:, :6])]
@@ -137,7 +137,7 @@ def test_srste_trains_groups_along_its_inputs() -> None:
 def test_its_sizes_follow_its_weight(kind: type[nn.Module]) -> None:
     layer, _ = pair(kind)
     layer.weight.data = layer.weight.data[:5, :4].clone()
-    tell(layer)
+    update_sizes(layer)
     assert (layer.nx, layer.nf) == (5, 4) if kind is Conv1D else (layer.in_features, layer.out_features) == (5, 4)
 
 
