@@ -93,6 +93,15 @@ class PruningAtInit(MaskedTraining):
         super().forget()
         self._found: dict[str, nn.Parameter] = {}
 
+    @override
+    def chosen_by(self) -> tuple[str, ...]:
+        return "sparsity", "threshold", "criterion", "granularity", "scope", "rounds", "min_density"
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        if self.masks:  # else nothing is pruned yet
+            super().resume_with(changed)
+
     @property
     @override
     def reached(self) -> bool:

@@ -1,6 +1,6 @@
 """Sparse training: networks that are sparse from the first step, and exchange weak weights for new ones on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -136,6 +136,21 @@ class SET(ScheduledTraining):
                 raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
             plan.append((position, self.drop_fraction * remaining))
         return plan
+
+    @override
+    def chosen_by(self) -> tuple[str, ...]:
+        return (*super().chosen_by(), "drop_fraction", "decay", "grow_init", "regrow")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        self._refuse_changes(changed, "sparsity", "scope")  # the numbers of zeros stay those of the start
+        super().resume_with(changed)
+
+    @override
+    def _catch_up(self, clock: int) -> None:
+        if self._replanned and self._applied < 0:  # exchanges of the past are not made up for
+            self._applied = clock
+        self._replanned = False
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

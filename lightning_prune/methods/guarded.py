@@ -1,6 +1,6 @@
 """Guarded pruning: as sparse as possible, as long as a metric stays within a bound."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -117,6 +117,15 @@ class GuardedPruning(rewinding.Rewinding):
     @override
     def reached(self) -> bool:
         return self._search.settled
+
+    @override
+    def chosen_by(self) -> tuple[str, ...]:
+        return (*super().chosen_by(), "monitor", "mode", "reference", "step")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        self._refuse_changes(changed, "sparsity", "monitor", "mode", "reference", "step")
+        super().resume_with(changed)
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:

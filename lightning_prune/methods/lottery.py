@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune, rewind, and again, in one fit."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -101,6 +101,15 @@ class LotteryTicket(rewinding.Rewinding):
         self._back: int | None = None  # and by how many intervals trainings are shorter than the first
         self._again: tuple[int, dict[str, Any]] | None = None  # at which step to go back once more, and to what
         self._stop = math.inf  # in intervals
+
+    @override
+    def chosen_by(self) -> tuple[str, ...]:
+        return (*super().chosen_by(), "rounds", "rewind", "rewind_to")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        self._refuse_changes(changed, "sparsity", "rounds", "rewind", "rewind_to", "frequency", "interval")
+        super().resume_with(changed)
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:

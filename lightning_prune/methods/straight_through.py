@@ -1,10 +1,11 @@
 """Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import LBFGS, Optimizer
@@ -19,6 +20,7 @@ from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, local_shard
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.masked import MaskedTraining, gradient_scale, mask_averages
+from lightning_prune.training.resumed_arguments import listed, texts
 from lightning_prune.units.finding import make_units
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import score
@@ -77,6 +79,15 @@ class SRSTE(MaskedTraining):
         self._saved: dict[str, Tensor] = {}  # restored ones, whole, until training starts
         self._open: set[str] = set()  # the targets that are without zeros in the model itself, during a step
         self._guard: RemovableHandle | None = None  # refuses forward passes meanwhile
+
+    @override
+    def chosen_by(self) -> tuple[str, ...]:
+        return "n", "m"
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        rank_zero_warn(f"{type(self).__name__} goes on with {listed(changed, texts(self, changed))}: new masks follow")
+        self.masks = Masks()
 
     @property
     @override

@@ -33,6 +33,7 @@ from lightning_prune.training.enforcement import Holding, entrywise, forget_entr
 from lightning_prune.training.gradient_readers import reads_after_backward, reads_before_step
 from lightning_prune.training.judges import judges
 from lightning_prune.training.representation import call_text
+from lightning_prune.training.resumed_arguments import changes, listed, texts
 from lightning_prune.validation import states
 from lightning_prune.validation.arguments import flag, patterns
 
@@ -81,6 +82,7 @@ class MaskedTraining(Callback):
         self._shown: tuple[int, dict[str, float]] | None = None  # the epoch, and what was logged in it
         self._reads = True, True  # whether others read gradients after a backward pass, and before a step
         self._before: Callable[[Optimizer], None] | None = None
+        self._arguments: dict[str, str] | None = None  # those of a checkpoint, until training starts
 
     @property
     def sparsity_now(self) -> float:
@@ -125,6 +127,29 @@ class MaskedTraining(Callback):
 
     def advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
+
+    def chosen_by(self) -> tuple[str, ...]:
+        """Return the names of the arguments by which masks are chosen: a checkpoint remembers them."""
+        return ()
+
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        """Take up arguments of ``chosen_by`` that are others than in the checkpoint, or refuse them.
+
+        Args:
+            changed: Their names, and what they were, as text.
+
+        Raises:
+            ValueError: If the run cannot go on with them.
+        """
+        self._refuse_changes(changed, *changed)
+
+    def _refuse_changes(self, changed: Mapping[str, str], *fixed: str) -> None:
+        """Refuse changes of arguments that have to stay as they were."""
+        if found := {name: text for name, text in changed.items() if name in fixed}:
+            raise ValueError(
+                f"arguments of {type(self).__name__} must be those of the checkpoint, whose masks follow from them, "
+                f"got {listed(found, texts(self, found))}: give those, or begin a new run with the weights alone"
+            )
 
     def explain(self) -> str:
         """Return what the callback does in this run, as text."""
@@ -241,7 +266,9 @@ class MaskedTraining(Callback):
         self.masks = self._place(pl_module)
         if self._restored:
             restore(self, pl_module, self.masks, "in the checkpoint")
-        self._restored = False
+            if changed := changes(self._arguments, texts(self, self.chosen_by())):
+                self.resume_with(changed)
+        self._restored, self._arguments = False, None
         self.begin(trainer, pl_module)
         if missed:
             self.after_step()
@@ -352,7 +379,9 @@ class MaskedTraining(Callback):
             restore(self, model, held, "when a checkpoint was saved")
         masks = {name: self._whole(name, mask) for name, mask in held.items()}
         levels = {name: level for name, level in self._levels.items() if name in held}
-        return {"version": 1, "steps": self._steps, "levels": levels, "masks": pack_all(masks)}
+        arguments = self._arguments if self._restored else texts(self, self.chosen_by())
+        found = {"version": 1, "steps": self._steps, "levels": levels, "masks": pack_all(masks)}
+        return found if arguments is None else {**found, "arguments": arguments}
 
     def _held_model(self) -> nn.Module | None:
         """Return the model that the masks are placed on, with its parameters in pieces if they are sharded."""
@@ -372,6 +401,7 @@ class MaskedTraining(Callback):
         self.forget()
         self._model = self._running  # whose state it is; that of any model where the user loads it
         self.masks, self._restored, self._steps = Masks(masks), True, state_dict["steps"]
+        self._arguments = state_dict.get("arguments")
         # counted again, so that they are those of the masks whatever the state says
         kept = {name: count(masks[name]) for name in state_dict["levels"]}
         self._levels = {name: 1.0 - kept[name] / max(1, masks[name].numel()) for name in kept}

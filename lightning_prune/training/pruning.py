@@ -100,6 +100,10 @@ class Pruning(ScheduledTraining):
         self.end = position("end", end)
 
     @override
+    def chosen_by(self) -> tuple[str, ...]:
+        return (*super().chosen_by(), "schedule", "initial")
+
+    @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         return schedules.updates(self._schedule, first, last, self.frequency)
 

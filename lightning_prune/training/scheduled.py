@@ -23,6 +23,7 @@ from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import may_repair
 from lightning_prune.training.masked import MaskedTraining, gradient_scale, tell
 from lightning_prune.training.plan_text import plan
+from lightning_prune.training.resumed_arguments import listed, texts
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.step_inputs import inputs_of_step
 from lightning_prune.units.units import Units
@@ -32,6 +33,9 @@ from lightning_prune.updates.decision import decide
 from lightning_prune.updates.remaining import scarce, told
 from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.validation.instances import instance
+
+_OBSERVED_BY = ("criterion", "granularity")
+_WINDOW_BY = ("start", "end", "interval")
 
 
 class ScheduledTraining(MaskedTraining):
@@ -131,6 +135,7 @@ class ScheduledTraining(MaskedTraining):
         self._window: tuple[int, int] | None = None  # resolved once: a longer resumed run must not move it
         self._updates: list[tuple[int, float]] = []
         self._applied = -1  # position of the last update
+        self._replanned = False  # whether a resumed run has other arguments than it had
         self._epochs: int | None = None  # as the user has set them
         self._scarce: dict[str, int] = {}  # targets of which a warning has said how few units are left
 
@@ -160,8 +165,33 @@ class ScheduledTraining(MaskedTraining):
         duration = length(trainer, self.interval, self._epochs)
         self._window = self._window or self._horizon.window(duration)
         self._updates = self.plan(*self._window)
+        self._catch_up(trainer.current_epoch if self.interval == "epoch" else self._steps)
         if not self._waits_for_a_batch:
             self._announce(pl_module, duration)
+
+    @override
+    def chosen_by(self) -> tuple[str, ...]:
+        axes = ("sparsity", "threshold", "criterion", "granularity", "scope", "min_density", "of")
+        return (*axes, "start", "end", "interval", "frequency")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        found = listed(changed, texts(self, changed))
+        drops = ", and what was observed is forgotten" if not changed.keys().isdisjoint(_OBSERVED_BY) else ""
+        rank_zero_warn(
+            f"{type(self).__name__} goes on with {found}: its updates are planned anew{drops}, and weights that are "
+            f"pruned do not come back for that"
+        )
+        self._observed = None if drops else self._observed
+        self._window = None if not changed.keys().isdisjoint(_WINDOW_BY) else self._window
+        self._applied = -1 if "interval" in changed else self._applied
+        self._replanned = not changed.keys() <= {*_OBSERVED_BY, "scope"}
+
+    def _catch_up(self, clock: int) -> None:
+        """Make the last update of a new plan due, if all updates of the old one have been made."""
+        if self._replanned and self._updates:
+            self._applied = min(self._applied, self._updates[-1][0] - 1)
+        self._replanned = False
 
     @property
     def _waits_for_a_batch(self) -> bool:
