@@ -162,6 +162,8 @@ class GuardedPruning(rewinding.Rewinding):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().begin(trainer, pl_module)
+        if self._best is not None:
+            rewinding.check_memory(type(self).__name__, trainer, pl_module, self._best)
         if self._search.done:  # resumed from the last checkpoint
             trainer.should_stop = True
 

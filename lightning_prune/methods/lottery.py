@@ -134,6 +134,8 @@ class LotteryTicket(rewinding.Rewinding):
             self._moment = self._resolve(trainer)
             self._back = self._shorter(trainer)
         super().begin(trainer, pl_module)
+        if self._memory is not None and not self.reached:
+            rewinding.check_memory(type(self).__name__, trainer, pl_module, self._memory)
         self._check_rounds(trainer)
         if self._memory is None and self._moment <= self._steps and any(map(is_lazy, pl_module.parameters())):
             raise ValueError(
