@@ -4,6 +4,7 @@ import sys
 import warnings
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from architectures import CASES, Case, build
 from distributed import Layout, Net, rank, result
 from distributed import fit as fit_ranks
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from models import Attending, ConvNet, agrees, fit
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from models import MLP, Attending, ConvNet, agrees, fit
 from ranks import run
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -232,3 +233,12 @@ def parameters_of_net() -> list[Tensor]:
     model = Net()
     model.configure_model()
     return list(model.parameters())
+
+
+@pytest.mark.parametrize("how", ["fit", "validate"])
+def test_a_checkpoint_of_the_whole_model_is_refused_with_the_way_out(how: str, tmp_path: Path) -> None:
+    model, callback = MLP(), Pruning(0.4, granularity=Channel(), schedule="one_shot", start=1, shrink_at_end=True)
+    saves = ModelCheckpoint(tmp_path)
+    trainer = fit(model, callback, saves, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match=r"since shrink_at_end has cut it, got one of the whole model"):
+        getattr(trainer, how)(model, ckpt_path=saves.best_model_path)
