@@ -163,7 +163,7 @@ def test_a_run_ends_with_a_smaller_model_that_goes_on_training(model: Any, granu
         int(mask.sum()) for mask in reference.masks.values()
     ) + sum(p.numel() for name, p in masked.named_parameters() if name not in reference.masks)
     assert torch.allclose(small.eval()(inputs), masked.eval()(inputs), rtol=1e-5, atol=1e-6)
-    assert callback.sparsity_now == 0.0
+    assert callback.sparsity_now == reference.sparsity_now > 0.4  # of the targets as they were
     assert agrees(small, callback.masks)
     state = trainer.optimizers[0].state
     assert all(state[p]["exp_avg"].shape == p.shape for p in small.parameters() if p in state)
