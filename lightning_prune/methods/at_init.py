@@ -109,8 +109,9 @@ class PruningAtInit(MaskedTraining):
 
     @override
     def target_names(self) -> list[str]:
-        # before a fit has found them, those of the checkpoint; of coupled channels, not those that have no units
-        names = list(self._found) or list(self._levels)
+        # those of the checkpoint or of an earlier fit too, which may be frozen now; of coupled channels, not those that
+        # have no units
+        names = list(dict.fromkeys([*self._found, *self._levels]))
         return [name for name in names if name in self.masks] if self.masks else names
 
     @override
@@ -132,7 +133,8 @@ class PruningAtInit(MaskedTraining):
         tell(self.explain())
 
     def _find(self, pl_module: LightningModule) -> None:
-        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore)
+        held = bool(self.masks)  # nothing is chosen any more, so that all targets may be frozen
+        found = goal.find_targets(pl_module, self.sparsity, self.targets, self.ignore, later=held)
         self._found = {target.name: target.parameter for target in found}
 
     @override
