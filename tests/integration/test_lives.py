@@ -96,6 +96,36 @@ def happen(what: str, net: Any, layer: int, optimizers: list[Any]) -> None:
         net[layer].weight.requires_grad_(what == "unfreeze")
 
 
+class Watch(Callback):
+    """Looks at masks, weights and what callbacks say of them, after every batch.
+
+    Args:
+        callbacks: Those that train under masks.
+        held: The names of the targets that each has had a mask of so far.
+        weights: Whether to look at weights: what is written behind the callbacks waits for the next step or epoch.
+    """
+
+    def __init__(self, callbacks: list[MaskedTraining], held: list[set[str]], weights: bool) -> None:
+        self.callbacks, self.held, self.weights = callbacks, held, weights
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.look(pl_module, self.weights)
+
+    def look(self, model: LightningModule, weights: bool = True) -> None:
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+        for callback, held in zip(self.callbacks, self.held, strict=True):
+            if isinstance(callback, GuardedPruning):  # it may go back to a model without any
+                held.intersection_update(callback.masks)
+            assert held <= callback.masks.keys(), f"{type(callback).__name__} has lost masks"
+            held.update(name for name in callback.masks if parameters[name].ndim == 2)
+            if weights:
+                lost = [name for name, mask in callback.masks.items() if parameters[name][~mask].any()]
+                assert not lost, f"{type(callback).__name__} has lost zeros of {lost}"
+            total = sum(parameters[name].numel() for name in held | set(callback.target_names()))
+            zeros = sum(int((~callback.masks[name]).sum()) for name in held)
+            assert callback.sparsity_now == pytest.approx(zeros / max(1, total), abs=1e-9)
+
+
 class Lives(RuleBasedStateMachine):
     """One model and two callbacks at a time."""
 
@@ -149,25 +179,28 @@ class Lives(RuleBasedStateMachine):
     @rule(epochs=st.integers(1, 3))
     def take_another_model(self, epochs: int) -> None:
         self.model, self.held, self.replaced = Model(seed=2), [set() for _ in self.make], False
-        before = [callback.masks for callback in self.callbacks]
         self.fit(epochs, [], True)
-        assert all(callback.masks is not masks for callback, masks in zip(self.callbacks, before, strict=True))
+        expected = Model(seed=2)
+        Trainer(**{**QUIET, "max_epochs": epochs}, callbacks=[make() for make in self.make]).fit(expected)
+        for name, parameter in self.model.named_parameters():
+            assert torch.equal(parameter, expected.get_parameter(name)), "an earlier model has left something"
 
     def fit(self, epochs: int, events: list[tuple[int, str, int]], before: bool, path: str | None = None) -> None:
-        happenings = [Happenings(events)]
-        callbacks = [*happenings, *self.callbacks] if before else [*self.callbacks, *happenings]
-        self.trainer = Trainer(**{**QUIET, "max_epochs": epochs}, callbacks=callbacks)
         try:
-            self.trainer.fit(self.model, ckpt_path=path)
+            self.train_on(epochs, events, before, path)
         except ValueError as error:
             if "remembers, to go back to" not in str(error):
                 raise
             # an optimizer of other layers: said before the first step, and a new callback is what is asked for
             self.callbacks, self.held = [make() for make in self.make], [set() for _ in self.make]
-            callbacks = [*happenings, *self.callbacks] if before else [*self.callbacks, *happenings]
-            self.trainer = Trainer(**{**QUIET, "max_epochs": epochs}, callbacks=callbacks)
-            self.trainer.fit(self.model)
+            self.train_on(epochs, events, before, None)
         self.replaced |= len(self.trainer.optimizers[0].param_groups) > 1
+
+    def train_on(self, epochs: int, events: list[tuple[int, str, int]], before: bool, path: str | None) -> None:
+        happenings, watch = [Happenings(events)], Watch(self.callbacks, self.held, before)
+        callbacks = [*happenings, *self.callbacks] if before else [*self.callbacks, *happenings]
+        self.trainer = Trainer(**{**QUIET, "max_epochs": epochs}, callbacks=[*callbacks, watch])
+        self.trainer.fit(self.model, ckpt_path=path)
 
     def save(self) -> str:
         path = str(Path(self.folder.name) / "life.ckpt")
@@ -178,17 +211,9 @@ class Lives(RuleBasedStateMachine):
     def no_zero_is_lost(self) -> None:
         if getattr(self, "trainer", None) is None:
             return
-        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        assert all(parameter.isfinite().all() for parameter in parameters.values())
+        assert all(parameter.isfinite().all() for parameter in self.model.parameters())
         assert not leftovers(self.model)
-        for callback, held in zip(self.callbacks, self.held, strict=True):
-            assert held <= callback.masks.keys(), "the masks of a target are gone"
-            held.update(name for name in callback.masks if parameters[name].ndim == 2)
-            for name, mask in callback.masks.items():
-                assert not parameters[name][~mask].any(), f"{name} has lost zeros of {type(callback).__name__}"
-            total = sum(parameters[name].numel() for name in held | set(callback.target_names()))
-            zeros = sum(int((~callback.masks[name]).sum()) for name in held)
-            assert callback.sparsity_now == pytest.approx(zeros / max(1, total), abs=1e-9)
+        Watch(self.callbacks, self.held, True).look(self.model)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
