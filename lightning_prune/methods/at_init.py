@@ -106,6 +106,15 @@ class PruningAtInit(MaskedTraining):
         self.min_density = self.sparsity_target.min_density
         super().__init__(targets, ignore, log_layers)
 
+    @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return "sparsity", "threshold", "criterion", "granularity", "scope", "rounds", "min_density"
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        if self.masks:  # else nothing is pruned yet
+            super().resume_with(changed)
+
     @property
     @override
     def reached(self) -> bool:
@@ -113,8 +122,9 @@ class PruningAtInit(MaskedTraining):
 
     @override
     def target_names(self) -> list[str]:
-        # before a fit has found them, those of the checkpoint; of coupled channels, not those that have no units
-        names = list(self.state.found) or list(self.state.levels)
+        # those of the checkpoint or of an earlier fit too, which may be frozen now; of coupled channels, not those
+        # without units
+        names = list(dict.fromkeys([*self.state.found, *self.state.levels]))
         return [name for name in names if name in self.masks] if self.masks else names
 
     @override
@@ -136,7 +146,8 @@ class PruningAtInit(MaskedTraining):
         log_info(self.explain())
 
     def _find(self, pl_module: LightningModule) -> None:
-        found = self.sparsity_target.find(pl_module, self.targets, self.ignore)
+        chosen = bool(self.masks)  # then all targets may be frozen
+        found = self.sparsity_target.find(pl_module, self.targets, self.ignore, later=chosen)
         self.state.found = {target.name: target.parameter for target in found}
 
     @override

@@ -1,6 +1,6 @@
 """SET: networks that are sparse from the first step, and exchange weak weights for random new ones on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from lightning_prune.granularities import Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods.exchange import exchange, steps, uniform
 from lightning_prune.tensors.distributed import local
+from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.scheduled import ScheduledTraining, decide
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import TRANSIENT, RunState
@@ -142,6 +143,21 @@ class SET(ScheduledTraining):
                 raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
             plan.append((position, self.drop_fraction * remaining))
         return plan
+
+    @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return (*super().mask_arguments(), "drop_fraction", "decay", "grow_init", "regrow")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        reject_changes(self, changed, "sparsity", "scope")  # the numbers of zeros stay those of the start
+        super().resume_with(changed)
+
+    @override
+    def catch_up(self, trainer: Trainer) -> None:
+        if self.state.replanned and self.state.applied < 0:  # exchanges of the past are not made up for
+            self.state.applied = self.clock(trainer)
+        self.state.replanned = False
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

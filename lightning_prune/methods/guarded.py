@@ -1,6 +1,6 @@
 """Guarded pruning: as sparse as possible, as long as a metric stays within a bound."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -21,6 +21,7 @@ from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.training.consistency import fitting, restore
 from lightning_prune.training.hooks import training_methods
+from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.scheduled import decide
 from lightning_prune.training.state import RunState
 from lightning_prune.updates.target_sparsity import SparsityTarget
@@ -119,6 +120,15 @@ class GuardedPruning(rewinding.Rewinding):
         return self._search.settled
 
     @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return (*super().mask_arguments(), "monitor", "mode", "reference", "step")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        reject_changes(self, changed, "sparsity", "monitor", "mode", "reference", "step")
+        super().resume_with(changed)
+
+    @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         return self.state.planned
 
@@ -153,6 +163,8 @@ class GuardedPruning(rewinding.Rewinding):
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_start(trainer, pl_module)
+        if self.state.best is not None:
+            rewinding.check_memory(type(self).__name__, trainer, pl_module, self.state.best)
         if self._search.done:  # resumed from the last checkpoint
             trainer.should_stop = True
 

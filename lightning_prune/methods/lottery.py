@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune, rewind, and again, in one fit."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
 from lightning_prune.methods.rewinding import MEMORY
 from lightning_prune.schedules import Horizon, after
+from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.scheduled import decide
 from lightning_prune.training.scheduled_state import ScheduledState
@@ -125,6 +126,15 @@ class LotteryTicket(rewinding.Rewinding):
         super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
 
     @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return (*super().mask_arguments(), "rounds", "rewind", "rewind_to")
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        reject_changes(self, changed, "sparsity", "rounds", "rewind", "rewind_to", "frequency", "interval")
+        super().resume_with(changed)
+
+    @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         apart = (last - first) / max(1, self.rounds - 1)
         back = self.state.back or 0
@@ -148,6 +158,8 @@ class LotteryTicket(rewinding.Rewinding):
             state.moment = self._resolve(trainer)
             state.back = self._shorter(trainer, state.moment)
         super().on_start(trainer, pl_module)
+        if state.memory is not None and not self.reached:
+            rewinding.check_memory(type(self).__name__, trainer, pl_module, state.memory)
         self._check_rounds(trainer)
         if state.memory is None and state.moment <= state.steps and any(map(is_lazy, pl_module.parameters())):
             raise ValueError(

@@ -67,6 +67,29 @@ def go_back(trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
         mask_all(trainer)
 
 
+def check_memory(owner: str, trainer: Trainer, model: nn.Module, memory: dict[str, Any]) -> None:
+    """Refuse a model that cannot go back to what is remembered, since parts of it have been replaced.
+
+    Raises:
+        ValueError: If a tensor has another shape, or optimizers and schedulers are not those of then.
+    """
+    for name, tensor in _tensors(model):
+        before = memory["tensors"].get(name, tensor)
+        if before.shape != tensor.shape:
+            raise ValueError(
+                f"the model must be the one that {owner} remembers, to go back to it, got {name!r} of shape "
+                f"{tuple(tensor.shape)} in place of {tuple(before.shape)}: use a new {owner} with a new part of a model"
+            )
+    counts = [[len(group["params"]) for group in saved["param_groups"]] for saved in memory["optimizers"]]
+    now = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    fits = all(mine[: len(saved)] == saved for saved, mine in zip(counts, now, strict=False))
+    if len(counts) != len(now) or not fits or len(memory["schedulers"]) != len(trainer.lr_scheduler_configs):
+        raise ValueError(
+            f"optimizers must have the parameters that {owner} remembers, to go back to them, got groups of {now} in "
+            f"place of {counts}: use a new {owner} with a new part of a model"
+        )
+
+
 def mask_all(trainer: Trainer) -> None:
     """Let every callback that trains under masks take over weights that somebody else has put into the model."""
     for callback in training_methods(trainer):

@@ -1,11 +1,12 @@
 """Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import LBFGS, Optimizer
@@ -22,6 +23,7 @@ from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.protocols import mask_averages
+from lightning_prune.training.resumed_arguments import listed, texts
 from lightning_prune.training.state import TRANSIENT, RunState, saved
 from lightning_prune.units.finding import make_units
 from lightning_prune.units.units import Units
@@ -111,6 +113,15 @@ class SRSTE(MaskedTraining):
         self.m = self.granularity.m
         self.decay = number("decay", decay, "[0, inf)")
         super().__init__(targets, ignore, log_layers)
+
+    @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return "n", "m"
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        rank_zero_warn(f"{type(self).__name__} resumes with {listed(changed, texts(self, changed))}: new masks follow")
+        self.state.masks = Masks()
 
     @property
     @override

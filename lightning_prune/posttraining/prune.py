@@ -24,6 +24,7 @@ from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, Decision, decide, score
 from lightning_prune.updates.remaining import told
+from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import instance
@@ -109,6 +110,7 @@ def prune(
         )
     inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
     units, _ = granularity.find_units(found, model, inputs, distributed)
+    units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
     if sequential is not None and budget is not None:
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
@@ -131,6 +133,15 @@ def prune(
     if few := Decision(masks, keep).scarce(units):
         warnings.warn(told("prune", few), stacklevel=2)
     return masks
+
+
+def _scorable(units: Sequence[Units], criterion: Criterion) -> list[Units]:
+    """Return the units that a criterion can score, and warn of the others."""
+    found, unscored = scorable(units, criterion)
+    if unscored:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unscored.items())[:5])
+        warnings.warn(f"prune leaves out what {type(criterion).__name__} cannot score: {reasons}", stacklevel=3)
+    return found
 
 
 def _observed(

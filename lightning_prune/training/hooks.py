@@ -5,7 +5,7 @@ the end of its batch, ``after_batch`` and ``maybe_update``. ``set_masks`` sets n
 is declared once, as the dataclass in ``State``: it is reset, copied, saved and loaded from there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +17,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.enforcement import MaskEnforcement
 from lightning_prune.training.representation import call_text
+from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.state import RunState
 from lightning_prune.validation.arguments import flag, patterns
 
@@ -114,6 +115,23 @@ class TrainingMethod(Callback):
 
     def maybe_update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
+
+    # ------------------------------------------------------------------------------------------------ resumed runs
+
+    def mask_arguments(self) -> tuple[str, ...]:
+        """Return the names of the arguments that masks follow from: they are part of checkpoints."""
+        return ()
+
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        """Accept ``mask_arguments`` that differ from those in the checkpoint, or reject them.
+
+        Args:
+            changed: Their names, and what they were, as text.
+
+        Raises:
+            ValueError: If the run cannot be resumed with them.
+        """
+        reject_changes(self, changed, *changed)
 
     # ------------------------------------------------------------------------------------------------ its weights
 

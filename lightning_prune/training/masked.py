@@ -20,6 +20,7 @@ from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise
 from lightning_prune.training.gradient_readers import GradientReaders
 from lightning_prune.training.hooks import TrainingMethod
 from lightning_prune.training.protocols import mask_averages, show_dense_model
+from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
 
 
@@ -78,6 +79,8 @@ class MaskedTraining(TrainingMethod):
         state.masks = place(self, state.masks, named_parameters(pl_module), state.restored)
         if state.restored:
             restore(self, pl_module, state.masks, "in the checkpoint")
+            if changed := changes(state.arguments, texts(self, self.mask_arguments())):
+                self.resume_with(changed)
         state.restored = False
         self.on_start(trainer, pl_module)
         if missed:
@@ -162,6 +165,8 @@ class MaskedTraining(TrainingMethod):
         model = self.state.placed_model()
         if model is not None and self.settled:
             restore(self, model, self.masks, "when a checkpoint was saved")
+        if not self.state.restored:
+            self.state.arguments = texts(self, self.mask_arguments())
         return self.state.saved()
 
     @override

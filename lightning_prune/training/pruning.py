@@ -12,7 +12,7 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight, shrinkable
 from lightning_prune.masks import Masks
 from lightning_prune.models import summary as report
-from lightning_prune.structure.cut_record import CutRecord
+from lightning_prune.structure.cut_record import CutRecord, cut_record_of
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.protocols import averaged_models
@@ -100,6 +100,10 @@ class Pruning(ScheduledTraining):
         self.end = position("end", end)
 
     @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return (*super().mask_arguments(), "schedule", "initial")
+
+    @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         return schedules.updates(self._schedule, first, last, self.frequency)
 
@@ -108,6 +112,16 @@ class Pruning(ScheduledTraining):
         super().setup(trainer, pl_module, stage)
         if self.shrink_at_end and stage == "fit":
             require_torch_pruning()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self.shrink_at_end and "size mismatch for" in str(exception) and cut_record_of(pl_module) is not None:
+            exception.args = (
+                f"ckpt_path must be a checkpoint of the model as it is since shrink_at_end has cut it, got one of the "
+                f"whole model: leave ckpt_path away to go on with the model in memory, or load the checkpoint into a "
+                f"model that has not been cut. {exception}",
+            )
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

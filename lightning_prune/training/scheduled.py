@@ -17,6 +17,7 @@ from lightning_prune.models.parameters import named_parameters
 from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.distributed import reshard
 from lightning_prune.tensors.selection import Scores
+from lightning_prune.training import replanning
 from lightning_prune.training.checks import check_targets
 from lightning_prune.training.consistency import fitting
 from lightning_prune.training.observed import ObservedTraining, leave_out_unseen
@@ -28,6 +29,9 @@ from lightning_prune.units.units import Units
 from lightning_prune.updates import decision
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.target_sparsity import SparsityTarget
+
+_OBSERVED_BY = ("criterion", "granularity")
+_WINDOW_BY = ("start", "end", "interval")
 
 
 class ScheduledTraining(ObservedTraining):
@@ -103,6 +107,7 @@ class ScheduledTraining(ObservedTraining):
         self.observation.active = lambda: bool(trainer.training)
         self.state.window = self.state.window or self.horizon.window(length(trainer, self.interval, self.max_epochs))
         self.state.updates = self.plan(*self.state.window)
+        self.catch_up(trainer)
         if not self.state.waits:
             _announce(self, trainer, pl_module)
 
@@ -125,6 +130,18 @@ class ScheduledTraining(ObservedTraining):
         if self.criterion.accumulates and self.observation.steps:
             return True
         return self.state.steps >= in_steps(trainer, self.interval, position) - self.criterion.steps
+
+    @override
+    def mask_arguments(self) -> tuple[str, ...]:
+        return replanning.ARGUMENTS
+
+    @override
+    def resume_with(self, changed: Mapping[str, str]) -> None:
+        replanning.replan(self, self.state, changed)
+
+    def catch_up(self, trainer: Trainer) -> None:
+        """Make up for updates of a new plan, when a run is resumed with other arguments."""
+        replanning.catch_up(self.state)
 
     def next_position(self) -> int | None:
         """Return the position of the next update; None after the last one."""

@@ -43,6 +43,7 @@ class ScheduledState(RunState):
         unseen: Names of targets that were left out since the criterion saw nothing of them.
         observed: Restored statistics, until there are units for them.
         updates: The planned updates, as (position, amount).
+        replanned: Whether a resumed run has other arguments than it had, and so another plan.
         left_out: Why targets are left out, by name.
         scarce: Targets of which a warning has said how few units are left.
         parameters: Of all parameters of the model, when targets were last looked up, what decides over that.
@@ -70,6 +71,7 @@ class ScheduledState(RunState):
         default=None, metadata=saved(_STATISTICS, save=_observed, copied=_observed_alone)
     )
     updates: list[tuple[int, float]] = field(default_factory=list)
+    replanned: bool = field(default=False, metadata=TRANSIENT)
     left_out: dict[str, str] = field(default_factory=dict)
     scarce: dict[str, int] = field(default_factory=dict)
     parameters: list[tuple[int, bool, bool]] = field(default_factory=list, metadata=TRANSIENT)

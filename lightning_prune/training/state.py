@@ -18,7 +18,7 @@ from lightning_prune.tensors.distributed import full_tensor, reshard
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.training.consistency import fitting
 from lightning_prune.validation import states
-from lightning_prune.validation.states import FRACTION, MASKS, Rule, table
+from lightning_prune.validation.states import FRACTION, MASKS, TEXT, Rule, optional, table
 from lightning_prune.validation.states import whole as whole_number
 
 TRANSIENT = {"transient": True}  # metadata of a field of this process or of the model: copies start with its default
@@ -59,6 +59,7 @@ class RunState:
         steps: Optimizer steps so far.
         levels: Sparsity of the targets that have a mask, by name.
         masks: Bool masks by parameter name; of a sharded parameter, this rank's shard.
+        arguments: Those that the masks follow from, as text; None where a checkpoint does not have them.
         sparsity: The fraction of zeros among all targets.
         restored: Whether the masks come from a checkpoint, as full tensors, and have not been placed on a model yet.
         logged: The epoch and the levels of the last log entry.
@@ -74,6 +75,7 @@ class RunState:
         default_factory=Masks,
         metadata=saved(MASKS, save=lambda state: state.packed_masks(), load=lambda packed: Masks(unpack_all(packed))),
     )
+    arguments: dict[str, str] | None = field(default=None, metadata=saved(optional(table(TEXT)), absent=None))
     sparsity: float = 0.0
     restored: bool = False
     logged: tuple[int, dict[str, float]] | None = None

@@ -1,5 +1,7 @@
 """A callback that is used again, with another model, begins anew, however the last run ended."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from models import MLP, QUIET, fit
-from torch import Tensor
+from torch import Tensor, nn
 from variants import METHODS
 
-from lightning_prune import Distillation, GuardedPruning, MagnitudePruning
+from lightning_prune import Distillation, GuardedPruning, LotteryTicket, MagnitudePruning
 from lightning_prune.training.masked import MaskedTraining
 
 
@@ -93,3 +95,24 @@ def test_masks_that_do_not_come_back_are_a_warning(strategy: str) -> None:
     trainer = Trainer(**{**QUIET, "strategy": strategy})
     with pytest.warns(UserWarning, match="MagnitudePruning holds its masks in the processes that the strategy starts"):
         MagnitudePruning(0.5).setup(trainer, Examined(), "fit")
+
+
+@pytest.mark.parametrize("outputs", [3, 5])
+@pytest.mark.parametrize("name", ["GuardedPruning", "LotteryTicket"])
+def test_what_is_remembered_of_another_head_is_refused_before_the_first_step(name: str, outputs: int) -> None:
+    callbacks = {
+        "GuardedPruning": partial(GuardedPruning, "score", patience=1, sparsity=0.5, step=0.5),
+        "LotteryTicket": partial(LotteryTicket, 0.5, rounds=2, frequency=8, interval="step"),
+    }
+    model, callback = Examined(), callbacks[name]()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".* (before the last update|will not reach its target|drops the masks)"
+        )
+        fit(model, callback, max_epochs=3)
+        width = 10 if outputs == 5 else 12
+        model.net[4], model.net[6] = nn.Linear(8, width), nn.Linear(width, outputs)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=f"that {name} remembers, to go back to .*: use a new {name} "):
+            fit(model, callback, max_epochs=3)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import BaseFinetuning
-from models import MLP, Attention, ConvNet, On, Tiny, TwoOptimizers, fit, size, weights, zeros
+from models import MLP, Attention, ConvNet, On, Tiny, TwoOptimizers, agrees, fit, size, weights, zeros
 from modes import SGD, Probe, Regression, assert_masked, leftovers, mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -388,3 +388,17 @@ def test_what_cannot_be_pruned_is_refused_before_the_first_step() -> None:
 
     with pytest.raises(ValueError, match=r"SNIP needs a gradient of 'unused\.weight', got none in 1 steps"):
         fit(Blind(), PruningAtInit(0.5))
+
+
+@pytest.mark.parametrize("frozen", [("net.4.weight",), ("net.0.weight", "net.4.weight", "net.6.weight")])
+def test_targets_that_are_frozen_in_a_later_fit_keep_their_zeros_and_count(frozen: tuple[str, ...]) -> None:
+    model, callback = MLP(), PruningAtInit(0.5)
+    fit(model, callback)
+    masks = {name: mask.clone() for name, mask in callback.masks.items()}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    fit(model, callback)
+    assert masks.keys() == callback.masks.keys()
+    assert all(torch.equal(mask, callback.masks[name]) for name, mask in masks.items())
+    assert callback.sparsity_now == 0.5
+    assert agrees(model, masks)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import (
     SNIP,
+    APoZ,
     Channel,
     Criterion,
     Entropy,
@@ -488,3 +489,15 @@ def test_batches_of_every_kind_reach_the_loss_as_they_are() -> None:
     assert seen[0].size == 2
     assert seen[3].batch_sizes.tolist() == [2, 2, 1]
     assert type(convert(packed, torch.device("meta"))) is type(packed)
+
+
+@pytest.mark.parametrize("criterion", [Wanda(), Entropy(), APoZ()], ids=lambda criterion: type(criterion).__name__)
+def test_what_a_criterion_cannot_score_is_left_out_before_the_data(criterion: Criterion) -> None:
+    layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+    model, data = nn.TransformerEncoder(layer, 2), [torch.randn(4, 5, 12) for _ in range(2)]
+    before = model.layers[0].self_attn.out_proj.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"prune leaves out what \w+ cannot score: .*out_proj.weight: its"):
+        masks = prune(model, 0.5, criterion=criterion, data=data, loss=lambda model, batch: model(batch).mean())
+    assert {"layers.0.linear1.weight", "layers.1.linear2.weight"} <= masks.keys()
+    assert masks.sparsity == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(model.layers[0].self_attn.out_proj.weight, before)
