@@ -61,7 +61,7 @@ def test_its_state_is_saved_loaded_copied_and_reset_from_one_declaration() -> No
     callback = Stepwise()
     fit(MLP(), callback)
     state = callback.state_dict()
-    assert list(state) == ["version", "steps", "levels", "masks", "updates", "late"]
+    assert list(state) == ["version", "steps", "levels", "masks", "arguments", "updates", "late"]
     other = Stepwise()
     other.load_state_dict({key: value for key, value in state.items() if key != "late"})
     assert (other.state.updates, other.state.late) == ([2, 4, 6, 8], 7)

@@ -75,7 +75,7 @@ steps: dict[str, Any] = {"start": 2, "end": 8}
 )
 def test_another_goal_is_reached(first: Make, second: Make, expected: float, tmp_path: Path) -> None:
     path, model, callback = begun(first(), tmp_path), MLP(), second()
-    with pytest.warns(UserWarning, match=f"{type(callback).__name__} goes on with "):
+    with pytest.warns(UserWarning, match=f"{type(callback).__name__} resumes with "):
         fit(model, callback, ckpt_path=path, max_epochs=6)
     assert callback.reached
     assert callback.sparsity_now == pytest.approx(expected, abs=0.01)
@@ -85,14 +85,14 @@ def test_another_goal_is_reached(first: Make, second: Make, expected: float, tmp
 def test_another_threshold_holds(tmp_path: Path) -> None:
     path, model = begun(MagnitudePruning(threshold=0.1, **steps), tmp_path), MLP()
     callback = MagnitudePruning(threshold=0.3, **steps)
-    with pytest.warns(UserWarning, match=r"goes on with threshold=0\.3 \(0\.1 before\): its updates are planned anew"):
+    with pytest.warns(UserWarning, match=r"resumes with threshold=0\.3 \(0\.1 before\): its updates are planned again"):
         fit(model, callback, ckpt_path=path, max_epochs=3 + 1)
     assert callback.sparsity_now > 0.3
 
 
 def test_what_is_pruned_stays_pruned_with_a_lower_goal(tmp_path: Path) -> None:
     path, callback = begun(MagnitudePruning(0.75, **steps), tmp_path), MagnitudePruning(0.5, **steps)
-    with pytest.warns(UserWarning, match="weights that are pruned do not come back for that"):
+    with pytest.warns(UserWarning, match="pruned weights do not come back"):
         fit(MLP(), callback, ckpt_path=path, max_epochs=4)
     assert callback.sparsity_now == pytest.approx(0.75, abs=0.01)
 
@@ -130,7 +130,7 @@ def test_exchanges_of_the_past_are_not_made_up_for(tmp_path: Path) -> None:
     path = begun(RigL(0.5, frequency=2, end=12), tmp_path)
     again = RigL(0.5, frequency=2, end=10)
     masks = copy.deepcopy(torch.load(path, weights_only=True)["callbacks"][again.state_key]["masks"])
-    with pytest.warns(UserWarning, match="goes on with end=10"):
+    with pytest.warns(UserWarning, match="resumes with end=10"):
         fit(MLP(), again, ckpt_path=path, max_epochs=5)
     assert torch.equal(again.state_dict()["masks"]["bits"], masks["bits"])
 
@@ -190,7 +190,7 @@ def test_what_another_criterion_has_observed_is_dropped(second: tuple[Criterion,
         found = []
         for ckpt in (path, without_statistics(path)):
             model, callback = MLP(), Pruning(0.5, *second, **when)
-            with pytest.warns(UserWarning, match="planned anew, and what was observed is forgotten"):
+            with pytest.warns(UserWarning, match="planned again, and the statistics of the checkpoint are dropped"):
                 fit(model, callback, ckpt_path=ckpt, max_epochs=6)
             assert callback.reached
             found.append(callback.masks)
