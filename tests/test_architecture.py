@@ -41,8 +41,8 @@ METHODS, LINES, FILE_LINES = 20, 160, 250
 LIGHTNING = {
     "structure/checkpoints.py",  # names, when asked, the function with which Lightning's command line makes models
 }
-FAT_CLASSES = {"Units", "WeightUnits"}
-LONG_FILES = {"models/parameters.py", "posttraining/sensitivity.py", "structure/tracing.py"}
+FAT_CLASSES = {"GuardedPruning", "TrainingMethod", "Units", "WeightUnits"}
+LONG_FILES = {"methods/guarded.py", "methods/lottery.py", "methods/straight_through.py", "models/parameters.py"}
 PRIVATE = {
     "training/protocols.py",  # declares, as a protocol, a private name of Lightning
     "units/pooled.py",

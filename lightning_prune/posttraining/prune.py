@@ -137,6 +137,8 @@ def prune(
 
 def _scorable(units: Sequence[Units], criterion: Criterion) -> list[Units]:
     """Return the units that a criterion can score, and warn of the others."""
+    if criterion.needs == "weights" and not criterion.by_channel:
+        return list(units)
     found, unscored = scorable(units, criterion)
     if unscored:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unscored.items())[:5])

@@ -482,7 +482,7 @@ def test_entropy_of_a_module_that_has_no_output_per_channel_is_refused() -> None
             out: Tensor = self.attention(x, x, x)[0]
             return out
 
-    with pytest.raises(ValueError, match=r"the module of 'attention\.in_proj_weight' must output .* got tuple"):
+    with pytest.raises(ValueError, match=r"attention\.in_proj_weight: its layer .* does not output a channel for each"):
         prune(Attention(), 0.5, criterion=Entropy(), granularity=Channel(), data=[torch.rand(3, 1, 4)])
 
 

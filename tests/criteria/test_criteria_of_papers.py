@@ -246,14 +246,14 @@ def test_the_factors_of_a_batch_norm_are_the_scores_of_the_channels_in_front() -
 
 
 @pytest.mark.parametrize(
-    ("model", "found"),
+    "model",
     [
-        (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "none"),
-        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)), "BatchNorm1d"),
+        nn.Sequential(nn.Linear(2, 2), nn.ReLU()),
+        nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)),
     ],
 )
-def test_a_layer_without_factors_behind_it_is_refused(model: nn.Module, found: str) -> None:
-    with pytest.raises(ValueError, match=rf"behind the layer of '0\.weight', got {found}: ignore the parameter"):
+def test_a_layer_without_factors_behind_it_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"0\.weight: no norm with scales follows its layer"):
         prune(model, 0.5, criterion=BatchNormScale(), granularity=Channel())
 
 
@@ -347,7 +347,7 @@ def test_wanda_of_tied_weights_takes_the_inputs_of_both_and_refuses_what_it_cann
     x = torch.randn(4, 2)
     both = torch.cat([x, model[:2](x)]).square().mean(0).sqrt()
     torch.testing.assert_close(wanda(model, [x], "0.weight"), (model[0].weight.abs() * both).detach())
-    with pytest.raises(ValueError, match=r"the layer of 'weight_ih_l0' must be a linear one, .* got LSTM: ignore"):
+    with pytest.raises(ValueError, match=r"weight_ih_l0: its layer must be a linear one, .* got LSTM"):
         prune(nn.LSTM(2, 2), 0.5, criterion=Wanda(), data=[torch.zeros(3, 2)])
 
 

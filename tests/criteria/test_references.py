@@ -320,7 +320,7 @@ def test_slimming_of_a_sum_takes_the_mean_of_the_factors_of_both_branches() -> N
 
 def test_slimming_of_coupled_channels_names_a_layer_without_factors() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"behind the layer of '0\.weight', got none: ignore the parameter"):
+    with pytest.raises(ValueError, match=r"0\.weight: no norm with scales follows its layer"):
         prune(model, 0.5, criterion=BatchNormScale(), granularity=COUPLED, example_inputs=torch.ones(1, 4))
 
 
