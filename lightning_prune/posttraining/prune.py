@@ -22,7 +22,7 @@ from lightning_prune.scopes import Scope
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
-from lightning_prune.updates.decision import Allocate, Decision, decide, score
+from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide, score
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
@@ -139,6 +139,7 @@ def _scorable(units: Sequence[Units], criterion: Criterion) -> list[Units]:
     """Return the units that a criterion can score, and warn of the others."""
     if criterion.needs == "weights" and not criterion.by_channel:
         return list(units)
+    check_channels(units, criterion)
     found, unscored = scorable(units, criterion)
     if unscored:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unscored.items())[:5])

@@ -56,7 +56,8 @@ def number(argument: str, value: Any, interval: str = "(-inf, inf)") -> int | fl
     Traceback (most recent call last):
     ValueError: sparsity must be in [0, 1), got 90: did you mean 0.9?
     """
-    found = value if type(value) in (int, float) else plain_number(value)
+    plain = type(value) is float or (type(value) is int and abs(value) < _TOO_LONG)
+    found = value if plain else plain_number(value)
     if found is not None and _lies_in(found, interval):
         return found
     rule = _IN_WORDS.get(interval, f"in {interval}")

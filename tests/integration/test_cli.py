@@ -94,8 +94,9 @@ def entry(class_path: str, **init_args: Any) -> dict[str, Any]:
 
 
 def public_state(callback: Callback) -> dict[str, Any]:
-    """What a callback was told: its attributes that are no tensors and no methods of Lightning."""
-    return {k: v for k, v in vars(callback).items() if not k.startswith("_") and k not in ("log", "log_dict", "masks")}
+    """What a callback was told: its attributes but those of a run and the methods of Lightning."""
+    of_run = ("log", "log_dict", "masks", "state", "enforcement", "max_epochs")
+    return {k: v for k, v in vars(callback).items() if not k.startswith("_") and k not in of_run}
 
 
 # ------------------------------------------------------------------------------------------------ in
