@@ -111,8 +111,8 @@ class ScheduledState(RunState):
         last = cls.last_position(values)
         if values["applied"] > last:
             raise ValueError(
-                f"the state of {owner} must have in 'applied' the position of an update, at most {last} by 'window' "
-                f"and 'planned', got {values['applied']}"
+                f"the state of {owner} must have the position of an update in 'applied', at most {last} according to "
+                f"'window' and 'planned', got {values['applied']}"
             )
 
     @classmethod

@@ -121,7 +121,7 @@ class RunState:
         shapes = values["masks"]["shapes"]
         for name in values["levels"]:
             if name not in shapes:
-                raise ValueError(f"the state of {owner} must have, in 'masks', a mask of {name!r}, got {list(shapes)}")
+                raise ValueError(f"the state of {owner} must have a mask of {name!r} in 'masks', got {list(shapes)}")
 
     def __getstate__(self) -> dict[str, Any]:
         values = {}

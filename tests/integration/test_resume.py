@@ -279,7 +279,7 @@ def test_a_resumed_run_can_prune_further(tmp_path: Path) -> None:
     first, second = MagnitudePruning(0.5, start=0, end=6), MagnitudePruning(0.75, start=0, end=9)
     fit(Resumable(), first, ModelCheckpoint(tmp_path, "last"), enable_checkpointing=True)
     model = Resumable()
-    with Probe(model, second) as probe, pytest.warns(UserWarning, match=r"goes on with sparsity=0\.75 \(0\.5 before\)"):
+    with Probe(model, second) as probe, pytest.warns(UserWarning, match=r"resumes with sparsity=0\.75 \(0\.5 before\)"):
         fit(model, second, ckpt_path=str(tmp_path / "last.ckpt"), max_epochs=4)
     assert not probe.dense
     assert all(not (mask & ~first.masks[name]).any() for name, mask in second.masks.items())

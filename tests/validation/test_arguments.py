@@ -17,7 +17,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import lightning_prune as lp
-from lightning_prune.models.parameters import find
 from lightning_prune.reporting.yaml_config import plain
 from lightning_prune.structure.checkpoints import KEY
 from lightning_prune.validation.values import scalar, shown
@@ -58,7 +57,6 @@ def analysis() -> lp.SensitivityAnalysis:
 VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "GuardedPruning": lambda: {"monitor": "acc"},
     "SensitivityAnalysis": lambda: {"metric": "acc", "mode": "max", "dense": 0.9, "scores": {"a": {0.5: 0.9}}},
-    "Units": lambda: {"target": find(network())[0], "granularity": lp.Weight()},
     "export_onnx": lambda: {"model": network(), "example_inputs": torch.zeros(2, 4), "path": "model.onnx"},
     "load_compressed": lambda: {"path": "model.safetensors"},
     "load_shrunk": lambda: {"model": network, "checkpoint": checkpoint()},
@@ -103,7 +101,7 @@ METHODS: dict[str, Callable[[], Callable[..., Any]]] = {
     "Sparsity.update": lambda: lp.Sparsity().update,
 }
 # whose arguments are those of a dict, or Lightning's own
-OTHERS = {"Masks", "SparseEarlyStopping", "SparseModelCheckpoint"}
+OTHERS = {"Masks", "Units", "SparseEarlyStopping", "SparseModelCheckpoint"}
 
 # what the user's own code says
 LOSS = nn.CrossEntropyLoss()

@@ -109,7 +109,7 @@ def loadable(state: dict[str, Any]) -> bool:
     return True
 
 
-@pytest.mark.filterwarnings("ignore:.* goes on with")
+@pytest.mark.filterwarnings("ignore:.* resumes with")
 @pytest.mark.parametrize("method", STATEFUL)
 def test_a_damaged_state_is_refused_by_its_key_or_does_no_harm(
     method: str, checkpoints: dict[str, dict[str, Any]], tmp_path: Path
