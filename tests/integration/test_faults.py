@@ -120,7 +120,7 @@ def test_a_report_that_cannot_be_written_ends_no_run(place: str, tmp_path: Path)
     (tmp_path / "folder.html").mkdir()
     path = tmp_path / "file" / "report.html" if place == "a file in the way" else tmp_path / "folder.html"
     model, callback = MLP(), METHODS["magnitude"]()
-    with pytest.warns(UserWarning, match="could not write its page, and the run is complete without"):
+    with pytest.warns(UserWarning, match="could not write its page; the run is complete without"):
         trainer = fit(model, callback, Distillation(teacher=MLP(seed=1)), PruningReport(str(path)), max_epochs=3)
     assert trainer.state.finished
     assert callback.reached

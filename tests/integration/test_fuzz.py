@@ -507,8 +507,11 @@ class Ear(Criterion):
         self.heard[units.name] = found.clone()
         return found
 
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
     def __getattribute__(self, name: str) -> Any:
-        passed_on = ("observe", "conclude", "merge", "level")
+        passed_on = ("observe", "finalize", "empty_state", "merge_states", "level")
         return getattr(self.inner, name) if name in passed_on else super().__getattribute__(name)
 
 

@@ -99,7 +99,9 @@ def test_it_is_the_training_of_the_paper(optimizer: str, decay: float, accumulat
     kwargs = {"accumulate_grad_batches": accumulate, "max_epochs": 2 * accumulate, "gradient_clip_val": clip}
     fit(model, SRSTE(2, 4, decay), **kwargs, limit_val_batches=0)
     for name, value in by_hand(optimizer, decay, accumulate, clip).state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-5)
+        # the gradient of the bias in front of the batch norm is rounding noise, which Adam scales up to its steps
+        noise = name in ("net.0.bias", "net.1.running_mean") and optimizer == "adam"
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-2 if noise else 1e-5)
 
 
 class Overflow(Regression):
