@@ -84,9 +84,7 @@ def test_a_layer_pattern_that_matches_nothing_is_refused_with_close_names() -> N
 
 
 def test_a_layer_pattern_to_which_earlier_ones_leave_nothing_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"got '0\.\*', which matches none that an earlier pattern does not"
-    ):
+    with pytest.raises(ValueError, match=r"got '0\.\*', which matches none that an earlier pattern does not"):
         SparsityTarget({"*": 0.5, "0.*": 0.9}).find(net())
 
 
