@@ -10,8 +10,7 @@ from lightning import Trainer, seed_everything
 from mnist5k import LeNet, MNIST5k
 from torch import Tensor
 
-from lightning_prune import Criterion, Pruning, sparsity, summary
-from lightning_prune.units.units import Units
+from lightning_prune import Criterion, Pruning, Units, sparsity, summary
 
 
 @dataclass(frozen=True)
