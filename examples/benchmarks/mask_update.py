@@ -90,7 +90,7 @@ def updates(model: nn.Module) -> dict[str, Callable[[], Update]]:
 class Counted(Magnitude):
     """Magnitude that counts the weights it is asked to score."""
 
-    entrywise = True
+    elementwise = True
     asked: list[int] = field(default_factory=list)
 
     def scores(self, units: Units) -> torch.Tensor:
