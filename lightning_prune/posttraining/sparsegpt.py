@@ -18,10 +18,10 @@ from lightning_prune.models.parameters import Target, fractions
 from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.posttraining.observing import observed_units
 from lightning_prune.posttraining.reconstruction import Choice, reconstruct, second_moments
+from lightning_prune.tensors.boolean import count
 from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.units.finding import make_units
 from lightning_prune.updates.decision import score
-from lightning_prune.updates.remaining import scarce, told
+from lightning_prune.updates.remaining import told
 from lightning_prune.updates.target_sparsity import Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import fractions as fractions_in
 from lightning_prune.validation.arguments import integer, number, text
@@ -102,7 +102,8 @@ def sparsegpt(
             for target in now:
                 choice = Choice(shares[target.name], granularity.group, blocksize)
                 masks[target.name] = _prune(target, moments.pop(target.name), choice, damping)
-    if few := scarce(make_units(found, model, granularity), masks):
+    left = {target.name: count(masks[target.name]) for target in found}
+    if few := {t.name: left[t.name] for t in found if left[t.name] <= 1 < t.parameter.numel()}:
         warnings.warn(told("sparsegpt", few), stacklevel=2)
     return masks
 

@@ -86,11 +86,7 @@ class StreamedScores(Scores):
     @override
     def raw(self, name: str) -> Tensor:
         source = self._sources[name]
-        if source.raw is None:
-            like, part = source.open()
-            found = part(slice(0, like.numel(), 1)).view(like.shape)
-        else:
-            found = source.raw()
+        found = self._computed(name) if source.raw is None else source.raw()
         found = found if source.kept is None else found.masked_fill(~source.kept.view_as(found), 0.0)
         return source.placement.full(found)
 
@@ -106,10 +102,14 @@ class StreamedScores(Scores):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
-        like, part = self._sources[name].open()
-        scores, kept = part(slice(0, like.numel(), 1)).view(like.shape), self._sources[name].kept
+        scores, kept = self._computed(name), self._sources[name].kept
         scores = scores if scores.dtype == torch.float64 else scores.float()
         return scores if kept is None else scores.masked_fill(~kept.view_as(scores), -torch.inf)
+
+    def _computed(self, name: str) -> Tensor:
+        """Return the scores of all units of this rank."""
+        like, part = self._sources[name].open()
+        return part(slice(0, like.numel(), 1)).view(like.shape)
 
     @override
     def pruned(self) -> dict[str, int]:

@@ -30,9 +30,6 @@ from lightning_prune.updates import decision
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.target_sparsity import SparsityTarget
 
-_OBSERVED_BY = ("criterion", "granularity")
-_WINDOW_BY = ("start", "end", "interval")
-
 
 class ScheduledTraining(ObservedTraining):
     """The abstract base of the callbacks whose masks follow a plan: a subclass defines ``plan``.

@@ -15,7 +15,7 @@ from lightning_prune.structure.surgery import unit_weights
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.units import Norms, Units, Values
-from lightning_prune.units.weights import row_slices, weight_of
+from lightning_prune.units.weights import by_rows, weight_of
 
 Members = Sequence[tuple[nn.Parameter, Member]]
 
@@ -189,13 +189,7 @@ class RowUnits(CoupledUnits):
 
     @override
     def parts(self) -> Iterator[Units]:
-        slices = row_slices(self.parameter) if self.dim == 0 else [slice(None)]
-        for at in slices if len(slices) > 1 else ():
-            some = self.rows(at)
-            some.size = len(some.parameter)
-            yield some
-        if len(slices) == 1:
-            yield self
+        return by_rows(self) if self.dim == 0 else super().parts()
 
 
 @final

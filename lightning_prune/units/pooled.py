@@ -7,7 +7,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target, channel_dim
@@ -15,7 +15,7 @@ from lightning_prune.tensors.distributed import counts_here, full_tensor, local_
 from lightning_prune.tensors.sources import Placement
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.units import Norms, Units, Values
-from lightning_prune.units.weights import row_slices, weight_of
+from lightning_prune.units.weights import by_rows, weight_of
 from lightning_prune.validation.instances import by_name
 
 
@@ -129,15 +129,14 @@ class PooledUnits(Units):
 
     @override
     def parts(self) -> Iterator[Units]:
-        slices = row_slices(self.parameter) if self.pooling.follows and self.dim == 0 else [slice(None)]
-        for at in slices if len(slices) > 1 else ():
-            some = self.rows(at)
-            some.size = len(some.parameter)
-            if some.size < some.parameter.numel():
-                some._weights_per_unit = self._weights_per_unit[at]
-            yield some
-        if len(slices) == 1:
-            yield self
+        return by_rows(self) if self.pooling.follows and self.dim == 0 else super().parts()
+
+    @override
+    def rows(self, at: slice) -> Self:
+        some = super().rows(at)
+        if some.size < some.parameter.numel():
+            some._weights_per_unit = self._weights_per_unit[at]
+        return some
 
     @property
     @override

@@ -158,6 +158,7 @@ class Units(ABC):
         some.parameter = nn.Parameter(self.parameter.detach()[at], requires_grad=False)
         some.parameter.grad = None if self.parameter.grad is None else self.parameter.grad[at]
         some.statistic = None if self.statistic is None else self.statistic[at]
+        some.size = self.size // len(self.parameter) * len(some.parameter)
         return some
 
     def full(self, values: Tensor) -> Tensor:

@@ -35,12 +35,15 @@ def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
     return weight
 
 
-def row_slices(weight: nn.Parameter) -> list[slice]:
-    """Return slices of a few rows of a weight, which stay in the cache; one of all rows on a GPU, or of a shard."""
+def by_rows(units: Units) -> Iterator[Units]:
+    """Yield units a few rows of their weight at a time, which stay in the cache; all together on a GPU or of a shard."""
+    weight = units.parameter
     if isinstance(weight, DTensor) or weight.device.type != "cpu" or weight.numel() <= PART:
-        return [slice(None)]
+        yield units
+        return
     rows = max(1, PART * len(weight) // weight.numel())
-    return [slice(begin, begin + rows) for begin in range(0, len(weight), rows)]
+    for begin in range(0, len(weight), rows):
+        yield units.rows(slice(begin, begin + rows))
 
 
 @final
@@ -67,11 +70,11 @@ class WeightUnits(Units):
 
     @override
     def sum(self, values: Values) -> Tensor:
-        return values(weight_of(self.parameter, self.grad_scale))
+        return values(self.weight())
 
     @override
     def mean(self, values: Values) -> Tensor:
-        return values(weight_of(self.parameter, self.grad_scale))
+        return values(self.weight())
 
     @override
     def per_weight(self, total: Tensor) -> Tensor:
@@ -79,11 +82,11 @@ class WeightUnits(Units):
 
     @override
     def maximum(self, values: Values) -> Tensor:
-        return values(weight_of(self.parameter, self.grad_scale))
+        return values(self.weight())
 
     @override
     def contribution(self) -> Tensor:
-        return weight_times_gradient(weight_of(self.parameter, self.grad_scale))
+        return weight_times_gradient(self.weight())
 
     @override
     def index(self) -> Tensor:
@@ -91,10 +94,7 @@ class WeightUnits(Units):
 
     @override
     def parts(self) -> Iterator[Units]:
-        for at in row_slices(self.parameter):
-            some = self.rows(at)
-            some.size = some.parameter.numel()
-            yield some
+        return by_rows(self)
 
     def _elements(self, at: slice | Tensor) -> "WeightUnits":
         """Return single weights of the local shard, by flat position, as units of their own."""

@@ -1,36 +1,6 @@
-"""Remaining: the targets of which pruning leaves nothing, or a single unit, so that hardly a signal passes."""
+"""Remaining: a warning of targets of which pruning leaves nothing, or a single unit."""
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
-from lightning_prune.tensors.boolean import count
-from lightning_prune.tensors.distributed import counts_here, is_sharded, over_ranks
-from lightning_prune.units.units import Units
-
-
-def scarce(units: Sequence[Units], masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return by name how many units are left of the targets that keep one at most; all ranks must call it.
-
-    Targets that had no more than one unit, or of which no mask is held, are not among them.
-
-    >>> from torch import nn
-    >>> from lightning_prune.granularities import Channel
-    >>> from lightning_prune.models.parameters import find
-    >>> from lightning_prune.units.finding import make_units
-    >>> layer = nn.Linear(2, 3)
-    >>> scarce(make_units(find(layer), layer, Channel()), {"weight": torch.zeros(3, 2).bool()})
-    {'weight': 0}
-    """
-    held = [(unit, kept) for unit in units if (kept := unit.kept(masks)) is not None]
-    distributed = any(is_sharded(unit.parameter) for unit, _ in held)
-    mine = [
-        count(kept) if not distributed or counts_here(unit.parameter if unit.split else torch.empty(0)) else 0
-        for unit, kept in held
-    ]
-    left = over_ranks(torch.tensor(mine)).tolist() if distributed else mine
-    return {unit.name: number for (unit, _), number in zip(held, left, strict=True) if number <= 1 < unit.size}
+from collections.abc import Mapping
 
 
 def told(owner: str, left: Mapping[str, int]) -> str:
