@@ -36,7 +36,7 @@ def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
 
 
 def by_rows(units: Units) -> Iterator[Units]:
-    """Yield units a few rows of their weight at a time, which stay in the cache; all together on a GPU or of a shard."""
+    """Yield units a few rows of their weight at a time, which stay in the cache; whole on a GPU or of a shard."""
     weight = units.parameter
     if isinstance(weight, DTensor) or weight.device.type != "cpu" or weight.numel() <= PART:
         yield units
