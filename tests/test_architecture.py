@@ -41,11 +41,10 @@ METHODS, LINES, FILE_LINES = 20, 160, 250
 LIGHTNING = {
     "structure/checkpoints.py",  # names, when asked, the function with which Lightning's command line makes models
 }
-FAT_CLASSES = {"GuardedPruning", "TrainingMethod", "Units", "WeightUnits"}
-LONG_FILES = {"methods/guarded.py", "methods/lottery.py", "methods/straight_through.py", "models/parameters.py"}
+FAT_CLASSES: set[str] = set()
+LONG_FILES: set[str] = set()
 PRIVATE = {
     "training/protocols.py",  # declares, as a protocol, a private name of Lightning
-    "units/pooled.py",
 }
 
 

@@ -11,7 +11,8 @@ from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target
 from lightning_prune.units.finding import separate_units
 from lightning_prune.units.pooled import PooledUnits
-from lightning_prune.units.units import Norms, Units, check_target
+from lightning_prune.units.scored import Norms
+from lightning_prune.units.units import Units, check_target
 
 
 class Granularity:

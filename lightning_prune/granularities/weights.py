@@ -14,7 +14,8 @@ from lightning_prune.granularities.base import Granularity
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.norms import following_norms, no_norms
 from lightning_prune.models.parameters import Target
-from lightning_prune.units.units import Norms, Units, check_target
+from lightning_prune.units.scored import Norms
+from lightning_prune.units.units import Units, check_target
 from lightning_prune.units.weights import WeightUnits
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import settle

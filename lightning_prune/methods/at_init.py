@@ -78,6 +78,15 @@ class PruningAtInit(MaskedTraining):
 
     State: ClassVar[type[RunState]] = AtInitState
     state: AtInitState
+    mask_arguments: ClassVar[tuple[str, ...]] = (
+        "sparsity",
+        "threshold",
+        "criterion",
+        "granularity",
+        "scope",
+        "rounds",
+        "min_density",
+    )
 
     def __init__(
         self,
@@ -105,10 +114,6 @@ class PruningAtInit(MaskedTraining):
         self.threshold = self.sparsity_target.threshold
         self.min_density = self.sparsity_target.min_density
         super().__init__(targets, ignore, log_layers)
-
-    @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return "sparsity", "threshold", "criterion", "granularity", "scope", "rounds", "min_density"
 
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:

@@ -86,6 +86,13 @@ class SET(ScheduledTraining):
     State: ClassVar[type[RunState]] = ExchangeState
     state: ExchangeState
     grow_inits: ClassVar[tuple[str, ...]] = ("zeros", "random")
+    mask_arguments: ClassVar[tuple[str, ...]] = (
+        *ScheduledTraining.mask_arguments,
+        "drop_fraction",
+        "decay",
+        "grow_init",
+        "regrow",
+    )
 
     def __init__(
         self,
@@ -143,10 +150,6 @@ class SET(ScheduledTraining):
                 raise ValueError(f"decay must stay in [0, 1], got {remaining} at {position}")
             plan.append((position, self.drop_fraction * remaining))
         return plan
-
-    @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return (*super().mask_arguments(), "drop_fraction", "decay", "grow_init", "regrow")
 
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:

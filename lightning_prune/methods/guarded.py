@@ -15,11 +15,10 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
 from lightning_prune.methods.guarded_state import GuardedState
+from lightning_prune.methods.judged_run import go_back_in_run, monitored, remember_run
 from lightning_prune.methods.sparsity_search import Mode, Search, checked_mode, settled
-from lightning_prune.models.parameters import named_parameters
 from lightning_prune.schedules import Horizon
-from lightning_prune.tensors.packing import pack_all, unpack_all
-from lightning_prune.training.consistency import fitting, restore
+from lightning_prune.training.consistency import restore
 from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.scheduled import decide
@@ -71,6 +70,13 @@ class GuardedPruning(rewinding.Rewinding):
 
     State: ClassVar[type[RunState]] = GuardedState
     state: GuardedState
+    mask_arguments: ClassVar[tuple[str, ...]] = (
+        *rewinding.Rewinding.mask_arguments,
+        "monitor",
+        "mode",
+        "reference",
+        "step",
+    )
 
     def __init__(
         self,
@@ -118,10 +124,6 @@ class GuardedPruning(rewinding.Rewinding):
     @override
     def reached(self) -> bool:
         return self._search.settled
-
-    @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return (*super().mask_arguments(), "monitor", "mode", "reference", "step")
 
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:
@@ -178,7 +180,7 @@ class GuardedPruning(rewinding.Rewinding):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        value = self._value(trainer)
+        value = monitored(trainer, self.monitor)
         planned = self.state.planned
         pending = self.state.back_at is not None or (bool(planned) and self.state.applied < planned[-1][0])
         others = all(callback.reached for callback in training_methods(trainer) if callback is not self)
@@ -195,13 +197,6 @@ class GuardedPruning(rewinding.Rewinding):
             self.state.settling.append(value)
         return bool(self.state.trials) or settled(self.state.settling, self.mode, self.patience, self.max_drop)
 
-    def _value(self, trainer: Trainer) -> float:
-        """Return the metric, the same on all ranks."""
-        logged = trainer.callback_metrics
-        if self.monitor not in logged:
-            raise ValueError(f"monitor must be a metric that validation logs, got {self.monitor!r}: {sorted(logged)}")
-        return float(trainer.strategy.reduce(logged[self.monitor].detach().clone(), reduce_op="mean"))
-
     def _judge(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:
         """Decide what is done after the next optimizer step; until then, what was validated may be saved."""
         search = self._search
@@ -216,10 +211,7 @@ class GuardedPruning(rewinding.Rewinding):
                 f"number of validations, start from trained weights, or give a reference"
             )
         if verdict == "keep":
-            with torch.inference_mode(False):
-                memory = rewinding.remember(trainer, pl_module)
-            masks = {callback.state_key: pack_all(callback.masks) for callback in training_methods(trainer)}
-            self.state.best = {**memory, "masks": masks.pop(self.state_key), "others": masks, "steps": self.state.steps}
+            self.state.best = {**remember_run(trainer, pl_module, self), "steps": self.state.steps}
         if verdict == "back":
             self.state.back_at = self.state.steps + 1
         if search.done:
@@ -231,15 +223,7 @@ class GuardedPruning(rewinding.Rewinding):
         assert self.state.best is not None
         self.state.back_at = None
         self.observation.reset()
-        parameters = named_parameters(pl_module)
-        packed = {self.state_key: self.state.best["masks"], **self.state.best.get("others", {})}
-        for callback in training_methods(trainer):
-            if callback.state_key in packed:
-                masks = fitting(unpack_all(packed[callback.state_key]), parameters).items()
-                placed = Masks({name: mask.to(parameters[name].device) for name, mask in masks})
-                callback.set_masks(trainer, pl_module, placed)
-        # afterwards, since the optimizers' state of elements that come back is reset
-        rewinding.go_back(trainer, pl_module, self.state.best)
+        go_back_in_run(trainer, pl_module, self, self.state.best)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

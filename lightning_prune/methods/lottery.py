@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,37 +16,14 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
-from lightning_prune.methods.rewinding import MEMORY
+from lightning_prune.methods.lottery_state import LotteryState
 from lightning_prune.schedules import Horizon, after
 from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.scheduled import decide
-from lightning_prune.training.scheduled_state import ScheduledState
-from lightning_prune.training.state import RunState, saved
+from lightning_prune.training.state import RunState
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, SparsityTarget
 from lightning_prune.validation.arguments import choice, fractions, integer, position
-from lightning_prune.validation.states import optional, row, whole
-
-
-@dataclass(eq=False)
-class LotteryState(ScheduledState):
-    """What ``LotteryTicket`` knows of its run.
-
-    Attributes:
-        memory: What is rewound to.
-        moment: The optimizer step to go back to, resolved once.
-        back: By how many intervals trainings are shorter than the first; 0 in states of earlier releases.
-        again: At which step to go back once more, and to what.
-        stop: When the ticket is trained, in intervals.
-    """
-
-    memory: dict[str, Any] | None = field(default=None, metadata=saved(optional(MEMORY)))
-    moment: int | None = field(default=None, metadata=saved(optional(whole())))
-    back: int | None = field(default=None, metadata=saved(optional(whole()), absent=0))
-    again: tuple[int, dict[str, Any]] | None = field(
-        default=None, metadata=saved(optional(row(whole(), MEMORY)), absent=None)
-    )
-    stop: float = math.inf
 
 
 class LotteryTicket(rewinding.Rewinding):
@@ -98,6 +74,7 @@ class LotteryTicket(rewinding.Rewinding):
 
     State: ClassVar[type[RunState]] = LotteryState
     state: LotteryState
+    mask_arguments: ClassVar[tuple[str, ...]] = (*rewinding.Rewinding.mask_arguments, "rounds", "rewind", "rewind_to")
 
     def __init__(
         self,
@@ -124,10 +101,6 @@ class LotteryTicket(rewinding.Rewinding):
         first = 1 / (self.rounds + 1) if frequency is None else integer("frequency", frequency, 1, unit=interval)
         horizon = Horizon(first, first * self.rounds, interval, frequency)
         super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
-
-    @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return (*super().mask_arguments(), "rounds", "rewind", "rewind_to")
 
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:

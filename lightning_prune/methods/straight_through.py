@@ -1,7 +1,6 @@
 """Straight-through training: the forward pass sees N:M weights, and what they hide is trained on all the same."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_prune.criteria import Magnitude
 from lightning_prune.granularities import NM
 from lightning_prune.masks import Masks
+from lightning_prune.methods.straight_through_state import StraightThroughState
 from lightning_prune.models.parameters import find
 from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, local_shard
@@ -24,46 +23,11 @@ from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.protocols import mask_averages
 from lightning_prune.training.resumed_arguments import listed, texts
-from lightning_prune.training.state import TRANSIENT, RunState, saved
+from lightning_prune.training.state import RunState
 from lightning_prune.units.finding import make_units
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import score
 from lightning_prune.validation.arguments import number
-from lightning_prune.validation.states import TENSOR, table
-
-
-@dataclass(eq=False)
-class StraightThroughState(RunState):
-    """What ``SRSTE`` knows of its run.
-
-    Attributes:
-        dense: The weights without zeros, by name: this rank's shards.
-        full: The names of those that come from a checkpoint, as full tensors, and wait for their parameter.
-        units: The targets, as groups of m weights.
-        open: The targets that are without zeros in the model itself, during a step.
-        guard: Rejects forward passes meanwhile.
-    """
-
-    dense: dict[str, Tensor] = field(
-        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: state.full_weights(), load=dict)
-    )
-    full: set[str] = field(default_factory=set)
-    units: list[Units] = field(default_factory=list, metadata=TRANSIENT)
-    open: set[str] = field(default_factory=set, metadata=TRANSIENT)
-    guard: RemovableHandle | None = field(default=None, metadata=TRANSIENT)
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """Return the weights without zeros as full tensors on the CPU; all ranks must call it."""
-        shards = {name: weight for name, weight in self.dense.items() if name not in self.full}
-        found = {name: weight.to("cpu", copy=True) for name, weight in self.full_tensors(shards).items()}
-        return {**found, **{name: self.dense[name] for name in self.dense if name in self.full}}
-
-    @classmethod
-    @override
-    def load(cls, owner: str, values: Any) -> Self:
-        state = super().load(owner, values)
-        state.full = set(state.dense)
-        return state
 
 
 class SRSTE(MaskedTraining):
@@ -98,6 +62,7 @@ class SRSTE(MaskedTraining):
     State: ClassVar[type[RunState]] = StraightThroughState
     state: StraightThroughState
     trains_pruned: ClassVar[bool] = True
+    mask_arguments: ClassVar[tuple[str, ...]] = ("n", "m")
 
     def __init__(
         self,
@@ -115,18 +80,9 @@ class SRSTE(MaskedTraining):
         super().__init__(targets, ignore, log_layers)
 
     @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return "n", "m"
-
-    @override
     def resume_with(self, changed: Mapping[str, str]) -> None:
         rank_zero_warn(f"{type(self).__name__} resumes with {listed(changed, texts(self, changed))}: new masks follow")
         self.state.masks = Masks()
-
-    @property
-    @override
-    def settled(self) -> bool:
-        return not self.state.open
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,14 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.models import layer_kinds as kinds
 from lightning_prune.models.orientation import is_transposed
+from lightning_prune.models.patterns import check_match, matches
 from lightning_prune.validation.arguments import patterns
 
 # whole parts of a name only: a layer may be called feed_forward_module
@@ -93,17 +92,6 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {_WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters()}
 
 
-def matches(pattern: str, names: Sequence[str]) -> bool:
-    """Return whether a glob, or a regular expression with the prefix ``re:``, matches one of the names.
-
-    >>> matches("encoder.*.weight", ["encoder.0.weight"]), matches("re:encoder", ["decoder.weight"])
-    (True, False)
-    """
-    if pattern.startswith("re:"):
-        return any(re.match(pattern[3:], name) for name in names)
-    return pattern in names or any(fnmatchcase(name, pattern) for name in names)
-
-
 def find(
     model: nn.Module,
     targets: Sequence[str] = (),
@@ -135,8 +123,8 @@ def find(
     entries = _entries(model)
     weights = [entry for entry in entries if entry.is_weight]
     if targets or ignore:
-        _check("targets", targets, weights)
-        _check("ignore", ignore, entries)
+        check_match("targets", targets, [name for entry in weights for name in entry.aliases])
+        check_match("ignore", ignore, [name for entry in entries for name in entry.aliases])
     found, waits = [], False
     for entry in weights:
         wanted = (entry.is_plain_layers and not (targets or ignore)) or _wanted(entry, targets, ignore)
@@ -209,23 +197,6 @@ def _entries(model: nn.Module) -> list[Target]:
             names.setdefault(parameter, []).append(plain_name(f"{prefix}.{name}" if prefix else name))
             owners.setdefault(parameter, {})[id(module)] = module
     return [Target(known[0], p, tuple(owners[p].values()), tuple(known)) for p, known in names.items()]
-
-
-def _check(argument: str, patterns: Sequence[str], entries: Sequence[Target]) -> None:
-    """Raise if a pattern matches nothing, and list close names."""
-    if isinstance(patterns, str):
-        raise ValueError(
-            f"{argument} must be a sequence of patterns, got the string {patterns!r}: write [{patterns!r}]"
-        )
-    names = [name for entry in entries for name in entry.aliases]
-    for pattern in patterns:
-        try:
-            found = matches(pattern, names)
-        except re.error as error:
-            raise ValueError(f"{argument} must be valid globs or expressions, got {pattern!r}: {error}") from error
-        if not found:
-            close = get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
-            raise ValueError(f"{argument} must match a parameter, got {pattern!r}; close names: {close}")
 
 
 def channel_dim(target: Target) -> int:

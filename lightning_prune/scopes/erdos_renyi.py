@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightning_prune.models.parameters import matches
+from lightning_prune.models.patterns import matches
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.validation.arguments import flag, fractions, number, patterns
 from lightning_prune.validation.instances import settle

@@ -35,10 +35,12 @@ class TrainingMethod(Callback):
         state: What this callback knows of its run.
         enforcement: Keeps the parameters at the masks.
         max_epochs: That of the Trainer as the user has set it; other callbacks may raise it later.
+        mask_arguments: The names of the arguments that masks follow from: they are part of checkpoints.
         trains_pruned: Whether pruned weights are trained behind the masks, so that their gradients are never masked.
     """
 
     State: ClassVar[type[RunState]] = RunState
+    mask_arguments: ClassVar[tuple[str, ...]] = ()
     trains_pruned: ClassVar[bool] = False
     state: RunState
     max_epochs: int | None = None
@@ -70,11 +72,6 @@ class TrainingMethod(Callback):
     @property
     def reached(self) -> bool:
         """Whether the masks are those that the callback aims at, so that what is judged now is what will be kept."""
-        return True
-
-    @property
-    def settled(self) -> bool:
-        """Whether what the masks prune is zero at this moment, as it is outside of straight-through steps."""
         return True
 
     @property
@@ -117,10 +114,6 @@ class TrainingMethod(Callback):
         """Bring the masks up to date; called between optimizer steps, as often as Lightning gives occasion."""
 
     # ------------------------------------------------------------------------------------------------ resumed runs
-
-    def mask_arguments(self) -> tuple[str, ...]:
-        """Return the names of the arguments that masks follow from: they are part of checkpoints."""
-        return ()
 
     def resume_with(self, changed: Mapping[str, str]) -> None:
         """Accept ``mask_arguments`` that differ from those in the checkpoint, or reject them.

@@ -19,7 +19,7 @@ from lightning_prune.training.consistency import drop_missing, place, restore
 from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise, reset_changed
 from lightning_prune.training.gradient_readers import GradientReaders
 from lightning_prune.training.hooks import TrainingMethod
-from lightning_prune.training.protocols import mask_averages, show_dense_model
+from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, mask_averages
 from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
 
@@ -44,12 +44,15 @@ class MaskedTraining(TrainingMethod):
         before, parameters = self.state.masks, named_parameters(pl_module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not self.state.sparsity and not all(map(torch.all, masks.values())):
-            show_dense_model(callbacks, trainer, pl_module)
+            for callback in callbacks:
+                if isinstance(callback, SeesDenseModel):
+                    callback.on_before_pruning(trainer, pl_module)
         self.enforcement.enforce(parameters, masks)
         if masks is not before:
             reset_changed(trainer.optimizers, parameters, before, masks)
         self.state.masks = masks
-        mask_averages(callbacks, masks)
+        if averaging := [callback for callback in callbacks if isinstance(callback, KeepsAverage)]:
+            mask_averages(averaging, masks)
         self.state.levels, self.state.sparsity = counted(masks, parameters, self.target_names())
 
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,7 +82,7 @@ class MaskedTraining(TrainingMethod):
         state.masks = place(self, state.masks, named_parameters(pl_module), state.restored)
         if state.restored:
             restore(self, pl_module, state.masks, "in the checkpoint")
-            if changed := changes(state.arguments, texts(self, self.mask_arguments())):
+            if changed := changes(state.arguments, texts(self, self.mask_arguments)):
                 self.resume_with(changed)
         state.restored = False
         self.on_start(trainer, pl_module)
@@ -163,10 +166,10 @@ class MaskedTraining(TrainingMethod):
     @override
     def state_dict(self) -> dict[str, Any]:
         model = self.state.placed_model()
-        if model is not None and self.settled:
+        if model is not None and self.state.settled:
             restore(self, model, self.masks, "when a checkpoint was saved")
         if not self.state.restored:
-            self.state.arguments = texts(self, self.mask_arguments())
+            self.state.arguments = texts(self, self.mask_arguments)
         return self.state.saved()
 
     @override

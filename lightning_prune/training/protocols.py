@@ -27,13 +27,6 @@ class KeepsAverage(Protocol):
     _average_model: nn.Module | None
 
 
-def show_dense_model(callbacks: Iterable[object], trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let the callbacks that want to see the dense model look at it."""
-    for callback in callbacks:
-        if isinstance(callback, SeesDenseModel):
-            callback.on_before_pruning(trainer, pl_module)
-
-
 def averaged_models(callbacks: Iterable[object]) -> list[nn.Module]:
     """Return the copies of the model that averaging callbacks keep; before training there may be none yet.
 

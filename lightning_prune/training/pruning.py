@@ -1,7 +1,7 @@
 """Pruning: the training callback. It says when masks change, and to what."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -67,6 +67,8 @@ class Pruning(ScheduledTraining):
     0.0
     """
 
+    mask_arguments: ClassVar[tuple[str, ...]] = (*ScheduledTraining.mask_arguments, "schedule", "initial")
+
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
@@ -98,10 +100,6 @@ class Pruning(ScheduledTraining):
         horizon = schedules.Horizon(start, last, interval, frequency)
         super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
         self.end = position("end", end)
-
-    @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return (*super().mask_arguments(), "schedule", "initial")
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:

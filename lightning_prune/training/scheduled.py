@@ -1,7 +1,7 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -44,6 +44,8 @@ class ScheduledTraining(ObservedTraining):
         ignore: Names to leave out, in the same form.
         log_layers: Whether to log the sparsity of every target beside the total.
     """
+
+    mask_arguments: ClassVar[tuple[str, ...]] = replanning.ARGUMENTS
 
     def __init__(
         self,
@@ -129,10 +131,6 @@ class ScheduledTraining(ObservedTraining):
         return self.state.steps >= in_steps(trainer, self.interval, position) - self.criterion.steps
 
     @override
-    def mask_arguments(self) -> tuple[str, ...]:
-        return replanning.ARGUMENTS
-
-    @override
     def resume_with(self, changed: Mapping[str, str]) -> None:
         replanning.replan(self, self.state, changed)
 
@@ -170,7 +168,8 @@ class ScheduledTraining(ObservedTraining):
     def update(self, trainer: Trainer, pl_module: LightningModule, position: int, amount: float) -> None:
         """Find the targets, finalize their statistics, choose masks and set them; or wait for what is missing."""
         state, reached = self.state, self.reached
-        reshard(pl_module)
+        if torch.distributed.is_initialized():  # only then parameters can be sharded
+            reshard(pl_module)
         self.find_units(trainer, pl_module)
         # frozen targets are due once they are trained, lazy ones after their first forward, new ones once observed
         if not state.units or not self.has_observed or any(map(is_lazy, pl_module.parameters())):
@@ -179,8 +178,11 @@ class ScheduledTraining(ObservedTraining):
             leave_out_unseen(self, trainer, pl_module)
             self.observation.finish()
         masks = self.choose_masks(pl_module, position, amount)
-        held = fitting(state.masks, named_parameters(pl_module))  # of frozen parameters too, which keep their zeros
-        frozen = state.levels.keys() & held.keys() - masks.keys()
+        frozen: set[str] = set()
+        if not state.masks.keys() <= masks.keys():  # frozen parameters keep their zeros
+            held = fitting(state.masks, named_parameters(pl_module))
+            frozen = state.levels.keys() & held.keys() - masks.keys()
+            masks = Masks({**held, **masks})
         state.applied = position
         if frozen and self.reached and not reached:
             rank_zero_warn(
@@ -189,7 +191,7 @@ class ScheduledTraining(ObservedTraining):
             )
         if self.observes and (self.reached or not self.criterion.accumulates):
             self.observation.reset()
-        self.set_masks(trainer, pl_module, Masks({**held, **masks}))
+        self.set_masks(trainer, pl_module, masks)
         self.after_update(trainer, pl_module, amount)
 
     @override

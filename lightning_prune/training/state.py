@@ -133,6 +133,11 @@ class RunState:
                 values[known.name] = getattr(self, known.name) if copied is None else copied(self)
         return values
 
+    @property
+    def settled(self) -> bool:
+        """Whether what the masks prune is zero at this moment, as it is outside of straight-through steps."""
+        return True
+
     def release(self) -> None:
         """Remove what the run has attached to the model; idempotent."""
 

@@ -7,14 +7,15 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.structure.groups import Group, Member
 from lightning_prune.structure.surgery import unit_weights
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
-from lightning_prune.units.units import Norms, Units, Values
+from lightning_prune.units.scored import Norms, Values
+from lightning_prune.units.units import Units
 from lightning_prune.units.weights import by_rows, weight_of
 
 Members = Sequence[tuple[nn.Parameter, Member]]
@@ -72,20 +73,10 @@ class CoupledUnits(Units):
         self.producers: Members = [
             (parameter, member) for parameter, member in self.members if member.role == "producer"
         ]
-        self._weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
+        self.weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
         self.minimum = min(coupling.minimum, self.size)
         self.round_to = coupling.round_to
         self._owners = owners
-
-    @property
-    @override
-    def weights(self) -> dict[str, nn.Parameter]:
-        return self._weights
-
-    @property
-    @override
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter, member in self.members if member.role != "consumer"]
 
     @property
     @override
@@ -188,7 +179,7 @@ class RowUnits(CoupledUnits):
         return super().gate_part(parameter, member)[self.at]
 
     @override
-    def parts(self) -> Iterator[Units]:
+    def parts(self) -> Iterator[Self]:
         return by_rows(self) if self.dim == 0 else super().parts()
 
 

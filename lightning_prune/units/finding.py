@@ -18,7 +18,8 @@ from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.tracing import trace
 from lightning_prune.tensors.distributed import is_sharded, over_ranks
 from lightning_prune.units.coupled import CoupledUnits, Coupling, JoinedUnits, RowUnits
-from lightning_prune.units.units import Norms, Units
+from lightning_prune.units.scored import Norms
+from lightning_prune.units.units import Units
 
 
 class MakesUnits(Protocol):

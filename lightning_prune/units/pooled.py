@@ -1,6 +1,6 @@
 """Pooled units: several weights of one parameter form a unit: a channel, an input channel, a block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Protocol, final
 
@@ -14,7 +14,8 @@ from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.tensors.distributed import counts_here, full_tensor, local_shard, over_ranks
 from lightning_prune.tensors.sources import Placement
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
-from lightning_prune.units.units import Norms, Units, Values
+from lightning_prune.units.scored import Norms, Values
+from lightning_prune.units.units import Units
 from lightning_prune.units.weights import by_rows, weight_of
 from lightning_prune.validation.instances import by_name
 
@@ -61,6 +62,7 @@ class PooledUnits(Units):
         dim, sharded = channel_dim(target), isinstance(target.parameter, DTensor)
         size = pooling.count(target.parameter.shape, dim)
         super().__init__(target.name, target.parameter, target.modules, dim, size, sharded, norms)
+        self.weights = {target.name: target.parameter}
         self.pooling = pooling
         self.crosses = pooling.crosses
         self.label = str(pooling)
@@ -76,7 +78,7 @@ class PooledUnits(Units):
 
     @override
     def per_weight(self, total: Tensor) -> Tensor:
-        return total if self.size == self.parameter.numel() else total / self._weights_per_unit
+        return total if self.size == self.parameter.numel() else total / self.weights_per_unit
 
     @override
     def maximum(self, values: Values) -> Tensor:
@@ -85,7 +87,8 @@ class PooledUnits(Units):
         return over_ranks(most, "max") if self.sharded else most
 
     @cached_property
-    def _weights_per_unit(self) -> Tensor:
+    def weights_per_unit(self) -> Tensor:
+        """The number of weights of each unit."""
         one = torch.ones((), device=self.parameter.device).expand(self.parameter.shape)
         return self.pooling.pool(one, self.dim)
 
@@ -128,20 +131,15 @@ class PooledUnits(Units):
         return full_tensor(found, gate).to(self.parameter.device)
 
     @override
-    def parts(self) -> Iterator[Units]:
+    def parts(self) -> Iterator[Self]:
         return by_rows(self) if self.pooling.follows and self.dim == 0 else super().parts()
 
     @override
     def rows(self, at: slice) -> Self:
         some = super().rows(at)
         if some.size < some.parameter.numel():
-            some._weights_per_unit = self._weights_per_unit[at]
+            some.weights_per_unit = self.weights_per_unit[at]
         return some
-
-    @property
-    @override
-    def parameters(self) -> Sequence[nn.Parameter]:
-        return [self.parameter, *self.followers.values()]
 
     @property
     @override

@@ -3,12 +3,12 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target, channel_dim
@@ -16,10 +16,13 @@ from lightning_prune.tensors.distributed import counts_here, flat_index, full_te
 from lightning_prune.tensors.ranking import Part, part_within, rank_within
 from lightning_prune.tensors.sources import Placement, opened
 from lightning_prune.units.gates import weight_times_gradient
-from lightning_prune.units.units import Norms, Units, Values
+from lightning_prune.units.scored import Norms, Values
+from lightning_prune.units.units import Units
 
 if TYPE_CHECKING:
     from lightning_prune.criteria.criterion import Criterion
+
+Some = TypeVar("Some", bound=Units)
 
 PART = 1 << 18  # elements: what is made of so many stays in the cache, and is worth the calls
 
@@ -35,7 +38,7 @@ def weight_of(parameter: nn.Parameter, grad_scale: float = 1.0) -> Tensor:
     return weight
 
 
-def by_rows(units: Units) -> Iterator[Units]:
+def by_rows(units: Some) -> Iterator[Some]:
     """Yield units a few rows of their weight at a time, which stay in the cache; whole on a GPU or of a shard."""
     weight = units.parameter
     if isinstance(weight, DTensor) or weight.device.type != "cpu" or weight.numel() <= PART:
@@ -62,6 +65,7 @@ class WeightUnits(Units):
         parameter = target.parameter
         sharded = isinstance(parameter, DTensor)
         super().__init__(target.name, parameter, target.modules, channel_dim(target), parameter.numel(), sharded, norms)
+        self.weights = {target.name: parameter}
         self.group = group
 
     @override
@@ -93,7 +97,7 @@ class WeightUnits(Units):
         return flat_index(self.parameter)
 
     @override
-    def parts(self) -> Iterator[Units]:
+    def parts(self) -> Iterator[Self]:
         return by_rows(self)
 
     def _elements(self, at: slice | Tensor) -> "WeightUnits":
@@ -108,11 +112,6 @@ class WeightUnits(Units):
     @override
     def shares(self) -> dict[tuple[str, int], float]:
         return {(self.name, self.dim): 1.0 / self.size}
-
-    @property
-    @override
-    def split(self) -> bool:
-        return self.sharded
 
     @property
     @override
@@ -138,18 +137,7 @@ class WeightUnits(Units):
             return scores
         found = scores.view(self.parameter.shape if not self.sharded else local(self.parameter).shape)
         found = found if kept is None else found.masked_fill(~kept, -torch.inf)
-        return self._rank(found)
-
-    def _rank(self, scores: Tensor) -> Tensor:
-        """Rank within groups, or within rows where there are none, along the dimensions beside the channels."""
-        dims = self.parameter.ndim - 1 if self.group is None else 1  # a group lies inside a row
-        axes = [d for d in range(scores.ndim) if d != self.dim][:dims]
-        across = is_split(self.parameter, axes)
-        last = list(range(-dims, 0))
-        moved = (self.full(scores) if across else scores).movedim(axes, last)
-        rows = moved.flatten(-dims)
-        ranked = rank_within(rows, self.group or max(1, rows.shape[-1])).view(moved.shape).movedim(last, axes)
-        return (local_shard(ranked, self.parameter) if across else ranked).contiguous()
+        return _rank(self, found)
 
     @override
     def stream(self, criterion: "Criterion") -> tuple[Tensor, Part]:
@@ -177,3 +165,15 @@ class WeightUnits(Units):
     @override
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         return {self.name: keep.view(self.parameter.shape) if not self.sharded else keep}
+
+
+def _rank(units: WeightUnits, scores: Tensor) -> Tensor:
+    """Rank within groups, or within rows where there are none, along the dimensions beside the channels."""
+    dims = units.parameter.ndim - 1 if units.group is None else 1  # a group lies inside a row
+    axes = [d for d in range(scores.ndim) if d != units.dim][:dims]
+    across = is_split(units.parameter, axes)
+    last = list(range(-dims, 0))
+    moved = (units.full(scores) if across else scores).movedim(axes, last)
+    rows = moved.flatten(-dims)
+    ranked = rank_within(rows, units.group or max(1, rows.shape[-1])).view(moved.shape).movedim(last, axes)
+    return (local_shard(ranked, units.parameter) if across else ranked).contiguous()

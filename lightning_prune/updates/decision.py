@@ -118,7 +118,8 @@ def _faults(unit: Units, criterion: Criterion) -> tuple[int, torch.dtype]:
     """Return what is wrong with the scores of a target, 0 for nothing, and their type."""
     scores, part = unit.stream(criterion)
     dtype = part(slice(0)).dtype
-    size = unit.size if not unit.split else unit.index().numel()
+    index = unit.placement.index
+    size = unit.size if index is None else index().numel()
     if scores.numel() != size:
         return _WRONG_SHAPE, dtype
     return int(not all(_is_finite(part(chunk)) for chunk in slices(size, scores.device))), dtype
