@@ -21,7 +21,7 @@ from lightning_prune.criteria import (
 from lightning_prune.export.compressed import load_compressed, save_compressed
 from lightning_prune.export.onnx import export_onnx
 from lightning_prune.export.sparse_layers import to_sparse_csr, to_sparse_semi_structured
-from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, Weight
+from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, SharedFanIn, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods.acdc import ACDC
 from lightning_prune.methods.at_init import PruningAtInit
@@ -108,6 +108,7 @@ __all__ = [
     "Sensitivity",
     "SensitivityAnalysis",
     "SensitivityPruning",
+    "SharedFanIn",
     "SparseEarlyStopping",
     "SparseModelCheckpoint",
     "Sparsity",

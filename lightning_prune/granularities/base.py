@@ -29,12 +29,14 @@ class Granularity:
         least: The lowest sparsity, 0 to 1, that this granularity can be asked for.
         coupled: Whether units follow the dependency graph of the model; None: where an example input is given.
         round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
+        even: Whether units are compared within groups, all of which lose as many as the others.
         measures: Whether units can be counted as parameters and FLOPs of a smaller model.
     """
 
     single: ClassVar[bool] = False
     follows: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
+    even: ClassVar[bool] = False
     measures: ClassVar[bool] = True
     group: int | None = None
     least: float = 0.0
@@ -52,6 +54,10 @@ class Granularity:
     def count(self, shape: torch.Size, dim: int) -> int:
         """Return the number of units of a weight of that shape."""
         raise NotImplementedError
+
+    def groups(self, shape: torch.Size, dim: int) -> int:
+        """Return how many groups the units of a weight of that shape form, each as large, and each to keep as many."""
+        return 1
 
     def units(
         self, target: Target, followers: Mapping[str, nn.Parameter] | None = None, norms: Norms = no_norms

@@ -79,6 +79,7 @@ class NM(Weight):
     0.5
     """
 
+    even: ClassVar[bool] = True
     measures: ClassVar[bool] = False
 
     n: int = 2

@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 from lightning_prune.models.norms import no_norms
 from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.tensors.distributed import counts_here, full_tensor, local_shard, over_ranks
+from lightning_prune.tensors.ranking import rank_within
 from lightning_prune.tensors.sources import Placement
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.scored import Norms, Values
@@ -31,6 +32,10 @@ class Pooling(Protocol):
     def follows(self) -> bool:
         """Whether a unit is an output channel, whose bias and norm entries follow it."""
 
+    @property
+    def even(self) -> bool:
+        """Whether units are compared within groups, all of which lose as many as the others."""
+
     def pool(self, values: Tensor, dim: int) -> Tensor:
         """Return the sum of the values over each unit."""
 
@@ -39,6 +44,9 @@ class Pooling(Protocol):
 
     def count(self, shape: torch.Size, dim: int) -> int:
         """Return the number of units of a weight of that shape."""
+
+    def groups(self, shape: torch.Size, dim: int) -> int:
+        """Return how many groups the units of a weight of that shape form, each as large, and each to keep as many."""
 
 
 @final
@@ -65,6 +73,9 @@ class PooledUnits(Units):
         self.weights = {target.name: target.parameter}
         self.pooling = pooling
         self.crosses = pooling.crosses
+        self.groups = pooling.groups(target.parameter.shape, dim)
+        self.even = pooling.even
+        self.minimum, self.round_to = (self.groups, self.groups) if self.even else (0, 1)
         self.label = str(pooling)
         self.followers = by_name("followers", {} if followers is None else followers, nn.Parameter)
 
@@ -150,6 +161,17 @@ class PooledUnits(Units):
     @override
     def placement(self) -> Placement:
         return Placement(counts_here(torch.empty(0)))  # the scores of all units are on every rank
+
+    @override
+    def ranks(self, by_row: bool) -> bool:
+        return self.even
+
+    @override
+    def compared(self, scores: Tensor, kept: Tensor | None, by_row: bool) -> Tensor:
+        if not self.even:
+            return scores
+        found = scores if kept is None else scores.masked_fill(~kept, -torch.inf)
+        return rank_within(found.view(self.groups, -1), self.size // self.groups).view(-1)
 
     @override
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:

@@ -25,11 +25,13 @@ class Units(ScoredUnits):
         weights: The weights whose zeros count as sparsity, by name.
         minimum: How many of these units always stay.
         round_to: The number of units that stay is a multiple of this.
+        even: Whether that is the nearest multiple, for groups that keep as many units each, and not the next higher.
     """
 
     weights: dict[str, nn.Parameter] = field(init=False)
     minimum = 0
     round_to = 1
+    even = False
 
     @property
     @abstractmethod

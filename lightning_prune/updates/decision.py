@@ -53,7 +53,8 @@ def decide(units: Sequence[Units], criterion: Criterion, allocate: Allocate, hel
     scores = score(units, criterion, {unit.name: unit.kept(held) for unit in units})
     wanted = allocate(scores)
     _check_allocation(wanted, scores.sizes)
-    due = _settle({unit.name: unit.size - round_keep(unit, int(wanted[unit.name])) for unit in units}, scores.pruned())
+    due = {unit.name: unit.size - round_keep(unit, int(wanted[unit.name])) for unit in units}
+    due = _settle(due, scores.pruned(), units)
     masks = Masks()
     for unit in units:
         for name, mask in unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_()).items():
@@ -168,17 +169,19 @@ def _check_allocation(keep: Mapping[str, int], sizes: Mapping[str, int]) -> None
 
 def round_keep(unit: Units, keep: int) -> int:
     """Return how many units of a target really stay where so many are to be kept."""
-    return min(unit.size, max(unit.minimum, -(-keep // unit.round_to) * unit.round_to))
+    step = unit.round_to
+    return min(unit.size, max(unit.minimum, (keep + (step // 2 if unit.even else step - 1)) // step * step))
 
 
-def _settle(due: dict[str, int], pruned: Mapping[str, int]) -> dict[str, int]:
-    """Let no target have fewer pruned units than before; those with most new ones to prune make up for it."""
+def _settle(due: dict[str, int], pruned: Mapping[str, int], units: Sequence[Units]) -> dict[str, int]:
+    """Let no target have fewer pruned units than before; those with most new ones make up for it, in whole steps."""
     surplus = sum(max(0, pruned[name] - count) for name, count in due.items())
     if not surplus:
         return due
+    steps = {unit.name: unit.round_to for unit in units}
     settled = {name: max(count, pruned[name]) for name, count in due.items()}
     for name in sorted(settled, key=lambda name: pruned[name] - settled[name]):
-        back = min(surplus, settled[name] - pruned[name])
+        back = min(surplus, settled[name] - pruned[name]) // steps[name] * steps[name]
         settled[name] -= back
         surplus -= back
     return settled

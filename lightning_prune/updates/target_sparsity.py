@@ -97,7 +97,7 @@ class SparsityTarget:
             if level is not None and 0.0 < level < granularity.least - 1e-9:
                 argument = f"sparsity[{pattern!r}]" if pattern else "sparsity"
                 raise ValueError(f"{argument} must be at least {granularity.least:g} for {granularity}, got {level}")
-        if self.threshold is not None and granularity.group is not None:
+        if self.threshold is not None and granularity.even:
             raise ValueError(
                 f"threshold must be None for {granularity}, which compares within groups, got {self.threshold}"
             )

@@ -12,7 +12,7 @@ from pairwise import covering
 from torch import Tensor
 from variants import COUPLED, CRITERIA, GRANULARITIES, SCHEDULES, SCOPES, at_least, label
 
-from lightning_prune import FPGM, Channel, Criterion, Entropy, Granularity, Magnitude, Pruning, Sensitivity
+from lightning_prune import FPGM, Channel, Criterion, Entropy, Granularity, Magnitude, Pruning, Sensitivity, SharedFanIn
 
 SPARSITY = 0.6
 # bias and norm entries that die with a channel of the weight
@@ -87,6 +87,20 @@ def trained(
     return model, callback, recorder
 
 
+def assert_even(
+    granularity: SharedFanIn, dead: dict[str, Tensor], shapes: dict[str, torch.Size], due: dict[str, int] | int
+) -> None:
+    """Every group of a layer has as many dead units, and a layer as many as whole inputs of all its groups allow."""
+    groups = {name: granularity.groups(shape, 0) for name, shape in shapes.items()}
+    for name, units in dead.items():
+        assert len(set(units.view(groups[name], -1).sum(1).tolist())) == 1, f"groups of {name} differ"
+    counts = {name: int(units.sum()) for name, units in dead.items()}
+    if isinstance(due, dict):
+        assert all(2 * abs(counts[name] - due[name]) <= groups[name] for name in counts), (counts, due)
+    else:
+        assert 2 * abs(sum(counts.values()) - due) <= sum(groups.values()), (counts, due)
+
+
 def assert_only_fewer(recorder: MaskRecorder) -> None:
     assert recorder.counts[0] == 0
     assert recorder.counts[-1] > 0
@@ -109,7 +123,10 @@ def test_every_pair_of_variants_ends_with_exactly_the_zeros_asked_for(
         assert torch.equal(callback.masks[name], weight != 0)
     counts = {name: int(units.sum()) for name, units in dead.items()}
     due = expected(scope, {name: units.numel() for name, units in dead.items()})
-    assert (counts if isinstance(due, dict) else sum(counts.values())) == due
+    if isinstance(granularity, SharedFanIn):
+        assert_even(granularity, dead, {name: weight.shape for name, weight in weights(model).items()}, due)
+    else:
+        assert (counts if isinstance(due, dict) else sum(counts.values())) == due
 
     parameters = dict(model.named_parameters())
     if isinstance(granularity, Channel):

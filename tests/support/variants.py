@@ -29,6 +29,7 @@ from lightning_prune import (
     Random,
     RigL,
     Sensitivity,
+    SharedFanIn,
     SynFlow,
     Wanda,
     Weight,
@@ -51,7 +52,7 @@ CRITERIA: tuple[Criterion, ...] = (
     *(Entropy(bins=8, window=2), Wanda(window=2), APoZ(window=2)),
     *(Sensitivity(window=2), Movement(window=2), SNIP(window=1), Fisher(window=2)),
 )
-GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 2))
+GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 2), SharedFanIn(2))
 COUPLED: tuple[Granularity, ...] = (Channel(coupled=True), Head())  # units that lie in several parameters
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
