@@ -19,6 +19,8 @@ from lightning_prune.criteria import (
     Wanda,
 )
 from lightning_prune.export.compressed import load_compressed, save_compressed
+from lightning_prune.export.fast import to_fast
+from lightning_prune.export.fast_files import load_fast, save_fast
 from lightning_prune.export.onnx import export_onnx
 from lightning_prune.export.sparse_layers import to_sparse_csr, to_sparse_semi_structured
 from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, SharedFanIn, Weight
@@ -119,6 +121,7 @@ __all__ = [
     "Weight",
     "export_onnx",
     "load_compressed",
+    "load_fast",
     "load_shrunk",
     "plot_history",
     "plot_masks",
@@ -128,12 +131,14 @@ __all__ = [
     "prune",
     "recalibrate",
     "save_compressed",
+    "save_fast",
     "save_shrunk",
     "sensitivity",
     "shrink",
     "sparsegpt",
     "sparsity",
     "summary",
+    "to_fast",
     "to_sparse_csr",
     "to_sparse_semi_structured",
 ]

@@ -1,8 +1,9 @@
 """Sparse layers: linear layers that skip zeros where that is faster."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from typing_extensions import override
 
 from lightning_prune.validation.arguments import integer, number
 from lightning_prune.validation.instances import instance
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Measured by examples/benchmarks/csr.py: from these on, CSR is faster at every batch size.
 CSR_SPARSITY = 0.9
@@ -52,10 +55,11 @@ class CSRLinear(nn.Module):
         )
         rows = inputs.reshape(-1, self.in_features)
         if len(rows) == 1:  # a matrix-vector product is twice as fast as one with a single-column matrix
-            out = torch.addmv(self.bias, weight, rows[0])
+            out = torch.addmv(self.bias, weight, rows[0])[None]
         else:
             out = torch.addmm(self.bias[:, None], weight, rows.t()).t()
-        return out.reshape(*inputs.shape[:-1], self.out_features)
+        # attention is slow with strides other than those of a contiguous tensor
+        return out if inputs.ndim == 2 else out.contiguous().view(*inputs.shape[:-1], self.out_features)
 
 
 def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_weights: int = CSR_WEIGHTS) -> nn.Module:
@@ -81,7 +85,7 @@ def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_w
     instance("model", model, nn.Module)
     min_sparsity = number("min_sparsity", min_sparsity, "[0, 1]")
     min_weights = integer("min_weights", min_weights, 0)
-    layers = dict(_linear_layers(model))
+    layers = dict(linear_layers(model))
     zeros = {name: int((layer.weight == 0).sum()) for name, layer in layers.items()}
 
     def qualifies(name: str, layer: nn.Linear) -> bool:
@@ -114,7 +118,7 @@ def to_sparse_semi_structured(model: nn.Module) -> nn.Module:
     Reference: Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378.
     """
     instance("model", model, nn.Module)
-    layers = dict(_linear_layers(model))
+    layers = dict(linear_layers(model))
     for name, layer in layers.items():
         _check_kernels(name, layer.weight)
 
@@ -156,7 +160,7 @@ def _semi_structured(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield plain linear layers, except those whose weights another module of torch reads directly."""
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     for name, module in model.named_modules():
@@ -171,11 +175,14 @@ def _replace(
 ) -> nn.Module:
     """Return a copy of the model in which the layers that qualify are converted."""
     model = deepcopy(model)
-    converted: dict[nn.Module, nn.Module] = {
-        layer: convert(layer) for name, layer in _linear_layers(model) if qualifies(name, layer)
-    }
+    return replaced(model, {name: convert(layer) for name, layer in linear_layers(model) if qualifies(name, layer)})
+
+
+def replaced(model: Model, layers: Mapping[str, nn.Module]) -> Model:
+    """Return the model with other layers in place of those of these names, wherever else it holds them, too."""
+    others = {model.get_submodule(name): layer for name, layer in layers.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in converted:
-                setattr(parent, name, converted[child])
-    return converted.get(model, model)
+            if child in others:
+                setattr(parent, name, others[child])
+    return cast(Model, others.get(model, model))

@@ -1,0 +1,236 @@
+"""Fast models: the layers of a pruned model in the form that is fastest on this machine, found by measuring."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInLinear
+from lightning_prune.export.sparse_layers import CSRLinear, linear_layers, replaced
+from lightning_prune.models.copying import copied
+from lightning_prune.models.forward import Inputs, call, difference, fitting, needed_example_of
+from lightning_prune.models.preserving import eager, evaluating
+from lightning_prune.models.summary import table
+from lightning_prune.validation.instances import instance
+
+Model = TypeVar("Model", bound=nn.Module)
+Layer = nn.Linear | nn.Conv2d
+Forms = Mapping[str, Callable[[], nn.Module]]
+
+DENSE = "dense"
+_ROWS = (8, 16, 32, 64)
+_MOST_READ = 0.6  # of the inputs: with more, groups of rows gain nothing over the dense product
+_GAIN = 0.95  # of the dense time: what is not clearly faster stays dense
+_ROUNDS, _SECONDS = 9, 0.002  # turns of each form, and what a turn takes at least
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What a layer takes for the example inputs.
+
+    Args:
+        name: Its qualified name.
+        shape: Of its weight.
+        sparsity: The fraction of zeros in it, 0 to 1.
+        form: The fastest form.
+        dense: Milliseconds as a dense layer.
+        fastest: Milliseconds in the fastest form.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    form: str
+    dense: float
+    fastest: float
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """What ``to_fast`` has measured; ``str`` returns a table.
+
+    Args:
+        layers: The layers with zeros.
+        dense: Milliseconds of the whole dense model.
+        fast: Milliseconds of the whole model with the fastest layers.
+    """
+
+    layers: tuple[LayerTime, ...]
+    dense: float
+    fast: float
+
+    @override
+    def __str__(self) -> str:
+        cells = [("name", "shape", "zeros", "form", "dense ms", "ms", "speed-up")]
+        for row in self.layers:
+            shape, times = " x ".join(map(str, row.shape)), (row.dense, row.fastest)
+            cells.append((row.name, shape, f"{row.sparsity:.1%}", row.form, *_times(*times)))
+        cells.append(("whole model", "", "", "", *_times(self.dense, self.fast)))
+        lines = table(cells)
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:-1], "-" * len(lines[0]), lines[-1]])
+
+
+def _times(dense: float, fast: float) -> tuple[str, str, str]:
+    return f"{dense:.3f}", f"{fast:.3f}", f"{dense / fast:.2f}"
+
+
+def to_fast(model: Model, example_inputs: Inputs = None) -> Model:
+    """Return a copy of a pruned model with every layer in the form that is fastest here: for inference, on a CPU.
+
+    Each linear layer and 1 x 1 convolution with zeros is measured on the inputs that it gets from the example, with the
+    threads that torch has now: as it is, as groups of rows that read the same inputs (which ``SharedFanIn`` makes), and
+    as compressed sparse rows. What is not clearly faster stays dense. A table of the layers and the whole model is
+    printed. The copy is a plain module: it has a ``state_dict``, can be exported and compiled; ``save_fast`` and
+    ``load_fast`` take it to another process. Other batch sizes give the same outputs, but may have other fastest forms.
+
+    Args:
+        model: Any module with zeros, on the CPU, in float32 or float64; it is left as it was.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments, with the batch size of use; None
+            takes the ``example_input_array`` of a ``LightningModule``.
+
+    Raises:
+        ValueError: If the model is not on the CPU, has no such layer with zeros, or the outputs of the copy differ.
+
+    >>> to_fast(nn.Linear(2, 2), torch.randn(1, 2))
+    Traceback (most recent call last):
+    ValueError: model must have a linear layer or a 1 x 1 convolution with zeros, got none: prune it first
+    """
+    instance("model", model, nn.Module)
+    fast, found = fastest(model, example_inputs)
+    print(found)
+    if all(row.form == DENSE for row in found.layers):
+        warnings.warn(
+            "to_fast leaves the model dense: no layer is faster in another form for these inputs. SharedFanIn() with "
+            "80 % zeros or more makes layers that are",
+            stacklevel=2,
+        )
+    return fast
+
+
+def fastest(model: Model, example_inputs: Inputs = None) -> tuple[Model, SpeedUp]:
+    """Return what ``to_fast`` does, and what it has measured."""
+    inputs = fitting(needed_example_of(model, example_inputs), model)
+    layers = dict(_layers(model))
+    _check(layers)
+    copy = copied(model).eval().requires_grad_(False)
+    with evaluating(model), torch.no_grad(), eager(), torch.random.fork_rng(devices=[]):
+        read = _inputs_of_layers(model, layers, inputs)
+        rows, chosen = [], {}
+        for name, seen in read.items():
+            row, form = _choose(name, layers[name], seen)
+            rows.append(row)
+            chosen.update({name: form} if form is not None else {})
+        fast = replaced(copy, chosen)
+        _check_outputs(model, fast, inputs)
+        both = _alternate({"dense": partial(call, model, inputs), "fast": partial(call, fast, inputs)})
+    return fast, SpeedUp(tuple(rows), both["dense"], both["fast"])
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Yield the layers that have other forms: plain linear layers and 1 x 1 convolutions with zeros."""
+    for name, module in model.named_modules():
+        plain = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
+        if plain and module.padding in ((0, 0), "valid", "same") and bool((module.weight == 0).any()):
+            yield name, module
+    for name, linear in linear_layers(model):
+        if bool((linear.weight == 0).any()):
+            yield name, linear
+
+
+def _check(layers: Mapping[str, Layer]) -> None:
+    if not layers:
+        raise ValueError("model must have a linear layer or a 1 x 1 convolution with zeros, got none: prune it first")
+    for name, layer in layers.items():
+        weight = layer.weight
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"model must be on the CPU in float32 or float64, got {weight.dtype} on {weight.device} for {name!r}"
+            )
+
+
+def _inputs_of_layers(model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs) -> dict[str, Tensor]:
+    """Return the first input of each layer that the model calls."""
+    read: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if given:
+            read.setdefault(name, given[0].detach())
+
+    handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
+    try:
+        call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return read
+
+
+def _choose(name: str, layer: Layer, inputs: Tensor) -> tuple[LayerTime, nn.Module | None]:
+    """Measure a layer in all its forms, and return the times and the fastest form; None if that is the dense one."""
+    forms = {form: make() for form, make in _forms(layer).items()}
+    seconds = _alternate({DENSE: partial(layer, inputs), **{form: partial(m, inputs) for form, m in forms.items()}})
+    best = min(seconds, key=lambda form: seconds[form])
+    if best != DENSE and seconds[best] > _GAIN * seconds[DENSE]:
+        best = DENSE
+    zeros = float((layer.weight == 0).float().mean())
+    row = LayerTime(name, tuple(layer.weight.shape), zeros, best, seconds[DENSE], seconds[best])
+    return row, forms.get(best)
+
+
+def _forms(layer: Layer) -> Forms:
+    """Return what may be faster than a layer, by name."""
+    forms: dict[str, Callable[[], nn.Module]] = {}
+    matrix = layer.weight.flatten(1)
+    for rows in _ROWS:
+        if rows > len(matrix) or _read(matrix, rows) > _MOST_READ:
+            continue
+        name = f"groups of {rows}"
+        if isinstance(layer, nn.Conv2d):
+            forms[name] = partial(SharedFanInConv2d.of, layer, rows)
+        if isinstance(layer, nn.Linear):
+            forms[name] = partial(SharedFanInLinear.of, layer, rows, by_column=False)
+            forms[f"{name} by column"] = partial(SharedFanInLinear.of, layer, rows, by_column=True)
+    if isinstance(layer, nn.Linear):
+        forms["CSR"] = partial(CSRLinear, layer)
+    return forms
+
+
+def _read(matrix: Tensor, rows: int) -> float:
+    """Return which fraction of the inputs, 0 to 1, the group that reads most of them reads."""
+    groups = (matrix != 0).split(rows)
+    return max(float(group.any(0).float().mean()) for group in groups)
+
+
+def _check_outputs(model: nn.Module, fast: nn.Module, inputs: Inputs) -> None:
+    distance = difference(call(model, inputs), call(fast, inputs))
+    digits = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if distance > torch.finfo(digits).eps ** 0.5:
+        raise ValueError(
+            f"model must give the same outputs with layers in other forms, got a difference of {distance:.2e}: its "
+            f"outputs must not be random in eval mode"
+        )
+
+
+def _alternate(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median milliseconds of each call, in turns of all."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    times = {}
+    for name, run in calls.items():
+        run()  # what is set up at first is not measured
+        began = time.perf_counter()
+        run()
+        times[name] = max(1, int(_SECONDS / max(1e-7, time.perf_counter() - began)))
+    for _ in range(_ROUNDS):
+        for name, run in calls.items():
+            began = time.perf_counter()
+            for _ in range(times[name]):
+                run()
+            seconds[name].append((time.perf_counter() - began) / times[name])
+    return {name: 1e3 * median(found) for name, found in seconds.items()}

@@ -1,0 +1,136 @@
+"""Layers with shared fan-in: groups of rows as dense products over the inputs that each group reads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+
+class SharedFanInLinear(nn.Module):
+    """A linear layer whose rows are in groups, each a dense matrix behind a selection of inputs: for inference.
+
+    Args:
+        inputs: The inputs of every group (int32): (groups, k).
+        values: The weights of every group: (groups, k, rows).
+        bias: One number for each output, or None.
+        out_features: Number of outputs; the last group may have fewer rows than the others.
+        by_column: Whether samples are the columns of the products: faster for larger batches.
+
+    >>> weight = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]])
+    >>> layer = SharedFanInLinear(*packed(weight, 2), None, 2, by_column=False)
+    >>> layer(torch.tensor([[1.0, 1.0, 1.0]]))
+    tensor([[3., 7.]])
+    """
+
+    inputs: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, inputs: Tensor, values: Tensor, bias: Tensor | None, out_features: int, by_column: bool) -> None:
+        super().__init__()
+        self.register_buffer("inputs", inputs)
+        self.register_buffer("values", values)
+        self.register_buffer("bias", bias)
+        self.out_features = out_features
+        self.by_column = by_column
+
+    @classmethod
+    def of(cls, layer: nn.Linear, rows: int, by_column: bool) -> Self:
+        """Return the layer that computes what a linear layer does, with groups of so many rows."""
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(*packed(layer.weight.detach(), rows), bias, layer.out_features, by_column)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        samples = inputs.reshape(-1, inputs.shape[-1])
+        if not self.by_column:
+            found = self._rows(samples)
+        else:
+            found = products(self.values, self.inputs, self.bias, samples.t().contiguous(), self.out_features).t()
+        if inputs.ndim == 2:
+            return found  # by column its rows are not contiguous, which suits another layer by column
+        return found.contiguous().view(*inputs.shape[:-1], self.out_features)  # attention is slow with other strides
+
+    def _rows(self, samples: Tensor) -> Tensor:
+        groups, k, _ = self.values.shape
+        read = samples.index_select(1, self.inputs.view(-1)).unflatten(1, (groups, k)).transpose(0, 1)
+        found = torch.bmm(read, self.values).transpose(0, 1).flatten(1)[:, : self.out_features]
+        return found if self.bias is None else found.add_(self.bias)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.inputs.shape[0]} groups of {self.values.shape[2]} rows, {self.inputs.shape[1]} inputs each"
+
+
+class SharedFanInConv2d(nn.Module):
+    """A 1 x 1 convolution whose rows are in groups, each a dense matrix behind a selection of inputs: for inference.
+
+    Args:
+        inputs: The input channels of every group (int32): (groups, k).
+        values: The weights of every group: (groups, k, rows).
+        bias: One number for each output channel, or None.
+        out_channels: Number of output channels; the last group may have fewer rows than the others.
+        stride: Along height and width.
+    """
+
+    inputs: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, inputs: Tensor, values: Tensor, bias: Tensor | None, out_channels: int, stride: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.register_buffer("inputs", inputs)
+        self.register_buffer("values", values)
+        self.register_buffer("bias", bias)
+        self.out_channels = out_channels
+        self.stride = list(stride)
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d, rows: int) -> Self:
+        """Return the layer that computes what a 1 x 1 convolution does, with groups of so many rows."""
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(*packed(layer.weight.detach().flatten(1), rows), bias, layer.out_channels, layer.stride)
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        read = inputs[:, :, :: self.stride[0], :: self.stride[1]]
+        if read.shape[0] == 1:
+            found = products(self.values, self.inputs, self.bias, read[0].flatten(1), self.out_channels)
+            return found.view(1, self.out_channels, *read.shape[2:])
+        # all images together, as columns of one matrix
+        columns = read.transpose(0, 1).flatten(1)
+        found = products(self.values, self.inputs, self.bias, columns, self.out_channels)
+        return found.unflatten(1, (read.shape[0], *read.shape[2:])).transpose(0, 1).contiguous()
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.inputs.shape[0]} groups of {self.values.shape[2]} rows, {self.inputs.shape[1]} inputs each"
+
+
+def products(values: Tensor, inputs: Tensor, bias: Tensor | None, columns: Tensor, size: int) -> Tensor:
+    """Return the outputs (size, samples) of groups of rows for inputs in columns (inputs, samples)."""
+    groups, k, _ = values.shape
+    read = columns.index_select(0, inputs.view(-1)).unflatten(0, (groups, k))
+    found = torch.bmm(values.transpose(1, 2), read).flatten(0, 1)[:size]
+    return found if bias is None else found.add_(bias[:, None])
+
+
+def packed(weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return which inputs the groups of rows of a matrix read (int32), and their weights there.
+
+    Groups that read fewer inputs than others get some whose weights are zero.
+
+    >>> inputs, values = packed(torch.tensor([[0.0, 1.0], [0.0, 2.0], [3.0, 0.0]]), 2)
+    >>> inputs.tolist(), values.tolist()
+    ([[1], [0]], [[[1.0, 2.0]], [[3.0, 0.0]]])
+    """
+    padded = nn.functional.pad(weight, (0, 0, 0, -len(weight) % rows)).unflatten(0, (-1, rows))
+    read = (padded != 0).any(1)
+    most = max(1, int(read.sum(1).max()))
+    # those that are read first, in the order of the inputs
+    inputs = read.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(dim=1).values
+    values = padded.gather(2, inputs[:, None].expand(-1, rows, -1)).transpose(1, 2).contiguous()
+    return inputs.int(), values

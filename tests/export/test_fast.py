@@ -1,0 +1,200 @@
+"""Fast models: every form outputs what the dense layer does, and what is fastest is saved, loaded and exported."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import Channel, SharedFanIn, Weight, load_fast, prune, save_fast, to_fast
+from lightning_prune.export import fast
+from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInLinear, packed
+from lightning_prune.export.sparse_layers import CSRLinear
+from lightning_prune.models.forward import difference, run
+
+
+def build() -> nn.Module:
+    """Layers whose sizes are no multiples of the rows in a group."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 20, 1), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 40, 1, stride=2, bias=False)),
+        *(nn.Conv2d(40, 8, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 70), nn.ReLU()),
+        *(nn.Linear(70, 70, bias=False), nn.Linear(70, 3)),
+    )
+
+
+def pruned(dtype: torch.dtype = torch.float64, **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = build().to(dtype).eval()
+    prune(model, 0.8, scope="local", **{"granularity": SharedFanIn(16), **kwargs})
+    return model
+
+
+def prefer(monkeypatch: pytest.MonkeyPatch, *best: str) -> None:
+    """Let these forms be the fastest, as if they had been measured."""
+
+    def times(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        for run_once in calls.values():
+            run_once()
+        return {name: 1.0 if name in best else 2.0 for name in calls}
+
+    monkeypatch.setattr(fast, "_alternate", times)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 40, 64])
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (5, 70), (0, 70), (2, 3, 70)])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_groups_of_rows_output_what_the_linear_layer_does(rows: int, shape: tuple[int, ...], by_column: bool) -> None:
+    layer, inputs = nn.Linear(70, 40, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    prune(layer, 0.7, granularity=SharedFanIn(16))
+    found, expected = SharedFanInLinear.of(layer, rows, by_column)(inputs), layer(inputs)
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_groups_of_rows_output_what_the_convolution_does(stride: int, batch: int) -> None:
+    layer = nn.Conv2d(30, 41, 1, stride=stride, dtype=torch.float64)
+    inputs = torch.randn(batch, 30, 5, 7, dtype=torch.float64)
+    prune(layer, 0.7, granularity=SharedFanIn(8))
+    found, expected = SharedFanInConv2d.of(layer, 8)(inputs), layer(inputs)
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_a_group_stores_the_inputs_that_it_reads_and_no_others() -> None:
+    layer = nn.Linear(50, 48)
+    prune(layer, 0.9, granularity=SharedFanIn(16))
+    inputs, values = packed(layer.weight.detach(), 16)
+    assert inputs.shape == (3, 5)
+    assert values.shape == (3, 5, 16)
+    assert values.all()
+    for group, read in enumerate(inputs.long()):
+        assert torch.equal(layer.weight[16 * group : 16 * group + 16, read], values[group].T)
+
+
+@pytest.mark.parametrize(
+    ("best", "kinds"),
+    [
+        (("groups of 16",), [SharedFanInConv2d, SharedFanInConv2d, SharedFanInLinear, SharedFanInLinear, nn.Linear]),
+        (("groups of 8 by column",), [nn.Conv2d, nn.Conv2d, SharedFanInLinear, SharedFanInLinear, nn.Linear]),
+        (("CSR",), [nn.Conv2d, nn.Conv2d, CSRLinear, CSRLinear, CSRLinear]),
+    ],
+)
+def test_the_fastest_form_replaces_each_layer_and_the_model_stays(
+    best: tuple[str, ...], kinds: list[type], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefer(monkeypatch, *best)
+    model, inputs = pruned(), torch.randn(2, 3, 9, 9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = to_fast(model, inputs)
+    assert [type(found[i]) for i in (0, 3, 7, 9, 10)] == kinds
+    assert type(found[4]) is nn.Conv2d
+    assert difference(run(model, inputs.double()), run(found, inputs.double())) < 1e-12
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in (*table[2:-2], table[-1])] == ["0", "3", "7", "9", "10", "whole"]
+
+
+def test_what_is_not_faster_stays_dense_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, "dense")
+    model, inputs = pruned(), torch.randn(2, 3, 9, 9)
+    with pytest.warns(UserWarning, match="no layer is faster in another form"):
+        found = to_fast(model, inputs)
+    assert [type(layer) for layer in found] == [type(layer) for layer in build()]
+
+
+@pytest.mark.parametrize("best", ["groups of 16", "groups of 16 by column", "CSR"])
+def test_a_fast_model_is_saved_and_loaded_by_its_class(
+    best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer(monkeypatch, best)
+    model, inputs = pruned(torch.float32), torch.randn(2, 3, 9, 9)
+    found = to_fast(model, inputs)
+    save_fast(found, tmp_path / "fast.pt")
+    for again in (load_fast(build, tmp_path / "fast.pt"), load_fast(model, tmp_path / "fast.pt")):
+        assert [type(layer) for layer in again] == [type(layer) for layer in found]
+        assert torch.equal(run(again, inputs), run(found, inputs))
+        assert not again.training
+    assert type(model[7]) is nn.Linear
+
+
+def test_the_file_of_a_fast_model_is_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, "groups of 16")
+    model = nn.Sequential(nn.Linear(512, 512))
+    prune(model, 0.9, granularity=SharedFanIn(16))
+    save_fast(to_fast(model, torch.randn(1, 512)), tmp_path / "fast.pt")
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    assert (tmp_path / "fast.pt").stat().st_size < 0.13 * (tmp_path / "dense.pt").stat().st_size
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", "dense", "other"])
+def test_a_file_that_does_not_fit_is_refused(
+    damage: bytes | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer(monkeypatch, "groups of 16")
+    path = tmp_path / "fast.pt"
+    if damage == "dense":
+        torch.save(pruned().state_dict(), path)
+    elif damage == "other":
+        save_fast(to_fast(pruned(torch.float32), torch.randn(1, 3, 9, 9)), path)
+    else:
+        path.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"path must (be a file that save_fast wrote|fit a Sequential)"):
+        load_fast(nn.Sequential(nn.Linear(2, 2)), path)
+
+
+def test_what_cannot_be_fast_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model must have a linear layer or a 1 x 1 convolution with zeros, got none"):
+        to_fast(build(), torch.randn(1, 3, 9, 9))
+    half = pruned().to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"float32 or float64, got torch.bfloat16 on cpu for '0'"):
+        to_fast(half, torch.randn(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="model must have layers that to_fast converted, got a Sequential without any"):
+        save_fast(build(), tmp_path / "fast.pt")
+    with pytest.raises(ValueError, match="example_inputs must be given"):
+        to_fast(pruned())
+
+
+def test_random_outputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noise(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs + torch.rand_like(inputs)
+
+    prefer(monkeypatch, "groups of 16")
+    model = nn.Sequential(nn.Linear(64, 64), Noise())
+    prune(model, 0.9, granularity=SharedFanIn(16))
+    with pytest.raises(ValueError, match="its outputs must not be random in eval mode"):
+        to_fast(model, torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("granularity", [Weight(), Channel(coupled=False)], ids=str)
+def test_masks_of_any_granularity_are_measured(granularity: object, capsys: pytest.CaptureFixture[str]) -> None:
+    model, inputs = pruned(torch.float32, granularity=granularity), torch.randn(2, 3, 9, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = to_fast(model, inputs)
+    assert difference(run(model, inputs), run(found, inputs)) < 1e-4
+    assert "whole model" in capsys.readouterr().out
+
+
+def test_a_shared_layer_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, "groups of 16")
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    prune(model, 0.9, granularity=SharedFanIn(16))
+    found = to_fast(model, torch.randn(4, 64))
+    assert found[0] is found[2]
+    assert isinstance(found[0], SharedFanInLinear)
+
+
+@pytest.mark.parametrize("best", ["groups of 16", "groups of 16 by column"])
+def test_a_fast_model_is_exported_with_any_batch_size(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, best)
+    model, inputs = pruned(torch.float32), torch.randn(2, 3, 9, 9)
+    found = to_fast(model, inputs)
+    program = torch.export.export(found, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    more = torch.randn(5, 3, 9, 9)
+    assert difference(run(model, more), program.module()(more)) < 1e-4
