@@ -19,6 +19,7 @@ from lightning_prune.models.forward import Inputs, call, difference, fitting, ne
 from lightning_prune.models.preserving import eager, evaluating
 from lightning_prune.models.summary import table
 from lightning_prune.validation.instances import instance
+from lightning_prune.validation.values import shown
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Linear | nn.Conv2d
@@ -166,6 +167,8 @@ def _inputs_of_layers(model: nn.Module, layers: Mapping[str, Layer], inputs: Inp
     handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
     try:
         call(model, inputs)
+    except Exception as error:  # of the user's model
+        raise ValueError(f"example_inputs must fit the model, got {shown(inputs)}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

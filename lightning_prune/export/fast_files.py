@@ -73,7 +73,7 @@ def load_fast(model: Model | Callable[..., Model], path: str | os.PathLike[str],
         fast = replaced(copied(dense), {name: _layer(name, *form, state) for name, form in layers.items()})
         fast.load_state_dict(state)
     except Exception as error:  # torch and the user's hooks raise errors of any type
-        raise ValueError(f"path must fit a {type(dense).__name__}, got a file that does not: {error}") from error
+        raise ValueError(f"path must fit the model, got {str(path)!r} for {shown(dense)}: {error}") from error
     return fast.eval().requires_grad_(False)
 
 

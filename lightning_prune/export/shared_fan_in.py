@@ -103,7 +103,8 @@ class SharedFanInConv2d(nn.Module):
         # all images together, as columns of one matrix
         columns = read.transpose(0, 1).flatten(1)
         found = products(self.values, self.inputs, self.bias, columns, self.out_channels)
-        return found.unflatten(1, (read.shape[0], *read.shape[2:])).transpose(0, 1).contiguous()
+        images: Tensor = found.unflatten(1, (read.shape[0], *read.shape[2:])).transpose(0, 1).contiguous()
+        return images
 
     @override
     def extra_repr(self) -> str:
@@ -113,8 +114,8 @@ class SharedFanInConv2d(nn.Module):
 def products(values: Tensor, inputs: Tensor, bias: Tensor | None, columns: Tensor, size: int) -> Tensor:
     """Return the outputs (size, samples) of groups of rows for inputs in columns (inputs, samples)."""
     groups, k, _ = values.shape
-    read = columns.index_select(0, inputs.view(-1)).unflatten(0, (groups, k))
-    found = torch.bmm(values.transpose(1, 2), read).flatten(0, 1)[:size]
+    read: Tensor = columns.index_select(0, inputs.view(-1)).unflatten(0, (groups, k))
+    found: Tensor = torch.bmm(values.transpose(1, 2), read).flatten(0, 1)[:size]
     return found if bias is None else found.add_(bias[:, None])
 
 

@@ -40,6 +40,16 @@ def checkpoint() -> dict[str, Any]:
     return {"state_dict": small.state_dict(), KEY: small._kept_channels.state_dict()}
 
 
+@cache
+def fast() -> nn.Module:
+    return lp.to_sparse_csr(network(), min_sparsity=0.0, min_weights=1)
+
+
+def fast_file() -> Path:
+    lp.save_fast(fast(), "fast.pt")
+    return Path("fast.pt")
+
+
 def total(model: nn.Module, loader: Any) -> float:
     """A user's metric."""
     return sum(float(model(batch).sum()) for batch in loader)
@@ -59,6 +69,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "SensitivityAnalysis": lambda: {"metric": "acc", "mode": "max", "dense": 0.9, "scores": {"a": {0.5: 0.9}}},
     "export_onnx": lambda: {"model": network(), "example_inputs": torch.zeros(2, 4), "path": "model.onnx"},
     "load_compressed": lambda: {"path": "model.safetensors"},
+    "load_fast": lambda: {"model": network, "path": fast_file()},
     "load_shrunk": lambda: {"model": network, "checkpoint": checkpoint()},
     "plot_history": lambda: {"history": lp.History([(0, 0.0)], {"acc": [(1, 0.9)]}), "metric": "acc"},
     "plot_masks": lambda: {"masks": {"weight": torch.ones(2, 2, dtype=torch.bool)}},
@@ -68,6 +79,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "prune": lambda: {"model": network(), "sparsity": 0.5, "criterion": lp.Wanda(1), "data": batches()},
     "recalibrate": lambda: {"model": nn.Sequential(nn.BatchNorm1d(4)), "loader": batches()},
     "save_compressed": lambda: {"model_or_state": network(), "path": "model.safetensors"},
+    "save_fast": lambda: {"model": fast(), "path": "model.pt"},
     "save_shrunk": lambda: {"model": shrunk(), "path": "model.pt"},
     "sensitivity": lambda: {
         **{"model": network(), "data": batches(), "metric": total, "levels": [0.5], "progress": False},
@@ -77,6 +89,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "sparsegpt": lambda: {"model": network(), "sparsity": 0.5, "data": batches()},
     "sparsity": lambda: {"model": network()},
     "summary": lambda: {"model": network()},
+    "to_fast": lambda: {"model": network(), "example_inputs": torch.zeros(1, 4)},
     "to_sparse_csr": lambda: {"model": network(), "min_sparsity": 0.0, "min_weights": 1},
     "to_sparse_semi_structured": lambda: {"model": network()},
     "ActiveFLOPs.update": lambda: {"model": network()},
@@ -105,7 +118,10 @@ OTHERS = {"Masks", "Units", "SparseEarlyStopping", "SparseModelCheckpoint"}
 
 # what the user's own code says
 LOSS = nn.CrossEntropyLoss()
-OWN = [("load_shrunk", "model", nn.Linear), ("load_shrunk", "model", len), ("ActiveFLOPs.update", "model", LOSS)]
+OWN = [
+    *((load, "model", given) for load in ("load_shrunk", "load_fast") for given in (nn.Linear, len)),
+    ("ActiveFLOPs.update", "model", LOSS),
+]
 
 BAD: tuple[Any, ...] = (
     *(None, math.nan, math.inf, -math.inf, True, False, 0, -1, -0.5, 1.5, 2.5, 90, 10**9, 10**400),
