@@ -67,8 +67,8 @@ def to_sparse_csr(model: nn.Module, *, min_sparsity: float = CSR_SPARSITY, min_w
 
     Measured on one core with batch sizes 1 to 128, against torch's own dense layers: layers of 1024 x 1024 weights or
     more are faster from 85 % zeros on, layers of 512 x 512 from 95 % on, smaller ones never at batch size 1. ONNX
-    Runtime runs dense layers up to twice as fast as torch. ``to_fast`` measures instead, and knows faster forms. Only plain ``nn.Linear`` layers are converted,
-    except inside other modules of torch, which read their weights directly.
+    Runtime runs dense layers up to twice as fast as torch. ``to_fast`` measures instead, and knows faster forms. Only
+    plain ``nn.Linear`` layers are converted, except inside other modules of torch, which read their weights directly.
 
     Args:
         model: Any module, on the CPU; for inference.
