@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_prune import schedules, scopes
 from lightning_prune.criteria import Criterion, Random
-from lightning_prune.granularities import Weight
+from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods.exchange import exchange, steps, uniform
 from lightning_prune.tensors.distributed import local
@@ -21,7 +21,7 @@ from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import choice, flag, integer, number
-from lightning_prune.validation.instances import named
+from lightning_prune.validation.instances import instance, named
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -71,6 +71,7 @@ class SET(ScheduledTraining):
         grow_init: What new weights start with: "zeros"; "random", uniformly up to the mean size of the layer's weights,
             either way; for ``RigL``, "gradient", one step of plain gradient descent at the learning rate.
         regrow: Whether a weight that has just been dropped may come back in the same update, as it was.
+        granularity: Which weights are exchanged together: ``Weight()``, ``SharedFanIn()`` or ``Block()``.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
@@ -111,7 +112,9 @@ class SET(ScheduledTraining):
         *,
         grow_init: Literal["zeros", "random", "gradient"] = "zeros",
         regrow: bool = False,
+        granularity: Granularity = Weight(),
     ) -> None:
+        _check(instance("granularity", granularity, Granularity), grow_init)
         target = SparsityTarget(0.0 if sparsity is None else sparsity)
         schedules.value_at("decay", named("decay", decay, _DECAYS, "progress"), 0.0)
         self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
@@ -120,7 +123,7 @@ class SET(ScheduledTraining):
         self.grow_init = choice("grow_init", grow_init, self.grow_inits)
         self.regrow = flag("regrow", regrow)
         horizon = schedules.Horizon(start, end, interval, frequency)
-        super().__init__(target, Random(self.seed), Weight(), scope, horizon, targets, ignore, log_layers)
+        super().__init__(target, Random(self.seed), granularity, scope, horizon, targets, ignore, log_layers)
         self.sparsity = None if sparsity is None else target.sparsity
 
     def growth(self, position: int) -> Criterion:
@@ -171,7 +174,11 @@ class SET(ScheduledTraining):
         """Return masks for targets that have none: all when training starts, later lazy ones and those unfrozen."""
         new = [unit for unit in self.state.units if unit.name not in self.masks]
         if self.sparsity is None or not new:
-            return Masks({unit.name: local(unit.parameter) != 0 for unit in new})
+            masks = Masks()
+            for unit in new:
+                kept = unit.kept({unit.name: local(unit.parameter) != 0})
+                masks.update({} if kept is None else unit.masks(kept))
+            return masks
         return decide(self, self.sparsity_target, units=new, criterion=Random(self.seed))
 
     def _take_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,3 +226,12 @@ class SET(ScheduledTraining):
             weight = local(unit.parameter)
             weight[grown] = (values * rate).to(weight.dtype)
         self.state.grown = {}
+
+
+def _check(granularity: Granularity, grow_init: str) -> None:
+    if granularity.coupled is not False or granularity.follows or granularity.group is not None:
+        raise ValueError(
+            f"granularity must be Weight(), SharedFanIn() or Block() to exchange single units, got {granularity}"
+        )
+    if grow_init != "zeros" and not granularity.single:
+        raise ValueError(f'grow_init must be "zeros" for {granularity}, got {grow_init!r}')

@@ -17,14 +17,15 @@ from lightning_prune.updates.decision import score
 def exchange(
     units: Sequence[Units], masks: Mapping[str, Tensor], fraction: float, growth: Criterion, regrow: bool = False
 ) -> Masks:
-    """Return masks in which the smallest weights of every target made way for as many that were pruned.
+    """Return masks in which the smallest units of every target made way for as many that were pruned.
 
     Args:
         units: The targets.
         masks: The masks until now.
-        fraction: Of the weights of a target, the part that is exchanged, as far as there are pruned ones to grow.
-        growth: Scores the pruned weights; the highest grow.
-        regrow: Whether weights that have just been dropped may be among them.
+        fraction: Of the units of a target, the part that is exchanged, as far as there are pruned ones to grow; where
+            units are in groups that keep as many each, the nearest number that all groups can exchange.
+        growth: Scores the pruned units; the highest grow.
+        regrow: Whether units that have just been dropped may be among them.
 
     >>> from lightning_prune.criteria import Random
     >>> from lightning_prune.granularities import Weight
@@ -36,15 +37,19 @@ def exchange(
     >>> exchange(units, {"weight": layer.weight != 0}, 0.5, Random())
     {'weight': tensor([[False,  True, False,  True]])}
     """
-    kept = {unit.name: masks[unit.name] for unit in units}
+    kept = {unit.name: unit.kept(masks) for unit in units}
     magnitudes = score(units, Magnitude(), kept)
     zeros = magnitudes.pruned()
-    number = {unit.name: round(fraction * (unit.size - zeros[unit.name])) for unit in units}
+    steps = {unit.name: unit.round_to for unit in units}
+    number = {u.name: round(fraction * (u.size - zeros[u.name]) / steps[u.name]) * steps[u.name] for u in units}
     if not regrow:
         number = {name: min(zeros[name], n) for name, n in number.items()}
     left = {name: ~magnitudes.lowest(name, zeros[name] + n) for name, n in number.items()}
-    gains = score(units, growth, {name: ~mask for name, mask in (left if regrow else kept).items()})
-    return Masks({unit.name: left[unit.name] | _highest(gains, unit, number[unit.name]) for unit in units})
+    gains = score(units, growth, {name: None if m is None else ~m for name, m in (left if regrow else kept).items()})
+    exchanged = Masks()
+    for unit in units:
+        exchanged.update(unit.masks(left[unit.name] | _highest(gains, unit, number[unit.name])))
+    return exchanged
 
 
 def _highest(scores: Scores, unit: Units, number: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_prune import scopes
 from lightning_prune.criteria import Criterion
 from lightning_prune.criteria.gradients import GradientMean
+from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.methods.dynamic_sparse import SET, DecayName
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import integer
@@ -64,6 +65,7 @@ class RigL(SET):
         log_layers: bool = False,
         grow_init: Literal["zeros", "random", "gradient"] = "zeros",
         regrow: bool = False,
+        granularity: Granularity = Weight(),
     ) -> None:
         self.window = integer("window", window, 1)
         super().__init__(
@@ -81,6 +83,7 @@ class RigL(SET):
             log_layers=log_layers,
             grow_init=grow_init,
             regrow=regrow,
+            granularity=granularity,
         )
         self.criterion = Gradient(self.window)
 
@@ -93,6 +96,8 @@ class RigL(SET):
 class Gradient(GradientMean):
     """The size of the gradient of a weight, pruned or not, summed over a window: ``|sum dL/dw|``. Needs gradients.
 
+    Of larger units, the sizes of the gradients of their weights are summed: ``sum |dL/dw|``.
+
     Args:
         window: Number of optimizer steps observed before an update.
 
@@ -104,7 +109,7 @@ class Gradient(GradientMean):
 
     @override
     def term(self, units: Units) -> Tensor:
-        return units.sum(_gradient)
+        return units.sum(_gradient if units.single else _size)
 
     @override
     def scores(self, units: Units) -> Tensor:
@@ -115,3 +120,7 @@ class Gradient(GradientMean):
 def _gradient(weight: Tensor) -> Tensor:
     assert weight.grad is not None
     return weight.grad
+
+
+def _size(weight: Tensor) -> Tensor:
+    return _gradient(weight).abs()

@@ -11,11 +11,23 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from models import MLP, MaskRecorder, On, agrees, fit, weights
+from models import MLP, ConvNet, MaskRecorder, On, agrees, fit, weights
 from modes import BATCHES, SGD, Probe, Regression, mlp
 from torch import Tensor, nn
 
-from lightning_prune import SET, ConstantSparsity, RigL, Weight, prune, scopes, sparsity
+from lightning_prune import (
+    NM,
+    SET,
+    Channel,
+    ConstantSparsity,
+    Granularity,
+    RigL,
+    SharedFanIn,
+    Weight,
+    prune,
+    scopes,
+    sparsity,
+)
 from lightning_prune.methods.exchange import exchange
 from lightning_prune.methods.rigl import Gradient
 from lightning_prune.models.parameters import find
@@ -439,3 +451,25 @@ def test_a_decay_that_leaves_0_to_1_is_refused_before_the_first_step() -> None:
 def test_overlapping_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="disjoint targets"):
         fit(MLP(), RigL(0.5), ConstantSparsity(targets=("net.4.*",)))
+
+
+@pytest.mark.parametrize("method", [SET, RigL])
+def test_groups_of_rows_exchange_inputs_and_keep_as_many(method: type[SET]) -> None:
+    callback = method(0.5, frequency=2, scope="local", granularity=SharedFanIn(2))
+    recorder = MaskRecorder(callback)
+    fit(ConvNet(), callback, recorder, limit_val_batches=0)
+    first, *_, last = recorder.masks
+    for name, mask in last.items():
+        groups = mask.flatten(1).split(2)
+        assert all(torch.equal(rows[0], row) for rows in groups for row in rows), "the rows of a group differ"
+        assert len({int(rows[0].sum()) for rows in groups}) == 1, "one group keeps more than another"
+        assert int(mask.sum()) == int(first[name].sum())
+    assert any(not torch.equal(mask, first[name]) for name, mask in last.items())
+
+
+@pytest.mark.parametrize("granularity", [Channel(coupled=False), Channel(), NM(2, 4)], ids=str)
+def test_units_that_cannot_be_exchanged_are_refused(granularity: Granularity) -> None:
+    with pytest.raises(ValueError, match=r"granularity must be Weight\(\), SharedFanIn\(\) or Block\(\)"):
+        RigL(0.5, granularity=granularity)
+    with pytest.raises(ValueError, match=r'grow_init must be "zeros" for SharedFanIn\(rows=16\), got .gradient.'):
+        RigL(0.5, granularity=SharedFanIn(), grow_init="gradient")

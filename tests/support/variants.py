@@ -73,6 +73,7 @@ METHODS: dict[str, Callable[[], MaskedTraining]] = {
     "SRSTE": partial(SRSTE, 2, 4),
     "SRSTE-plain": partial(SRSTE, 1, 2, decay=0.0),
     "RigL": partial(RigL, 0.5, frequency=2),
+    "RigL-shared": partial(RigL, 0.5, frequency=2, scope="local", granularity=SharedFanIn(2)),
     "LotteryTicket": partial(LotteryTicket, 0.5, rounds=2),
     "LotteryTicket-steps": partial(LotteryTicket, 0.5, rounds=3, rewind_to=1, frequency=2, interval="step"),
     "LotteryTicket-rate": partial(LotteryTicket, 0.5, rounds=2, rewind="learning_rate", rewind_to=0.1),
