@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_prune.granularities import Granularity
 from lightning_prune.models.layer_inputs import wide
 from lightning_prune.tensors.ranking import rank_within
 
@@ -54,6 +55,54 @@ class Choice:
         picked |= forced.reshape(-1)
         self.chosen += int(picked.sum())
         return picked.view(saliency.shape)
+
+
+class EvenChoice:
+    """Chooses units of several rows in each span of columns: every group of rows loses as many as the others.
+
+    Units that are all zero from the start are always pruned; if they exceed the fraction, later spans compensate. Every
+    group keeps one column at least.
+
+    Args:
+        share: The fraction to prune.
+        granularity: Pools rows to units of one column.
+        blocksize: Number of columns in a block.
+    """
+
+    def __init__(self, share: float, granularity: Granularity, blocksize: int) -> None:
+        self.share = share
+        self.granularity = granularity
+        self.blocksize = blocksize
+        self.most = self.seen = 0
+        self.chosen: Tensor | int = 0  # of every group
+
+    def order(self, inputs: int, kernel: int) -> tuple[Tensor, list[int]]:
+        """Return the order in which columns are visited, input by input, and the widths of the spans."""
+        self.most = inputs * kernel - 1
+        return torch.arange(inputs * kernel), _widths(inputs * kernel, self.blocksize)
+
+    def __call__(self, saliency: Tensor) -> Tensor:
+        """Return what to prune (bool) in a span, by saliencies of shape (groups, columns of the span, rows)."""
+        matrix = saliency.movedim(1, -1).flatten(0, 1)
+        groups, columns = self.granularity.groups(matrix.shape, 0), matrix.shape[1]
+        pooled = self.granularity.pool(matrix.clamp(min=0.0), 0).view(groups, columns)
+        alive = self.granularity.pool((matrix >= 0).to(matrix.dtype), 0).view(groups, columns) > 0
+        self.seen += columns
+        wanted = min(round(self.share * self.seen), self.most) - self.chosen
+        count = torch.maximum((~alive).sum(1), torch.as_tensor(wanted, device=matrix.device))
+        rank = pooled.masked_fill(~alive, -1.0).argsort(dim=1, stable=True).argsort(dim=1)
+        picked = rank < count[:, None]
+        self.chosen = self.chosen + picked.sum(1)
+        pruned = self.granularity.expand(picked.view(-1), matrix.shape, 0)
+        spread: Tensor = pruned.unflatten(0, (len(saliency), -1)).movedim(-1, 1)
+        return spread
+
+
+def make_choice(share: float, granularity: Granularity, blocksize: int) -> Choice | EvenChoice:
+    """Return what chooses this fraction of the units of a granularity."""
+    if granularity.single:
+        return Choice(share, granularity.group, blocksize)
+    return EvenChoice(share, granularity, blocksize)
 
 
 def _widths(total: int, width: int) -> list[int]:

@@ -17,7 +17,7 @@ from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import Target, fractions
 from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.posttraining.observing import observed_units
-from lightning_prune.posttraining.reconstruction import Choice, reconstruct, second_moments
+from lightning_prune.posttraining.reconstruction import Choice, EvenChoice, make_choice, reconstruct, second_moments
 from lightning_prune.tensors.boolean import count
 from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.updates.decision import score
@@ -54,7 +54,7 @@ def sparsegpt(
             more zeros already keeps them.
         data: Batches to calibrate with, all of which are used. A batch is the model's input, or a sequence that begins
             with it.
-        granularity: ``Weight()``, or ``NM(n, m)`` to choose in groups of m inputs.
+        granularity: ``Weight()``, ``NM(n, m)`` to choose in groups of m inputs, or ``SharedFanIn(rows)``.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out.
         blocksize: Number of columns to choose weights from together; every block is pruned to the same sparsity.
@@ -82,10 +82,10 @@ def sparsegpt(
     instance("granularity", granularity, Granularity)
     goal = SparsityTarget(fractions_in("sparsity", sparsity))
     goal.check_granularity(granularity)
-    if not granularity.single:
-        raise ValueError(f"granularity must be Weight() or NM(n, m), got {granularity}")
+    if not (granularity.single or granularity.even):
+        raise ValueError(f"granularity must be Weight(), NM(n, m) or SharedFanIn(rows), got {granularity}")
     allocate = scopes.resolve(scope)
-    if granularity.group is not None and allocate is not scopes.local:
+    if granularity.even and allocate is not scopes.local:
         raise ValueError(f'scope must be "local" for {granularity}, whose layers are all equally sparse, got {scope!r}')
     blocksize = integer("blocksize", blocksize, 1)
     damping = number("damping", damping, "[0, inf)")
@@ -100,7 +100,7 @@ def sparsegpt(
             now = [target for target in found if target.parameter in inside and target.name not in masks]
             moments = _moments(now, stage)
             for target in now:
-                choice = Choice(shares[target.name], granularity.group, blocksize)
+                choice = make_choice(shares[target.name], granularity, blocksize)
                 masks[target.name] = _prune(target, moments.pop(target.name), choice, damping)
     left = {target.name: count(masks[target.name]) for target in found}
     if few := {t.name: left[t.name] for t in found if left[t.name] <= 1 < t.parameter.numel()}:
@@ -156,7 +156,7 @@ def _moments(found: Sequence[Target], stage: Stage) -> dict[str, Tensor]:
     return moments
 
 
-def _prune(target: Target, moments: Tensor, choice: Choice, damping: float) -> Tensor:
+def _prune(target: Target, moments: Tensor, choice: Choice | EvenChoice, damping: float) -> Tensor:
     """Prune and reconstruct one target in place; return its mask."""
     module = target.modules[0]
     weight = as_rows(target.parameter.detach(), module)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import NM, Channel, prune, sparsegpt
+from lightning_prune import NM, Channel, SharedFanIn, prune, sparsegpt
 from lightning_prune.posttraining.reconstruction import inverse_factor, reconstruct
 
 
@@ -223,6 +223,41 @@ def test_choosing_in_groups_loses_less_than_by_magnitude() -> None:
     assert (rebuilt(x) - layer(x)).square().sum() < 0.5 * (plain(x) - layer(x)).square().sum()
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Linear(50, 32), (90, 50)),
+        (nn.Linear(50, 30), (90, 50)),  # the last group has fewer rows
+        (nn.Conv2d(8, 24, 3), (6, 8, 7, 7)),
+        (nn.Conv2d(12, 24, 3, groups=2), (6, 12, 7, 7)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("blocksize", [1, 16, 128])
+@torch.no_grad()
+def test_the_rows_of_a_group_lose_the_same_inputs(layer: nn.Module, size: tuple[int, ...], blocksize: int) -> None:
+    layer, x = copy.deepcopy(layer), torch.randn(size)
+    plain, dense = copy.deepcopy(layer), copy.deepcopy(layer)
+    masks = sparsegpt(layer, 0.7, data=[x], granularity=SharedFanIn(8), blocksize=blocksize)
+    assert not layer.weight[~masks["weight"]].any()
+    columns = layer.weight[0].numel()
+    for group in masks["weight"].flatten(1).split(8):
+        assert (group == group[0]).all()
+        assert int(group[0].sum()) == columns - round(0.7 * columns)
+    prune(plain, 0.7, granularity=SharedFanIn(8))
+    lost = [float((each(x) - dense(x)).square().sum()) for each in (layer, plain)]
+    assert lost[0] < lost[1] or blocksize == 1  # which leaves no choice among columns
+
+
+def test_groups_of_rows_keep_the_zeros_that_they_have_and_one_input_at_least() -> None:
+    layer = nn.Linear(40, 16)
+    before = prune(layer, 0.5, granularity=SharedFanIn(8))["weight"]
+    after = sparsegpt(layer, 0.8, data=[torch.randn(90, 40)], granularity=SharedFanIn(8), blocksize=10)["weight"]
+    assert not (after & ~before).any()
+    assert (after.sum(1) == 8).all()
+    assert (sparsegpt(layer, 0.999, data=[torch.randn(90, 40)], granularity=SharedFanIn(8))["weight"].sum(1) == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types_of_numbers(dtype: torch.dtype) -> None:
     layer = nn.Linear(12, 5, dtype=dtype)
@@ -256,7 +291,11 @@ def test_nothing_but_the_targets_changes() -> None:
     [
         (nn.Linear(4, 2), {"sparsity": 50}, "sparsity must be in [0, 1), got 50"),
         (nn.Linear(4, 2), {"granularity": NM(2, 4), "sparsity": 0.4}, "must be at least 0.5 for NM(n=2, m=4), got 0.4"),
-        (nn.Linear(4, 2), {"granularity": Channel()}, "granularity must be Weight() or NM(n, m), got Channel("),
+        (
+            nn.Linear(4, 2),
+            {"granularity": Channel()},
+            "granularity must be Weight(), NM(n, m) or SharedFanIn(rows), got Channel(",
+        ),
         (nn.Linear(4, 2), {"blocksize": 0}, "blocksize must be at least 1, got 0"),
         (nn.Linear(4, 2), {"damping": -1.0}, "damping must be at least 0, got -1.0"),
         (nn.LSTM(4, 2), {}, "targets must belong to linear layers and convolutions, got 'weight_ih_l0' of LSTM"),
