@@ -212,15 +212,17 @@ def decide(
     due: float = 1.0,
     units: Sequence[Units] | None = None,
     criterion: Criterion | None = None,
+    held: Masks | None = None,
 ) -> Masks:
     """Return masks for a sparsity target, and warn of targets of which hardly anything is left.
 
     Args:
-        callback: Whose targets are pruned, from what its criterion has observed, and what it has pruned stays pruned.
+        callback: Whose targets are pruned, from what its criterion has observed.
         target: What is to be reached.
         due: The fraction of it that is due.
         units: Those that are pruned; None is all.
         criterion: Scores them; None is that of the callback.
+        held: The masks whose pruned units stay pruned; None is those of the callback.
     """
     state = callback.state
     units, criterion = state.units if units is None else units, criterion or callback.criterion
@@ -228,12 +230,10 @@ def decide(
     def allocate(scores: Scores) -> Mapping[str, int]:
         return target.allocate(scores, state.targets, criterion, callback.share_out, due, state.budget)
 
-    made = decision.decide(units, criterion, allocate, state.masks)
-    if scarce := made.scarce(units):
-        new = {unit: left for unit, left in scarce.items() if left < state.scarce.get(unit, 2)}
+    made = decision.decide(units, criterion, allocate, state.masks if held is None else held)
+    if new := {unit: left for unit, left in made.scarce(units).items() if left < state.scarce.get(unit, 2)}:
         state.scarce.update(new)
-        if new:
-            rank_zero_warn(told(type(callback).__name__, new))
+        rank_zero_warn(told(type(callback).__name__, new))
     return made.masks
 
 
