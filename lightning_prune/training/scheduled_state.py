@@ -44,7 +44,6 @@ class ScheduledState(RunState):
         observed: Restored statistics, until there are units for them.
         updates: The planned updates, as (position, amount).
         replanned: Whether a resumed run has other arguments than it had, and so another plan.
-        left_out: Why targets are left out, by name.
         scarce: Targets of which a warning has said how few units are left.
         parameters: Of all parameters of the model, when targets were last looked up, what decides over that.
         targets: The targets that were found last.
@@ -72,7 +71,6 @@ class ScheduledState(RunState):
     )
     updates: list[tuple[int, float]] = field(default_factory=list)
     replanned: bool = field(default=False, metadata=TRANSIENT)
-    left_out: dict[str, str] = field(default_factory=dict)
     scarce: dict[str, int] = field(default_factory=dict)
     parameters: list[tuple[int, bool, bool]] = field(default_factory=list, metadata=TRANSIENT)
     targets: list[Target] = field(default_factory=list, metadata=TRANSIENT)
