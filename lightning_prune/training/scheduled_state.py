@@ -52,6 +52,7 @@ class ScheduledState(RunState):
         waits: Whether units or a budget need example inputs that are still to come, with the first batch.
         budget: What the sparsity is counted in, where that is not single units.
         observation: What the criterion has seen of the units.
+        outcome: What was planned, and what was cut when training ended, as text.
     """
 
     applied: int = field(default=-1, metadata=saved(whole(-1)))
@@ -79,6 +80,7 @@ class ScheduledState(RunState):
     waits: bool = field(default=False, metadata=TRANSIENT)
     budget: Budget | None = field(default=None, metadata=TRANSIENT)
     observation: Observation | None = field(default=None, metadata=TRANSIENT)
+    outcome: str = ""
 
     def take_up(
         self, found: list[Target], model: nn.Module, criterion: Criterion, granularity: Granularity, distributed: bool
