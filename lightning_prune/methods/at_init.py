@@ -156,7 +156,7 @@ class PruningAtInit(MaskedTraining):
         patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
         self.state.left_out = left_out(pl_module, patterns, self.ignore)
         if found and not self.granularity.coupled:  # coupled units are found, and their reasons told, in the first step
-            units, without = Granularity.find_units(self.granularity, found, pl_module)
+            units, without = self.granularity.find_units(found, pl_module)
             self.state.left_out.update({**without, **scorable(units, self.criterion)[1]})
         self.state.found = {target.name: target for target in found}
 

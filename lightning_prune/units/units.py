@@ -44,6 +44,7 @@ class Units(ABC):
         at: Which rows of the weight these are.
         single: Whether every weight is a unit of its own.
         crosses: Whether a unit has weights of every output channel, so that scores of these cannot tell units apart.
+        stacked: Whether the parameter holds the matrices of several experts, so that no row is an output channel.
         label: What kind of units they are, for messages.
         minimum: How many of these units always stay.
         round_to: The number of units that stay is a multiple of this.
@@ -57,6 +58,7 @@ class Units(ABC):
 
     single: ClassVar[bool] = False
     crosses = False
+    stacked = False
     label = "single weights"
     minimum = 0
     round_to = 1
