@@ -1,4 +1,4 @@
-"""Experts, (experts, outputs, inputs) or transposed: N:M runs along the inputs; what needs output channels leaves them."""
+"""Experts, also transposed: N:M runs along the inputs, and what needs output channels leaves them out."""
 
 import pytest
 import torch
