@@ -21,6 +21,10 @@ class Granularity:
     ``pool`` and ``expand`` are inverse to each other in this sense: expanding the decision on pooled units
     gives a mask of the weight's shape. ``dim`` is always the dimension of the output channels.
 
+    Dimension 0 has the output channels and 1 the inputs, or the reverse in transposed layers, and others are a kernel.
+    Parameters of three dimensions that hold the matrices of experts have no output channels: only single weights and
+    N:M are found in them, and others leave them out.
+
     Attributes:
         single: Whether every weight is a unit of its own.
         follows: Whether a unit is an output channel, whose bias and norm entries are pruned with it.

@@ -64,7 +64,8 @@ class NM(Weight):
 
     The sparsity to ask for is ``1 - n / m``. On the way there, and where more is asked for, every group loses as many
     as the others. A last group that is shorter than m is pruned in proportion. The inputs of a convolution are its
-    input channels, at each place of the kernel; those of layers that hold their weight transposed are its rows.
+    input channels, at each place of the kernel; those of layers that hold their weight transposed are its rows. Those
+    of experts, (experts, outputs, inputs), are the last dimension, or the second one where they are transposed.
 
     Args:
         n: How many are kept, at least 1.

@@ -16,6 +16,7 @@ from lightning_prune import scopes
 from lightning_prune.criteria import SNIP, Criterion, Loss
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
+from lightning_prune.models.parameters import Target, left_out
 from lightning_prune.models.preserving import eager
 from lightning_prune.posttraining.prune import prune
 from lightning_prune.tensors.distributed import is_sharded
@@ -25,6 +26,7 @@ from lightning_prune.training.plan_text import plan
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.training.step_inputs import inputs_of_step, silent_copy
+from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, SparsityTarget
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import function, instance
@@ -38,7 +40,7 @@ class AtInitState(RunState):
         found: The targets, by name.
     """
 
-    found: dict[str, nn.Parameter] = field(default_factory=dict, metadata=TRANSIENT)
+    found: dict[str, Target] = field(default_factory=dict, metadata=TRANSIENT)
 
 
 class PruningAtInit(MaskedTraining):
@@ -134,8 +136,11 @@ class PruningAtInit(MaskedTraining):
 
     @override
     def explain(self) -> str:
-        target = self.sparsity_target
-        return plan(type(self).__name__, str(target), self.state.found, [(0, target.final)], "step")
+        target, found = self.sparsity_target, [*self.state.found.values()]
+        without, levels = self.state.left_out, target.by_target(found)
+        updates = [(0, target.of_all(found, without))]
+        parameters = {each.name: each.parameter for each in found if each.name not in without}
+        return plan(type(self).__name__, str(target), parameters, updates, "step", target.label, without, levels)
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,7 +158,12 @@ class PruningAtInit(MaskedTraining):
     def _find(self, pl_module: LightningModule) -> None:
         chosen = bool(self.masks)  # then all targets may be frozen
         found = self.sparsity_target.find(pl_module, self.targets, self.ignore, later=chosen)
-        self.state.found = {target.name: target.parameter for target in found}
+        patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
+        self.state.left_out = left_out(pl_module, patterns, self.ignore)
+        if found and not self.granularity.coupled:  # coupled units are found, and their reasons told, in the first step
+            units, without = self.granularity.find_units(found, pl_module)
+            self.state.left_out.update({**without, **scorable(units, self.criterion)[1]})
+        self.state.found = {target.name: target for target in found}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -17,7 +17,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
 from lightning_prune.methods.lottery_state import LotteryState
-from lightning_prune.schedules import Horizon, after
+from lightning_prune.schedules import Horizon
 from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.scheduled import decide
@@ -115,9 +115,10 @@ class LotteryTicket(rewinding.Rewinding):
 
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
-        what, label, updates = super().describe()
-        if isinstance(self.sparsity, float):
-            updates = [(at, after(done, self.sparsity)) for at, done in self.state.updates]
+        what, label, _ = super().describe()
+        found, without = self.state.targets, self.state.left_out
+        rounds = [(at, *self.sparsity_target.round(done)) for at, done in self.state.updates]
+        updates = [(at, due * target.of_all(found, without)) for at, target, due in rounds]
         return f"{what} in {self.rounds} rounds", label, updates
 
     @override

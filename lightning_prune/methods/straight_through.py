@@ -15,14 +15,16 @@ from lightning_prune.criteria import Magnitude
 from lightning_prune.granularities import NM
 from lightning_prune.masks import Masks
 from lightning_prune.methods.straight_through_state import StraightThroughState
-from lightning_prune.models.parameters import find
+from lightning_prune.models.parameters import find, left_out
 from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, local_shard
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.plan_text import listing
 from lightning_prune.training.protocols import mask_averages
 from lightning_prune.training.resumed_arguments import listed, texts
+from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.state import RunState
 from lightning_prune.units.finding import make_units
 from lightning_prune.units.units import Units
@@ -85,6 +87,13 @@ class SRSTE(MaskedTraining):
         self.state.masks = Masks()
 
     @override
+    def explain(self) -> str:
+        goal = f"{self.n} of {self.m} weights kept, sparsity {self.granularity.least:g}"
+        parameters = {unit.name: unit.parameter for unit in self.state.units}
+        last = "masks are chosen after every step"
+        return listing(f"{type(self).__name__} to {goal}", parameters, last, self.state.left_out)
+
+    @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_start(trainer, pl_module)
         super().rebuild(trainer, pl_module)
@@ -95,6 +104,8 @@ class SRSTE(MaskedTraining):
             raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
         self.state.units = []
         self.state.masks = Masks({**self.masks, **self._join(pl_module)})
+        self.state.left_out = left_out(pl_module, self.targets, self.ignore)
+        log_info(self.explain())
 
     def _join(self, pl_module: nn.Module) -> Masks:
         """Take in the targets that are new, lazy or frozen until now, and return masks for those that have none."""
@@ -130,7 +141,7 @@ class SRSTE(MaskedTraining):
             self.state.guard = register_module_forward_pre_hook(
                 partial(self._refuse, trainer, type(optimizer).__name__)
             )
-        for unit in self._of(optimizer):
+        for unit in _of(optimizer, self.state.units):
             if unit.name not in self.state.open and unit.parameter.grad is not None:
                 if unit.parameter.grad.is_sparse:
                     raise ValueError(f"{unit.name!r} must have a dense gradient for SRSTE, got a sparse one: ignore it")
@@ -141,7 +152,7 @@ class SRSTE(MaskedTraining):
 
     @override
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        units = [unit for unit in self._of(optimizer) if unit.name in self.state.open]
+        units = [unit for unit in _of(optimizer, self.state.units) if unit.name in self.state.open]
         self.state.open.difference_update(unit.name for unit in units)  # the hook of an optimizer may be called twice
         self._take(units)
         if not self.state.open:
@@ -200,9 +211,11 @@ class SRSTE(MaskedTraining):
         mask_averages(trainer.callbacks, self.masks)  # type: ignore[attr-defined]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _of(self, optimizer: Optimizer) -> list[Units]:
-        stepping = parameter_ids(optimizer)
-        return [unit for unit in self.state.units if id(unit.parameter) in stepping]
+
+def _of(optimizer: Optimizer, units: list[Units]) -> list[Units]:
+    """Return the units of the parameters of an optimizer."""
+    stepping = parameter_ids(optimizer)
+    return [unit for unit in units if id(unit.parameter) in stepping]
 
 
 def _add_hidden(gradient: Tensor, weight: Tensor, mask: Tensor, times: float) -> None:

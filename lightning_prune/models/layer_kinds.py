@@ -15,6 +15,7 @@ _LOSING_ZEROS = {
     "_WeightNorm": "weight_norm divides its rows by their norms, so a row of zeros becomes NaN",
     "_Orthogonal": "an orthogonal parametrization turns its zeros into other weights",
 }
+STACKED = "it holds the matrices of several experts, so its rows are no output channels"
 _GATED = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
 
 
@@ -42,10 +43,19 @@ def unknown_kind(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> 
     parts = name.split(".")
     own = parts[-2] if any(isinstance(module, ParametrizationList) for module in modules) else parts[-1]
     classes = [type(module).__name__ for module in modules]
-    experts = parameter.ndim == 3 and any(cls.endswith("Experts") for cls in classes)
-    if experts or (_WEIGHT.fullmatch(own) and not any(map(_NO_LAYER.search, classes))):
+    if holds_experts(parameter, modules) or (_WEIGHT.fullmatch(own) and not any(map(_NO_LAYER.search, classes))):
         return None
     return "it is not the weight of a known kind of layer"
+
+
+def holds_experts(parameter: Tensor, modules: Sequence[nn.Module]) -> bool:
+    """Return whether a parameter of three dimensions holds the matrices of several experts, one behind the other.
+
+    >>> class TinyExperts(nn.Module): ...
+    >>> holds_experts(nn.Parameter(nn.Linear(2, 6).weight.view(3, 2, 2)), [TinyExperts()])
+    True
+    """
+    return parameter.ndim == 3 and any(type(module).__name__.endswith("Experts") for module in modules)
 
 
 def loses_zeros(name: str, modules: Sequence[nn.Module]) -> str | None:

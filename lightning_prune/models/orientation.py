@@ -23,6 +23,29 @@ def is_transposed(module: nn.Module) -> bool:
     return named or getattr(module, "fan_in_fan_out", False) is True
 
 
+def experts_are_transposed(module: nn.Module) -> bool:
+    """Return whether experts hold their matrices as (inputs, outputs), which transformers calls ``is_transposed``.
+
+    Where a module does not say so, its two matrices do: what the first one takes is what the second one gives.
+
+    >>> class TinyExperts(nn.Module):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 2 * 6))
+    ...         self.down_proj = nn.Parameter(torch.zeros(4, 6, 8))
+    >>> import torch
+    >>> experts_are_transposed(TinyExperts())
+    True
+    """
+    told = getattr(module, "is_transposed", None)
+    if isinstance(told, bool):
+        return told
+    first, second = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
+    if first is None or second is None or first.ndim != 3 or second.ndim != 3:
+        return False
+    return first.shape[1] == second.shape[2] and first.shape[2] != second.shape[1]
+
+
 def is_linear(module: nn.Module) -> bool:
     """Return whether a layer multiplies the last dimension of its input by a matrix, whichever way it holds that.
 

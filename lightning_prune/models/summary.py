@@ -63,6 +63,27 @@ def table(cells: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def shortened(lines: Sequence[str], most: int) -> list[str]:
+    """Return lines as they are, or, if there are more than so many, the first and the last of them.
+
+    >>> shortened(["a", "b", "c", "d", "e"], 3)
+    ['a', '  ... 3 more', 'e']
+    """
+    if len(lines) <= most:
+        return list(lines)
+    first, last = most // 2, (most - 1) // 2
+    return [*lines[:first], f"  ... {len(lines) - first - last} more", *lines[len(lines) - last :]]
+
+
+def counted_as(number: int, what: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted_as(1, "update"), counted_as(1200, "weight")
+    ('1 update', '1,200 weights')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def summary(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> Summary:
     """Print and return the sparsity of every prunable weight and their total.
 

@@ -20,6 +20,7 @@ from lightning_prune.posttraining.calibration import Stage, undisturbed
 from lightning_prune.posttraining.observing import batches_of, check_data, observed, stages_of
 from lightning_prune.scopes import Scope
 from lightning_prune.tensors.distributed import local
+from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide, score
@@ -164,8 +165,9 @@ def _observed(
         batches = batches_of(criterion, data, model)
         batches = list(batches) if len(allocations) > 1 or sequential else batches
         stages = partial(stages_of, criterion, model, batches, loss, distributed)
+        names = tuple(unit.name for unit in units)
         for allocate in allocations:
-            keep: Allocate = allocate
+            keep: Allocate = partial(_among, names, allocate)
             if sequential and getattr(allocate.keywords["scope"], "compares_blocks", False):
                 keep = _settled(units, criterion, allocate, stages(), masks, distributed)
             for now in observed(units, criterion, stages(sequential), distributed):
@@ -188,6 +190,12 @@ def _enforce(model: nn.Module, masks: Masks, new: Masks) -> None:
         parameter = parameters[name]
         shard = local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
         shard.masked_fill_(~masks[name], 0.0)
+
+
+def _among(names: tuple[str, ...], allocate: Allocate, scores: Scores) -> Mapping[str, int]:
+    """Return how many units each target of a block keeps, when a scope is told the names of the targets of all."""
+    scores.names = names
+    return allocate(scores)
 
 
 def _settled(

@@ -74,8 +74,10 @@ def figures_of(
     with rc_context(style):
         figures = {name: plots.plot_history(history, name)[0] for name in history.metrics}
         figures = figures or {"history": plots.plot_history(history)[0]}
-        figures["sparsity"] = plots.plot_sparsity(report.Summary(rows))[0]
-        if masks:
+        pruned = any(row.zeros for row in rows) or not found["shrunk"]  # else what was pruned is no longer there
+        if pruned:
+            figures["sparsity"] = plots.plot_sparsity(report.Summary(rows))[0]
+        if pruned and masks:
             figures["masks"] = plots.plot_masks(masks)[0]
     for figure in figures.values():
         pyplot.close(figure)  # pyplot forgets the figure, which stays intact

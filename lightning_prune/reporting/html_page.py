@@ -30,15 +30,29 @@ def render(found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> str:
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"Pruning of {found['model']}"),
-        subtitle=escape(f"{found['sparsity']:.2%} of the targets are pruned after {found['steps']:,} optimizer steps"),
-        sizes=_sizes(found["before"], found["after"]),
+        subtitle=escape(_subtitle(found)),
+        sizes=_sizes(found["before"], found["after"]) + _channels(found["shrunk"]),
         plans="\n".join(f"<pre>{escape(callback['plan'])}</pre>" for callback in found["callbacks"]),
         history=f'<div class="figures">{history}</div>{_metrics(found["history"]["metrics"])}',
-        layers=_layers(found["layers"]) + svg.get("sparsity", ""),
-        masks=svg.get("masks", "<p>There are no masks.</p>"),
+        layers=_layers(found["layers"], bool(found["shrunk"])) + svg.get("sparsity", ""),
+        masks=svg.get("masks", "<p>What was pruned is cut.</p>" if found["shrunk"] else "<p>There are no masks.</p>"),
         config=escape(found["config"]),
         made_by=escape(found["made_by"]),
     )
+
+
+def _subtitle(found: Mapping[str, Any]) -> str:
+    cut = " and cut out of the model" if found["shrunk"] else ""
+    return f"{found['sparsity']:.2%} of the targets are pruned{cut} after {found['steps']:,} optimizer steps"
+
+
+def _channels(changed: Mapping[str, Sequence[int]]) -> str:
+    if not changed:
+        return ""
+    body = [
+        (name, f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}") for name, (before, after) in changed.items()
+    ]
+    return _table(("channels", "before", "after", "change"), body)
 
 
 def as_svg(figure: "Figure") -> str:
@@ -67,7 +81,7 @@ def _cell(cell: Any) -> str:
     return f"<td{data}>{escape(str(text))}</td>"
 
 
-def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
+def _layers(layers: Sequence[Mapping[str, Any]], shrunk: bool) -> str:
     body = [
         (
             row["name"],
@@ -80,7 +94,9 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
     ]
     weights, zeros = sum(row["weights"] for row in layers), sum(row["zeros"] for row in layers)
     foot = ("total", "", f"{weights:,}", f"{zeros:,}", f"{zeros / max(1, weights):.2%}")
-    return _table(("layer", "shape", "weights", "zeros", "sparsity"), body, foot, sortable=True)
+    columns = 3 if shrunk and not zeros else 5  # what was pruned is no longer there
+    head = ("layer", "shape", "weights", "zeros", "sparsity")[:columns]
+    return _table(head, [row[:columns] for row in body], foot[:columns], sortable=True)
 
 
 _SIZES = {

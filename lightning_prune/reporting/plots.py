@@ -48,7 +48,8 @@ def plot_schedule(callback: "Pruning", length: int, ax: "Axes | None" = None) ->
     final = callback.sparsity if isinstance(callback.sparsity, float) else 1.0
     steps = [0, *(position for position, _ in updates), length]
     levels = [0.0, *(fraction * final for _, fraction in updates)]
-    ax.step(steps, [*levels, levels[-1]], where="post", label=f"{callback.schedule}, {len(updates)} updates")
+    label = f"{callback.schedule}, {report.counted_as(len(updates), 'update')}"
+    ax.step(steps, [*levels, levels[-1]], where="post", label=label)
     ax.set_xlabel(callback.interval)
     _percent(ax, "sparsity" if isinstance(callback.sparsity, float) else "fraction of the target")
     ax.legend(loc="lower right")

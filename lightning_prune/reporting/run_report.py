@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_prune.models import summary as report
 from lightning_prune.models.parameters import named_parameters
+from lightning_prune.models.sizes import changed_channels, channels
 from lightning_prune.reporting.contents import configuration, figures_of, masks_of, sizes
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
@@ -78,6 +79,7 @@ class PruningReport(Callback):
     def _reset(self) -> None:
         self.history = History()
         self._before: dict[str, float] = {}
+        self._channels: dict[str, int] = {}
         self._sparsities: list[float] = []
         self._earlier: dict[str, Tensor] = {}
         self._validated: set[str] = set()
@@ -107,6 +109,7 @@ class PruningReport(Callback):
         if trainer.global_step == 0:  # a new run
             self._reset()
         self._before = self._before or sizes(pl_module)
+        self._channels = channels(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -178,6 +181,7 @@ class PruningReport(Callback):
             "sparsity": self.history.sparsity[-1][1] if self.history.sparsity else 0.0,
             "before": self._before,
             "after": sizes(model),
+            "shrunk": changed_channels(self._channels, channels(model)),
             "callbacks": [
                 {**plain(c), "plan": c.explain(), "sparsity": c.sparsity_now, "reached": c.reached} for c in callbacks
             ],

@@ -21,7 +21,8 @@ class ERK:
         dense: Globs (or "re:" and a regular expression) on the names of targets that stay dense.
         overrides: ``{pattern: fraction}``: targets with a sparsity of their own; the first pattern that matches
             decides. The others share what these leave of the sparsity in all. Before so much is due, as along a
-            schedule, these targets have all that is.
+            schedule, these targets have all that is. Where blocks are pruned one after another (``sequential``), "in
+            all" is in each block, and a pattern has to match a target of any.
 
     Raises:
         ValueError: If an argument is out of range; when it shares out, if a pattern matches no target, or targets of

@@ -1,5 +1,6 @@
 """Shrinking: removes dead channels and heads from a model, once a check shows that its outputs stay the same."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -11,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.masks import Masks
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
-from lightning_prune.models.orientation import is_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
+from lightning_prune.models.sizes import Size, outputs_second
 from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.cut_record import CutRecord, record_cut
 from lightning_prune.structure.equivalence import equivalent_cuts
@@ -23,6 +24,8 @@ from lightning_prune.validation.arguments import flag, integer
 from lightning_prune.validation.instances import by_name, instance, sequence_of
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger("lightning_prune")
 
 
 def shrink(
@@ -39,7 +42,8 @@ def shrink(
 
     A channel is dead if everything that produces it is zero (its weights, bias and norm), or every weight that reads
     it. Before anything is changed, the outputs with and without the dead channels are compared in double precision and
-    eval mode. Channels that cannot be removed stay, as zeros, and a warning names them.
+    eval mode. Channels that cannot be removed stay, as zeros, and a warning names them. Parameters, FLOPs and the
+    channels of each layer, before and after, are logged by the logger ``lightning_prune`` at the level INFO.
 
     Args:
         model: Any module; a ``LightningModule`` keeps its ``load_from_checkpoint``.
@@ -78,9 +82,11 @@ def shrink(
         )
     inputs = needed_example_of(model, example_inputs)
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
+    before = Size.of(model, inputs)
     shrunk = model if inplace else copied(model)
     masks.apply(shrunk)
     cut_all(shrunk, kept, optimizers, averages)
+    _log.info("shrink: %s", before.then(Size.of(shrunk, inputs)))
     return shrunk
 
 
@@ -156,16 +162,11 @@ def _rounded(keep: Tensor, round_to: int) -> Tensor:
     return keep.index_fill(0, spared, True)
 
 
-def _is_across(module: nn.Module) -> bool:
-    convolution = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
-    return convolution or is_transposed(module) or isinstance(module, nn.Embedding)
-
-
 def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
     """Warn of dead channels that are not removed."""
     tensors = named_tensors(model)
     modules = model.named_modules()  # rows of an embedding are tokens, and may be zero (padding)
-    across = {plain_name(f"{n}.weight") for n, m in modules if _is_across(m)}
+    across = {plain_name(f"{n}.weight") for n, m in modules if outputs_second(m)}
     removed = {group.name for group, _ in done}
     remaining = {}
     for group in graph.groups:

@@ -6,9 +6,11 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_prune.masks import Masks
-from lightning_prune.models.parameters import find
+from lightning_prune.models.parameters import find, left_out
 from lightning_prune.tensors.distributed import local
 from lightning_prune.training.masked import MaskedTraining
+from lightning_prune.training.plan_text import listing
+from lightning_prune.training.sparsity_log import log_info
 
 
 class ConstantSparsity(MaskedTraining):
@@ -32,8 +34,15 @@ class ConstantSparsity(MaskedTraining):
         super().__init__(targets, ignore, log_layers)
 
     @override
+    def explain(self) -> str:
+        last = "the zeros that are there when training starts stay zeros"
+        return listing(f"{type(self).__name__} to keep all zeros", self.masks, last, self.state.left_out)
+
+    @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:
             # frozen ones, too: they may be trained later on
             found = find(pl_module, self.targets, self.ignore, frozen=True)
             self.state.masks = Masks({target.name: local(target.parameter) != 0 for target in found})
+        self.state.left_out = left_out(pl_module, self.targets, self.ignore)
+        log_info(self.explain())

@@ -1,10 +1,13 @@
-"""Plan: what a pruning run is going to do, as text."""
+"""Plan: what a pruning run is going to do, as text of a few lines for a model of any size."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lightning_prune.models.summary import table
+from lightning_prune.models.summary import counted_as, shortened, table
+
+_LINES = 20  # a plan has no more
+_LEFT_OUT = 6  # of these, about what is left out
 
 
 def plan(
@@ -15,27 +18,75 @@ def plan(
     interval: str,
     label: str = "level",
     left_out: Mapping[str, str] | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> str:
     """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
 
-    Parameters that are left out are named with the reason.
+    Parameters that are left out are named with the reason. Of many parameters the first and the last are shown.
+
+    Args:
+        name: What prunes.
+        goal: What it prunes to.
+        parameters: What is pruned, by name.
+        updates: Position and level of each update.
+        interval: What positions count.
+        label: What the level of an update is.
+        left_out: Why parameters are left out, by name.
+        levels: The sparsity of each parameter, by name, where they have one each.
 
     >>> import torch
     >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
-    Pruning to sparsity 0.9: 1 parameters, 12 weights
+    Pruning to sparsity 0.9: 1 parameter, 12 weights
       weight  3 x 4  12
     2 updates, epoch (level): 2 (45.0%), 4 (90.0%)
     """
-    weights = sum(parameter.numel() for parameter in parameters.values())
-    cells = [(f"  {n}", " x ".join(map(str, p.shape)), f"{p.numel():,}") for n, p in parameters.items()]
     when = [f"{position} ({due:.1%})" for position, due in updates]
     if len(when) > 8:
         when = [*when[:4], "...", *when[-3:]]
+    last = f"{counted_as(len(updates), 'update')}, {interval} ({label}): {', '.join(when)}"
+    return listing(f"{name} to {goal}", parameters, last if when else "no updates planned", left_out, levels)
+
+
+def listing(
+    title: str,
+    parameters: Mapping[str, Tensor],
+    last: str,
+    left_out: Mapping[str, str] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """Return a title, the parameters that are pruned, those that are left out, and a last line.
+
+    Args:
+        title: What is done.
+        parameters: What is pruned, by name.
+        last: The last line.
+        left_out: Why parameters are left out, by name.
+        levels: The sparsity of each parameter, by name, where they have one each.
+
+    >>> import torch
+    >>> print(listing("Pruning", {"a": torch.zeros(3)}, "at once", {"b": "it is frozen"}, {"a": 0.5}))
+    Pruning: 1 parameter, 3 weights
+      a  3  3  50.0%
+      left out: b: it is frozen
+    at once
+    """
+    weights = sum(parameter.numel() for parameter in parameters.values())
+    others = [f"  left out: {name}: {reason}" for name, reason in (left_out or {}).items()]
+    if len(others) > _LEFT_OUT:
+        others = [*others[: _LEFT_OUT - 1], f"  left out: {len(others) - _LEFT_OUT + 1} more"]
+    cells = [_cells(name, parameter, levels) for name, parameter in parameters.items()]
     return "\n".join(
         [
-            f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
-            *(table(cells) if cells else []),
-            *(f"  left out: {name}: {reason}" for name, reason in (left_out or {}).items()),
-            f"{len(updates)} updates, {interval} ({label}): {', '.join(when)}" if when else "no updates planned",
+            f"{title}: {counted_as(len(parameters), 'parameter')}, {counted_as(weights, 'weight')}",
+            *shortened(table(cells) if cells else [], _LINES - 2 - len(others)),
+            *others,
+            last,
         ]
     )
+
+
+def _cells(name: str, parameter: Tensor, levels: Mapping[str, float] | None) -> tuple[str, ...]:
+    cells = f"  {name}", " x ".join(map(str, parameter.shape)), f"{parameter.numel():,}"
+    if not levels:
+        return cells
+    return (*cells, f"{levels[name]:.1%}" if name in levels else "")

@@ -12,11 +12,13 @@ from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Weight, shrinkable
 from lightning_prune.masks import Masks
 from lightning_prune.models import summary as report
+from lightning_prune.models.sizes import Size
 from lightning_prune.structure.cut_record import CutRecord, cut_record_of
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.protocols import averaged_models
 from lightning_prune.training.scheduled import ScheduledTraining
+from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import flag, number, position
@@ -51,8 +53,8 @@ class Pruning(ScheduledTraining):
             model, where those count as gone that go with the pruned units. At least so many go. FLOPs are those of a
             forward pass on ``example_input_array`` or, without it, the first training batch.
         shrink_at_end: Whether to take dead channels and heads out of the model when the training ends, as ``shrink``
-            does in place; channels are then coupled. Earlier checkpoints have the full model with its zeros.
-            ``sparsity_now`` stays what was reached, of the targets as they were, until another fit counts again.
+            does in place, and log what is cut; channels are then coupled. Earlier checkpoints have the full model with
+            zeros. ``sparsity_now`` stays what was reached, of the targets as they were, until another fit counts again.
         initial: Sparsity that is due at ``start`` already, in [0, sparsity); the schedule goes on from there.
 
     Attributes:
@@ -102,6 +104,10 @@ class Pruning(ScheduledTraining):
         self.end = position("end", end)
 
     @override
+    def explain(self) -> str:
+        return super().explain() if self.state.units else self.state.outcome or super().explain()
+
+    @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
         return schedules.updates(self._schedule, first, last, self.frequency)
 
@@ -137,7 +143,11 @@ class Pruning(ScheduledTraining):
         others = averaged_models(trainer.callbacks)  # type: ignore[attr-defined]
         mine = what_to_keep(pl_module, state.inputs, state.masks, averages=others)
         kept: CutRecord = trainer.strategy.broadcast(mine)  # ranks may have seen other examples
+        plan, before = self.explain(), Size.of(pl_module, state.inputs)
         cut_all(pl_module, kept, trainer.optimizers, others)
+        what = before.then(Size.of(pl_module, state.inputs))
+        log_info(f"{type(self).__name__} has cut the model: {what}")
+        state.outcome = f"{plan}\ncut when training ended: {what}"
         state.masks = Masks({name: kept.of_mask(name, mask) for name, mask in state.masks.items()})
         # the sparsity stays that of the targets as they were
         state.units, state.targets, state.parameters = [], [], []

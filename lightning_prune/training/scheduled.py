@@ -81,14 +81,15 @@ class ScheduledTraining(ObservedTraining):
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
         """Return the target in words, what the number of an update means, and that number for each position."""
         target = self.sparsity_target
-        label = "level" if target.is_single else "part of that"
-        return str(target), label, [(position, amount * target.final) for position, amount in self.state.updates]
+        final = target.of_all(self.state.targets, self.state.left_out)
+        return str(target), target.label, [(position, amount * final) for position, amount in self.state.updates]
 
     @override
     def explain(self) -> str:
         parameters = {name: parameter for unit in self.state.units for name, parameter in unit.weights.items()}
         what, label, updates = self.describe()
-        return plan(type(self).__name__, what, parameters, updates, self.interval, label, self.state.left_out)
+        levels = self.sparsity_target.by_target(self.state.targets)
+        return plan(type(self).__name__, what, parameters, updates, self.interval, label, self.state.left_out, levels)
 
     @property
     @override

@@ -44,7 +44,6 @@ class ScheduledState(RunState):
         observed: Restored statistics, until there are units for them.
         updates: The planned updates, as (position, amount).
         replanned: Whether a resumed run has other arguments than it had, and so another plan.
-        left_out: Why targets are left out, by name.
         scarce: Targets of which a warning has said how few units are left.
         parameters: Of all parameters of the model, when targets were last looked up, what decides over that.
         targets: The targets that were found last.
@@ -53,6 +52,7 @@ class ScheduledState(RunState):
         waits: Whether units or a budget need example inputs that are still to come, with the first batch.
         budget: What the sparsity is counted in, where that is not single units.
         observation: What the criterion has seen of the units.
+        outcome: What was planned, and what was cut when training ended, as text.
     """
 
     applied: int = field(default=-1, metadata=saved(whole(-1)))
@@ -72,7 +72,6 @@ class ScheduledState(RunState):
     )
     updates: list[tuple[int, float]] = field(default_factory=list)
     replanned: bool = field(default=False, metadata=TRANSIENT)
-    left_out: dict[str, str] = field(default_factory=dict)
     scarce: dict[str, int] = field(default_factory=dict)
     parameters: list[tuple[int, bool, bool]] = field(default_factory=list, metadata=TRANSIENT)
     targets: list[Target] = field(default_factory=list, metadata=TRANSIENT)
@@ -81,6 +80,7 @@ class ScheduledState(RunState):
     waits: bool = field(default=False, metadata=TRANSIENT)
     budget: Budget | None = field(default=None, metadata=TRANSIENT)
     observation: Observation | None = field(default=None, metadata=TRANSIENT)
+    outcome: str = ""
 
     def take_up(
         self, found: list[Target], model: nn.Module, criterion: Criterion, granularity: Granularity, distributed: bool

@@ -65,6 +65,7 @@ class RunState:
         logged: The epoch and the levels of the last log entry.
         metric: The name by which the sparsity is logged in the run.
         model: The model whose masks these are.
+        left_out: Why targets are left out, by name.
     """
 
     steps: int = field(default=0, metadata=saved(whole_number()))
@@ -81,6 +82,7 @@ class RunState:
     logged: tuple[int, dict[str, float]] | None = None
     metric: str = "pruning/sparsity"
     model: "weakref.ref[nn.Module] | None" = field(default=None, metadata=TRANSIENT)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def saved(self) -> dict[str, Any]:
         """Return what checkpoints have of it: plain numbers and full tensors; all ranks must call it."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.models.forward import Inputs, fitting
-from lightning_prune.models.layer_kinds import rows_are_gates
+from lightning_prune.models.layer_kinds import STACKED, holds_experts, rows_are_gates
 from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, channel_dim, named_parameters
 from lightning_prune.structure.equivalence import removable_groups
@@ -71,11 +71,13 @@ def separate_units(
     """
     gated = [t.name for t in found if granularity.follows and rows_are_gates(t.name, t.modules)]
     left_out = dict.fromkeys(gated, "its rows are gates, several to a neuron")
+    stacked = [target.name for target in found if holds_experts(target.parameter, target.modules)]
+    left_out.update(dict.fromkeys(stacked, STACKED))
     left = [target for target in found if target.name not in left_out]
     if not left:
-        raise ValueError(
-            f"{granularity} must find units to prune, got none: the rows of {gated[:5]} are gates, several to a neuron"
-        )
+        why = [f"the rows of {gated[:5]} are gates, several to a neuron"] if gated else []
+        why += [f"{stacked[:5]}: {STACKED}"] if stacked else []
+        raise ValueError(f"{granularity} must find units to prune, got none: {'; '.join(why)}")
     return make_units(left, model, granularity), left_out
 
 

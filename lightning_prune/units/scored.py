@@ -37,6 +37,7 @@ class ScoredUnits(ABC):
         at: Which rows of the weight these are.
         single: Whether every weight is a unit of its own.
         crosses: Whether a unit has weights of every output channel, so that scores of these cannot tell units apart.
+        stacked: Whether the parameter holds the matrices of several experts, so that no row is an output channel.
         label: What kind of units they are, for messages.
 
     >>> from lightning_prune.granularities import Channel
@@ -49,6 +50,7 @@ class ScoredUnits(ABC):
 
     single: ClassVar[bool] = False
     crosses = False
+    stacked = False
     label = "single weights"
 
     name: str

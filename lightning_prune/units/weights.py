@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self, override
 
+from lightning_prune.models.layer_kinds import holds_experts
 from lightning_prune.models.norms import no_norms
+from lightning_prune.models.orientation import experts_are_transposed
 from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.tensors.distributed import counts_here, flat_index, full_tensor, is_split, local, local_shard
 from lightning_prune.tensors.ranking import Part, part_within, rank_within
@@ -67,6 +69,10 @@ class WeightUnits(Units):
         super().__init__(target.name, parameter, target.modules, channel_dim(target), parameter.numel(), sharded, norms)
         self.weights = {target.name: parameter}
         self.group = group
+        self.stacked = holds_experts(parameter, target.modules)
+        self.inputs = int(self.dim == 0)  # the first dimension beside the channels
+        if self.stacked:
+            self.inputs = 1 if experts_are_transposed(target.modules[0]) else 2
 
     @override
     def weight(self) -> Tensor:
@@ -151,7 +157,7 @@ class WeightUnits(Units):
     def compared_stream(self, criterion: "Criterion", kept: Tensor | None) -> tuple[Tensor, Part]:
         if not self.ranks(criterion.by_row):
             return self.stream(criterion)
-        shape, axis = local(self.parameter).shape, int(self.dim == 0)  # the first dimension beside the channels
+        shape, axis = local(self.parameter).shape, self.inputs
         if self.group is None or is_split(self.parameter, [axis]) or shape[axis] % self.group:
             return opened(lambda: self.compared(criterion.scores(self), kept, criterion.by_row))
         like, part = self.stream(criterion)
@@ -169,8 +175,10 @@ class WeightUnits(Units):
 
 def _rank(units: WeightUnits, scores: Tensor) -> Tensor:
     """Rank within groups, or within rows where there are none, along the dimensions beside the channels."""
-    dims = units.parameter.ndim - 1 if units.group is None else 1  # a group lies inside a row
-    axes = [d for d in range(scores.ndim) if d != units.dim][:dims]
+    axes = [d for d in range(scores.ndim) if d != units.dim]
+    if units.stacked or units.group is not None:
+        axes = [units.inputs]  # a group lies inside a row, and each expert has rows of its own
+    dims = len(axes)
     across = is_split(units.parameter, axes)
     last = list(range(-dims, 0))
     moved = (units.full(scores) if across else scores).movedim(axes, last)

@@ -21,6 +21,7 @@ from lightning_prune.validation.arguments import real
 Allocate = Callable[[Scores], Mapping[str, int]]
 
 HELD = 1 << 18  # units: the scores of no more than so many are held in memory, and computed once an update
+HELD_EACH = 1 << 10  # units of a target
 _WRONG_SHAPE = 1 << 31
 
 
@@ -65,15 +66,15 @@ def decide(units: Sequence[Units], criterion: Criterion, allocate: Allocate, hel
 def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tensor | None]) -> Scores:
     """Return the scores of the units by target name; those that are not ``kept`` come first, None keeps all.
 
-    ``criterion.scores`` is called once for each target of a model with up to 262,144 units. Those of larger models are
-    not held in memory but computed at each of some five passes, of single weights a part at a time if they are
-    element-wise.
+    ``criterion.scores`` is called once for each target of a model with up to 262,144 units, or 1,024 a target. Those of
+    larger models are not held in memory but computed at each of some five passes, of single weights a part at a time
+    if they are element-wise.
 
     Raises:
         ValueError: If a score is NaN or infinite.
     """
     check_channels(units, criterion)
-    if any(unit.sharded for unit in units) or sum(unit.size for unit in units) > HELD:
+    if any(unit.sharded for unit in units) or sum(unit.size for unit in units) > most_held(len(units)):
         return _streamed(units, criterion, kept)
     values, raw, finite = {}, {}, []
     for unit in units:
@@ -90,6 +91,14 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
         if not flag:
             raise ValueError(_not_finite(unit, criterion))
     return HeldScores(values, {unit.name: tuple(unit.parameter.shape) for unit in units}, raw)
+
+
+def most_held(targets: int) -> int:
+    """Return how many units, of so many targets, may have their scores in memory.
+
+    These are more where targets are many and small: each has a cost of its own at every pass.
+    """
+    return HELD and max(HELD, HELD_EACH * targets)
 
 
 def _streamed(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tensor | None]) -> Scores:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.criteria import Criterion
+from lightning_prune.models.layer_kinds import STACKED
 from lightning_prune.models.preserving import eager
 from lightning_prune.tensors.distributed import Operation, gather, local, over_ranks
 from lightning_prune.units.units import Units
@@ -41,6 +42,8 @@ def scorable(
     name = type(criterion).__name__
     seen = f"{name} has seen no {criterion.what_it_sees} of it"
     reasons = {unit.name: seen if unit.name in unseen else criterion.cannot_score(unit) for unit in units}
+    if criterion.by_channel:
+        reasons.update({unit.name: STACKED for unit in units if unit.stacked})
     left_out = {target: why for target, why in reasons.items() if why is not None}
     left = [unit for unit in units if unit.name not in left_out]
     if units and not left:

@@ -1,6 +1,6 @@
 """Sparsity target: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,6 +196,33 @@ class SparsityTarget:
         if self.min_density:
             return scopes.at_least(scores, amount, scope, self.min_density)
         return scope(scores, amount)
+
+    def by_target(self, found: Sequence[Target]) -> dict[str, float]:
+        """Return the sparsity of each target by name, where they have one each; else nothing."""
+        return decided_by(self.sparsity, found) if found and isinstance(self.sparsity, Mapping) else {}
+
+    def of_all(self, found: Sequence[Target], without: Collection[str] = ()) -> float:
+        """Return the sparsity of all targets together that masks reach in the end; 1 for a threshold.
+
+        Args:
+            found: The targets.
+            without: The names of those that are left out.
+
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+        >>> target = SparsityTarget({"0.*": 0.75, "1.*": 0.25})
+        >>> target.of_all(target.find(model))
+        0.5
+        """
+        levels = self.by_target(found)
+        if not levels:
+            return self.final
+        sizes = {target.name: target.parameter.numel() for target in found if target.name not in without}
+        return sum(levels[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+
+    @property
+    def label(self) -> str:
+        """What the level of an update is: the sparsity, or how much of what is below a threshold is pruned."""
+        return "level" if self.threshold is None else "part of what is below the threshold"
 
     def __str__(self) -> str:
         """Return it in words."""

@@ -22,12 +22,17 @@ from lightning_prune import (
     SET,
     SRSTE,
     Channel,
+    ConstantSparsity,
+    Distillation,
     Entropy,
+    GuardedPruning,
     LotteryTicket,
     MagnitudePruning,
     Pruning,
+    PruningAtInit,
     RigL,
     Sensitivity,
+    prune,
 )
 
 WINDOW: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 10, "frequency": 2}
@@ -40,6 +45,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "RigL": partial(RigL, 0.5, scope="local", frequency=2, grow_init="gradient", regrow=True),
     "SRSTE": partial(SRSTE, 2, 4),
     "ticket": partial(LotteryTicket, 0.5, rounds=2, rewind_to=1, frequency=4, interval="step"),
+    "at init": partial(PruningAtInit, 0.5),
+    "constant": ConstantSparsity,
+    "guarded": partial(GuardedPruning, "val_loss", 9.0, "min", warmup=0, step=0.3, patience=1),
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
@@ -55,7 +63,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 CLIPS = ("no", "trainer", "before step", "after backward", "callback")
 AXES: dict[str, tuple[str, ...]] = {
     **{"first": tuple(METHODS), "second": tuple(METHODS), "optimizer": tuple(OPTIMIZERS)},
-    **{"clip": CLIPS, "compiled": ("no", "yes")},
+    **{"clip": CLIPS, "compiled": ("no", "yes"), "distilled": ("no", "yes")},
 }
 Case = dict[str, str]
 
@@ -64,7 +72,8 @@ def possible(case: Case) -> bool:
     """Whether no value excludes another: these pairs are refused, by Lightning or by this package."""
     again = case.get("optimizer") in ("LBFGS", "SAM")  # they run the model inside their step
     methods = case.get("first"), case.get("second")
-    return not (again and "SRSTE" in methods) and methods != ("ticket", "ticket")
+    rewinding = all(method in ("ticket", "guarded") for method in methods)  # the whole run, which one can do
+    return not (again and "SRSTE" in methods) and not rewinding
 
 
 class Model(Regression):
@@ -91,6 +100,9 @@ def build(case: Case) -> Model:
         torch.manual_seed(0)
         square = [layer for _ in range(2) for layer in (nn.ReLU(), nn.Linear(8, 8))]
         net = nn.Sequential(nn.Linear(6, 8), *square, nn.ReLU(), nn.Linear(8, 4))
+    for place, number in (("first", 2), ("second", 4)):
+        if case[place] == "constant":  # what it is to keep
+            prune(net, 0.5, targets=(f"{number}.weight",))
     model = Model(net, optimizer=OPTIMIZERS[case["optimizer"]])
     model.clip = case["clip"]
     if case["compiled"] == "yes":
@@ -114,9 +126,15 @@ def test_two_methods_hold_their_zeros(case: Case) -> None:
                 seen.extend(name for name, mask in callback.masks.items() if parameters[name][~mask].any())
 
     clip = {"gradient_clip_val": 0.1} if case["clip"] == "trainer" else {}
-    others = [Clipping()] if case["clip"] == "callback" else []
-    fit(model, first, second, *others, Look(), limit_val_batches=0, **clip)
+    others: list[Callback] = [Clipping()] if case["clip"] == "callback" else []
+    if case["distilled"] == "yes":
+        others.append(Distillation(nn.Linear(6, 4), layer=""))
+    guarded = "guarded" in (case["first"], case["second"])
+    validate = {"val_check_interval": 1} if guarded else {"limit_val_batches": 0}
+    fit(model, first, second, *others, Look(), **validate, **clip)
     assert not seen
     for callback in (first, second):
-        assert callback.reached
-        assert_masked(model, callback)
+        search = isinstance(callback, GuardedPruning)  # is longer, and ends at the sparsity that holds the metric
+        assert callback.reached or search
+        assert callback.sparsity_now > 0.0
+        assert_masked(model, callback, callback.sparsity_now if search else 0.5)

@@ -150,6 +150,36 @@ def test_a_plan_of_many_updates_shows_the_first_and_the_last() -> None:
     assert "..." not in planned([(position, 0.1) for position in range(8)])[-1]
 
 
+def test_a_plan_has_at_most_twenty_lines_for_any_model() -> None:
+    parameters: dict[str, Tensor] = {f"{number}.weight": torch.zeros(2, 2) for number in range(100)}
+    for left_out in (0, 1, 6, 50):
+        reasons = {f"{number}.other": "it is frozen" for number in range(left_out)}
+        lines = plan("Pruning", "sparsity 0.9", parameters, [(1, 0.9)], "step", left_out=reasons).splitlines()
+        assert len(lines) == 20
+        assert lines[0] == "Pruning to sparsity 0.9: 100 parameters, 400 weights"
+        assert lines[1].startswith("  0.weight")
+        assert lines[19 - min(left_out, 6) - 1].startswith("  99.weight")
+        assert lines[-1] == "1 update, step (level): 1 (90.0%)"
+        shown = [line for line in lines if "left out" in line]
+        assert len(shown) == min(left_out, 6)
+    assert "  left out: 45 more" in lines
+    few = plan("Pruning", "sparsity 0.9", dict(list(parameters.items())[:18]), [(1, 0.9)], "step").splitlines()
+    assert len(few) == 20
+    assert "more" not in "".join(few)
+
+
+def test_a_plan_counts_one_parameter_and_one_update() -> None:
+    lines = plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(1, 1)}, [(1, 0.9)], "step").splitlines()
+    assert lines[0] == "Pruning to sparsity 0.9: 1 parameter, 1 weight"
+    assert lines[-1].startswith("1 update, ")
+
+
+def test_a_plan_shows_the_sparsity_of_each_parameter() -> None:
+    parameters: dict[str, Tensor] = {"a": torch.zeros(2, 2), "b": torch.zeros(20, 2)}
+    lines = plan("Pruning", "sparsity", parameters, [], "step", levels={"a": 0.25, "b": 0.5}).splitlines()
+    assert lines[1:] == ["  a  2 x 2    4  25.0%", "  b  20 x 2  40  50.0%", "no updates planned"]
+
+
 def test_masks_and_weights_are_counted_alike() -> None:
     layer = nn.Linear(4, 4)
     masks = Masks(weight=torch.rand(4, 4) > 0.5)

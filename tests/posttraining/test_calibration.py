@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Criterion, Entropy, Magnitude, Masks, Sensitivity, prune, sparsegpt
+from lightning_prune import ERK, Channel, Criterion, Entropy, Magnitude, Masks, Sensitivity, Wanda, prune, sparsegpt
 from lightning_prune.posttraining.calibration import forward, stages
 
 
@@ -68,6 +68,35 @@ def test_a_block_is_calibrated_behind_the_pruned_ones(keyword: bool) -> None:
     dense.load_state_dict(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(value, reference.state_dict()[name]), name
+
+
+class Pairs(nn.Module):
+    """Two blocks of two layers each between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2)]
+        self.stem, self.blocks, self.head = nn.Linear(4, 6), nn.Sequential(*pairs), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+
+def test_patterns_of_erk_hold_in_the_block_of_their_targets() -> None:
+    overrides = {"blocks.1.2.weight": 0.5, "head.*": 0.75}
+    scope = ERK(dense=("blocks.0.0.*",), overrides=overrides)
+    masks = prune(Pairs(), 0.3, criterion=Wanda(), scope=scope, data=batches(), sequential="blocks")
+    pruned = {name: int((~mask).sum()) for name, mask in masks.items()}
+    assert pruned == {
+        **{"blocks.0.0.weight": 0, "blocks.0.2.weight": 29},  # 0.3 of 96
+        **{"blocks.1.0.weight": 5, "blocks.1.2.weight": 24},
+        **{"stem.weight": 2, "head.weight": 9},  # 0.3 of 36
+    }
+
+
+def test_a_pattern_of_erk_that_matches_no_target_of_any_block_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dense must match targets, got 'tail.*', which matches none of"):
+        prune(Stacked(), 0.5, criterion=Wanda(), scope=ERK(dense=("tail*",)), data=batches(), sequential="blocks")
 
 
 def test_reconstruction_block_by_block_is_that_through_whole_passes() -> None:

@@ -85,7 +85,7 @@ def test_the_schedule_is_that_of_the_callback() -> None:
     assert ax.lines[0].get_drawstyle() == "steps-post"
     assert ax.get_xlabel() == "epoch"
     plot_schedule(MagnitudePruning({"*": 0.5}, schedule="one_shot", start=0.5), 10, ax)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["linear, 2 updates", "one_shot, 1 updates"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["linear, 2 updates", "one_shot, 1 update"]
     assert list(ax.lines[1].get_data()[1]) == [0, 1, 1]
 
 

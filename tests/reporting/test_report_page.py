@@ -493,4 +493,29 @@ def test_after_shrinking_it_says_what_was_pruned(tmp_path: Path) -> None:
     found = written(tmp_path, model, callback)
     assert model.net[0].out_features == 4
     assert found["sparsity"] == callback.sparsity_now == found["history"]["sparsity"][-1][1] > 0.4
-    assert f"{callback.sparsity_now:.2%} of the targets are pruned" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert f"{callback.sparsity_now:.2%} of the targets are pruned and cut out of the model" in page
+
+
+@pytest.mark.parametrize("end", [{"schedule": "one_shot", "start": 1}, {"schedule": "linear", "start": 0, "end": 1.0}])
+def test_after_shrinking_it_says_what_was_cut(
+    tmp_path: Path, end: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = Pruning(0.5, granularity=Channel(), scope="local", shrink_at_end=True, **end)
+    with caplog.at_level("INFO"):
+        found = written(tmp_path, Example(), callback)
+    page = (tmp_path / "report.html").read_text()
+    assert found["shrunk"] == {"net.0": [8, 4], "net.4": [10, 5]}
+    assert "<td>net.4</td><td>10</td><td>5</td><td>-50.0%</td>" in page
+    [told] = found["callbacks"]
+    plan = told["plan"].splitlines()
+    assert plan[0].startswith("Pruning to sparsity 0.5: ")
+    assert "0 parameters" not in told["plan"]
+    before, after = found["before"], found["after"]
+    cut = next(line for line in plan if line.startswith("cut when training ended: "))
+    for what, key in (("parameters", "parameters"), ("FLOPs", "flops")):
+        assert f"{what} {before[key]:,.0f} -> {after[key]:,.0f} ({after[key] / before[key] - 1:+.1%})" in cut
+    assert plan[-2:] == ["  net.0  8 -> 4", "  net.4  10 -> 5"]
+    assert any(cut.removeprefix("cut when training ended: ") in record.message for record in caplog.records)
+    assert found["sparsity"] == callback.sparsity_now > 0.4
+    assert not re.search(r"\b0\.0+%", page)  # nothing that would read as if nothing were pruned

@@ -47,6 +47,26 @@ def assert_same(model: nn.Module, other: nn.Module, inputs: Tensor) -> None:
         assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_it_logs_what_was_cut(inplace: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    seen: list[nn.Module] = []
+    model[0].register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        model[2].weight[3:] = 0.0
+        model[2].bias[3:] = 0.0
+    with caplog.at_level("INFO", logger="lightning_prune"):
+        shrink(model, torch.zeros(1, 1, 6, 6), inplace=inplace)
+    [record] = caplog.records
+    flops = [2 * (16 * 4 * 9 + 4 * width * 36 + 4 * width * 2) for width in (8, 3)]
+    assert record.message.splitlines() == [
+        f"shrink: parameters 354 -> 159 (-55.1%), FLOPs {flops[0]:,} -> {flops[1]:,} ({flops[1] / flops[0] - 1:+.1%}), "
+        "channels:",
+        "  2  8 -> 3",
+    ]
+    assert not seen
+
+
 @cases
 def test_the_shrunk_model_puts_out_what_the_masked_one_does(case: Case) -> None:
     model, inputs = build(case)

@@ -143,4 +143,13 @@ def test_the_plan_of_a_sparsity_per_layer_says_what_each_pattern_gets() -> None:
     fit(MLP(), callback)
     plan = callback.explain()
     assert plan.startswith("MagnitudePruning to sparsity 0.3 of 'net.0.*', 0.7 of 'net.*': 3 parameters")
-    assert plan.endswith("1 updates, step (part of that): 1 (100.0%)")
+    assert plan.endswith("1 update, step (level): 1 (57.8%)"), plan
+    for name, level in (("net.0.weight", "30.0%"), ("net.4.weight", "70.0%"), ("net.6.weight", "70.0%")):
+        assert re.search(rf"^  {name} .* {level}$", plan, re.MULTILINE)
+
+
+def test_the_plan_of_a_threshold_says_what_each_update_prunes() -> None:
+    callback = MagnitudePruning(threshold=0.1, schedule="linear", start=0, end=2, frequency=1)
+    fit(MLP(), callback)
+    last = callback.explain().splitlines()[-1]
+    assert last == "2 updates, step (part of what is below the threshold): 1 (50.0%), 2 (100.0%)"

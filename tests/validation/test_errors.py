@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import (
+    SRSTE,
     APoZ,
     Channel,
     ConstantSparsity,
@@ -288,6 +289,15 @@ class Mixed(MLP):
         return nn.Sequential(nn.Linear(6, 8), Sequence(attention), Sequence(nn.LSTM(8, 8)), nn.Linear(8, 3))
 
 
+class WithOthers(MLP):
+    """Beside the layers, a weight that must not be pruned, and a parameter of an unknown kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+        self.table = nn.Parameter(torch.ones(3, 3))
+
+
 class Sequence(nn.Module):
     """Takes every sample for a sequence of one."""
 
@@ -329,6 +339,35 @@ def test_what_a_criterion_cannot_score_is_left_out_before_the_first_step(
     fit(Mixed(), On(on_train_epoch_start=lambda *_: plans.append(callback.explain())), callback)
     assert all(re.search(f"left out: .*{re.escape(line)}", plans[0]) for line in told), plans[0]
     assert callback.sparsity_now == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("callback", "pruned"),
+    [
+        (PruningAtInit(0.5, criterion=Wanda()), "net.0.weight"),
+        (SRSTE(2, 4, targets=("net.0.*", "own.*")), "net.0.weight"),
+        (ConstantSparsity(), "net.0.weight"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_method_names_what_it_leaves_out(callback: Any, pruned: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(WithOthers(), callback)
+    [plan] = [record.message for record in caplog.records if record.message.startswith(type(callback).__name__)]
+    assert plan == callback.explain()
+    assert re.search(rf"^  {pruned} ", plan, re.MULTILINE)
+    assert "left out: own.parametrizations.weight.original1: weight_norm divides its rows" in plan
+    unknown = "left out: table: it is not the weight of a known kind of layer"
+    assert (unknown in plan) == (not callback.targets)
+
+
+def test_pruning_at_init_says_what_its_criterion_cannot_score() -> None:
+    callback = PruningAtInit(0.5, criterion=Wanda())
+    plans: list[str] = []
+    with pytest.warns(UserWarning, match="prune leaves out what Wanda cannot score"):
+        fit(Mixed(), On(on_train_epoch_start=lambda *_: plans.append(callback.explain())), callback)
+    assert f"{NEVER_CALLED}" in plans[0]
+    assert plans[0].startswith("PruningAtInit to sparsity 0.5: ")
 
 
 def test_a_criterion_that_can_score_no_target_is_refused() -> None:
