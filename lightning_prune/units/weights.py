@@ -69,7 +69,7 @@ class WeightUnits(Units):
         super().__init__(target.name, parameter, target.modules, channel_dim(target), parameter.numel(), sharded, norms)
         self.weights = {target.name: parameter}
         self.group = group
-        self.stacked = holds_experts(parameter, target.modules)
+        self.stacked = parameter.ndim > 2 and holds_experts(parameter, target.modules)
         self.inputs = int(self.dim == 0)  # the first dimension beside the channels
         if self.stacked:
             self.inputs = 1 if experts_are_transposed(target.modules[0]) else 2
