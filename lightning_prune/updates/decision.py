@@ -74,7 +74,9 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
         ValueError: If a score is NaN or infinite.
     """
     check_channels(units, criterion)
-    if any(unit.sharded for unit in units) or sum(unit.size for unit in units) > most_held(len(units)):
+    # many small targets are held, too: each has a cost of its own at every pass
+    held = HELD and max(HELD, HELD_EACH * len(units))
+    if any(unit.sharded for unit in units) or sum(unit.size for unit in units) > held:
         return _streamed(units, criterion, kept)
     values, raw, finite = {}, {}, []
     for unit in units:
@@ -91,14 +93,6 @@ def score(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tenso
         if not flag:
             raise ValueError(_not_finite(unit, criterion))
     return HeldScores(values, {unit.name: tuple(unit.parameter.shape) for unit in units}, raw)
-
-
-def most_held(targets: int) -> int:
-    """Return how many units, of so many targets, may have their scores in memory.
-
-    These are more where targets are many and small: each has a cost of its own at every pass.
-    """
-    return HELD and max(HELD, HELD_EACH * targets)
 
 
 def _streamed(units: Sequence[Units], criterion: Criterion, kept: Mapping[str, Tensor | None]) -> Scores:
