@@ -1,8 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast clients lint format docs examples evidence bench clean
+.PHONY: help demo test test-fast clients compat lint format docs examples evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that creates .venv
+OLDEST ?= python3.10# the interpreter for the oldest torch and Lightning, and
+NEWEST ?= python3.13# that for the newest, of 'make compat'
 PIPFLAGS ?=#            extra arguments for pip, such as an index of torch builds without CUDA
 ARGS ?=#                arguments for pytest or the demo
 FULL ?=#                set to anything to run benchmarks at all sizes
@@ -27,6 +29,15 @@ test-fast: $(BIN)/.dev ## run the tests of the rooms, in less than 90 seconds
 
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
 	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)
+
+# What the package does, without exports, command lines and several processes.
+CORE := $(addprefix tests/,tensors units criteria granularities scopes updates models training methods posttraining structure) \
+    tests/test_masks.py tests/test_schedules.py tests/integration/test_matrix.py
+
+compat: .venv/oldest/.installed .venv/newest/.installed ## run the core tests on the oldest and the newest torch and Lightning (installs several gigabytes)
+	@for name in oldest newest; do \
+	    OMP_NUM_THREADS=1 .venv/$$name/bin/python -m pytest -q -o addopts= -W default -m "not distributed and not slow" $(ARGS) $(CORE); \
+	done
 
 lint: $(BIN)/.dev ## check style and types
 	$(BIN)/ruff check .
@@ -78,6 +89,16 @@ $(BIN)/.dev: $(INPUTS) | $(BIN)/python
 	@echo 'Installing pytorch-forecasting, PyG, chemprop, transformers and lightly into .venv/clients ...'
 	@$(BIN)/python -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/clients.txt -e '.[clients]'
+	@touch $@
+
+.venv/oldest/.installed: pyproject.toml .ci/oldest.txt
+	@$(OLDEST) -m venv .venv/oldest
+	@.venv/oldest/bin/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/oldest.txt -e '.[compat]'
+	@touch $@
+
+.venv/newest/.installed: pyproject.toml
+	@$(NEWEST) -m venv .venv/newest
+	@.venv/newest/bin/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -e '.[compat]'
 	@touch $@
 
 $(BIN)/python:

@@ -103,6 +103,8 @@ def test_without_this_package_the_checkpoint_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(shrunk(ConvNet(), torch.ones(2, 2, 6, 6)), tmp_path / "small.ckpt")
+    if not hasattr(saving, "_ALLOWED_INSTANTIATORS"):
+        pytest.skip("this Lightning allows any instantiator")
     monkeypatch.setattr(saving, "_ALLOWED_INSTANTIATORS", {"lightning.pytorch.cli.instantiate_module"})
     with pytest.raises(
         ValueError, match=r"instantiator 'lightning_prune.structure.checkpoints.instantiate' from the checkpoint"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
-from methods import GROUPS
+from methods import GROUPS, SHARED
 from report import write
 from running import Results, Setting
 
@@ -20,6 +20,8 @@ LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
 DENSE_FIRST = ("gradual", "one-shot", "ACDC", "gradual, ERK", "one-shot, random")
 NEURON_LEVELS = {"mnist": (0.5, 0.75, 0.9, 0.95), "cnn": (0.3, 0.5, 0.7)}
 NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
+SHAPED = ("weights", *(f"groups of {rows} rows" for rows in SHARED), "blocks of 16 x 16")
+SHAPED_LEVELS = (0.8, 0.9, 0.95)
 FINE_TUNED = ("one-shot at start", "one-shot at start, uniform", "one-shot at start, random", "gradual", "gradual, ERK")
 
 
@@ -47,7 +49,8 @@ def full() -> list[Setting]:
         for level in levels
     ]
     others = [Setting("fashion-10", "dense", 0.0), *(setting for pair in PEERS["fashion-10"] for setting in pair)]
-    return [*curves, *neurons, *others, *fine_tuned]
+    shaped = [Setting("mnist", method, level) for level in SHAPED_LEVELS for method in SHAPED]
+    return [*curves, *shaped, *neurons, *others, *fine_tuned]
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def main() -> None:
     if not args.tables:
         results.fill([*quick(), *(full() if args.full else [])], SEEDS, args.jobs)
     draw(results, SEEDS, ROOT / "docs" / "evidence.png")
-    write(results, SEEDS, ROOT)
+    write(results, SEEDS, ROOT, SHAPED, SHAPED_LEVELS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The pruning methods by name: callbacks as a user would write them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_prune import (
     SET,
     SRSTE,
     APoZ,
+    Block,
     Channel,
     Criterion,
     EntropyPruning,
@@ -29,6 +31,7 @@ from lightning_prune import (
     RandomPruning,
     RigL,
     SensitivityPruning,
+    SharedFanIn,
     SynFlow,
     Units,
     WandaPruning,
@@ -46,6 +49,10 @@ AT_START: dict[str, Any] = {"schedule": "one_shot", "start": 0}
 NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore": ("network.head.*",), **HALFWAY}
 
 
+SHARED = (4, 8, 16, 32)  # rows in a group
+HIDDEN: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",)}
+
+
 class L2(Criterion):
     """The mean square of a unit's weights, which ranks the units of a layer like their L2 norms."""
 
@@ -56,6 +63,11 @@ class L2(Criterion):
 def random_weights(sparsity: float, seed: int, **options: Any) -> Callback:
     """Return a callback that prunes weights at random."""
     return Pruning(sparsity, criterion=Random(seed), granularity=Weight(), **options)
+
+
+def shared(rows: int, sparsity: float, seed: int) -> Callback:
+    """Return a callback that prunes inputs of groups of rows."""
+    return MagnitudePruning(sparsity, granularity=SharedFanIn(rows), **HIDDEN)
 
 
 def fine_tuning(sparsity: float, seed: int) -> Callback:
@@ -105,5 +117,8 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "neurons, Taylor": lambda sparsity, seed: SensitivityPruning(sparsity, **NEURONS),
     "neurons, entropy, low first": lambda sparsity, seed: EntropyPruning(sparsity, prune="low", **NEURONS),
     "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),
+    "weights": lambda sparsity, seed: MagnitudePruning(sparsity, **HIDDEN),
+    **{f"groups of {rows} rows": partial(shared, rows) for rows in SHARED},
+    "blocks of 16 x 16": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=Block(16, 16), **HIDDEN),
     **PEERS,
 }

@@ -1,6 +1,7 @@
 """Tables for the pages: the verdict on each claim, the peers, and everything that was run."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from claims import CLAIMS, PEERS
@@ -11,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from marked import replace, table
 
 
-def write(results: Results, seeds: range, root: Path) -> None:
-    """Write the tables into the pages of the project at a root folder."""
+def write(results: Results, seeds: range, root: Path, shaped: Sequence[str], levels: Sequence[float]) -> None:
+    """Write the tables into the pages of the project at a root folder; one of them is of these methods and levels."""
     replace(root / "README.md", "claims", claims(results, seeds))
     replace(root / "docs" / "evidence.md", "peers", peers(results, seeds))
     replace(root / "docs" / "evidence.md", "grid", grid(results, seeds))
+    replace(root / "docs" / "speed.md", "accuracy", shapes(results, seeds, shaped, levels))
 
 
 def claims(results: Results, seeds: range) -> str:
@@ -55,6 +57,15 @@ def grid(results: Results, seeds: range) -> str:
         if rows:
             parts.append(f"**{title}**\n\n{table(['', *(f'{level:.1%}' for level in levels)], rows)}")
     return "\n\n".join(parts)
+
+
+def shapes(results: Results, seeds: range, methods: Sequence[str], levels: Sequence[float]) -> str:
+    """Return the accuracy of LeNet-300-100 by the shape of its zeros."""
+    rows = []
+    for method in methods:
+        found = [results.accuracies(Setting("mnist", method, level), seeds) for level in levels]
+        rows.append([method, *(spread(values) if values else "" for values in found)])
+    return table(["accuracy", *(f"{level:.0%}" for level in levels)], rows)
 
 
 def _named(setting: Setting) -> str:
