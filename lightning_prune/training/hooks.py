@@ -35,6 +35,7 @@ class TrainingMethod(Callback):
         state: What this callback knows of its run.
         enforcement: Keeps the parameters at the masks.
         max_epochs: That of the Trainer as the user has set it; other callbacks may raise it later.
+        not_given: The arguments of which the granularity has the default, and that were not given.
         trains_pruned: Whether pruned weights are trained behind the masks, so that their gradients are never masked.
     """
 
@@ -42,6 +43,7 @@ class TrainingMethod(Callback):
     trains_pruned: ClassVar[bool] = False
     state: RunState
     max_epochs: int | None = None
+    not_given: tuple[str, ...] = ()
 
     def __init__(self, targets: Sequence[str] = (), ignore: Sequence[str] = (), log_layers: bool = False) -> None:
         super().__init__()

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lightning_prune.models.summary import table
+from lightning_prune.training.representation import value_text
+from lightning_prune.updates.target_sparsity import SparsityTarget
 
 
 def plan(
@@ -15,10 +17,19 @@ def plan(
     interval: str,
     label: str = "level",
     left_out: Mapping[str, str] | None = None,
+    shared_out: str = "",
 ) -> str:
     """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
 
-    Parameters that are left out are named with the reason.
+    Args:
+        name: Who prunes.
+        goal: To what.
+        parameters: Those that are pruned, by name.
+        updates: Their positions, and the level of each.
+        interval: What a position counts.
+        label: What a level is.
+        left_out: Parameters that are left out, and why.
+        shared_out: How the goal is shared out over the parameters.
 
     >>> import torch
     >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
@@ -36,6 +47,19 @@ def plan(
             f"{name} to {goal}: {len(parameters)} parameters, {weights:,} weights",
             *(table(cells) if cells else []),
             *(f"  left out: {name}: {reason}" for name, reason in (left_out or {}).items()),
+            *([shared_out] if shared_out else []),
             f"{len(updates)} updates, {interval} ({label}): {', '.join(when)}" if when else "no updates planned",
         ]
     )
+
+
+def sharing(scope: object, target: SparsityTarget) -> str:
+    """Return how a target is shared out over the parameters, "" where a threshold or patterns decide.
+
+    >>> sharing("local", SparsityTarget(0.5, min_density=0.1))
+    'scope: local, at least 10% of the units of each parameter stay'
+    """
+    if not target.is_single:
+        return ""
+    least = f", at least {100 * target.floor:.3g}% of the units of each parameter stay" if target.floor else ""
+    return f"scope: {value_text(scope).strip(chr(39))}{least}"
