@@ -1,7 +1,7 @@
 """The base of all granularities: which weights form a unit, so that they are scored and pruned together."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class Granularity:
         round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
         even: Whether units are compared within groups, all of which lose as many as the others.
         measures: Whether units can be counted as parameters and FLOPs of a smaller model.
+        default_scope: The scope where none is given.
+        default_min_density: The fraction of every target that stays where none is given, as far as there is room.
     """
 
     single: ClassVar[bool] = False
@@ -42,6 +44,8 @@ class Granularity:
     crosses: ClassVar[bool] = False
     even: ClassVar[bool] = False
     measures: ClassVar[bool] = True
+    default_scope: ClassVar[Literal["global", "local"]] = "global"
+    default_min_density: ClassVar[float] = 0.0
     group: int | None = None
     least: float = 0.0
     coupled: bool | None = False

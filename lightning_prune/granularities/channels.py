@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from lightning_prune.units.finding import coupled_units
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import flag, integer
 from lightning_prune.validation.instances import instance, settle
+
+FLOOR = 0.1  # of a layer's units, by default; as in PruningBench (Li et al., 2024, arXiv:2406.12315)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Channel(Granularity):
     follows: ClassVar[bool] = True
     by_head: ClassVar[bool] = False
     heads: ClassVar[int | None] = None
+    default_scope: ClassVar[Literal["global", "local"]] = "local"  # scores of layers are rarely on one scale
+    default_min_density: ClassVar[float] = FLOOR
 
     coupled: bool | None = None
     minimum: int = 1
@@ -100,6 +104,8 @@ class InputChannel(Granularity):
     """
 
     crosses: ClassVar[bool] = True
+    default_scope: ClassVar[Literal["global", "local"]] = "local"
+    default_min_density: ClassVar[float] = FLOOR
 
     @override
     def pool(self, values: Tensor, dim: int) -> Tensor:
@@ -136,6 +142,8 @@ class Head(Granularity):
 
     coupled = True
     by_head: ClassVar[bool] = True
+    default_scope: ClassVar[Literal["global", "local"]] = "local"
+    default_min_density: ClassVar[float] = FLOOR
 
     heads: int | None = None
     minimum: int = 1

@@ -31,7 +31,8 @@ class ACDC(ScheduledTraining):
             ``{pattern: fraction}`` per layer.
         criterion: Scores the units; the lowest go.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable. None is
+            "global" for single weights and blocks, and "local" for channels and heads, which keeps every layer alive.
         start: First compressed phase: an int counts intervals, a float in [0, 1] is a fraction of the run.
         end: Last compressed phase, which lasts; likewise.
         interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
@@ -56,7 +57,7 @@ class ACDC(ScheduledTraining):
         sparsity: float | dict[str, float],
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: scopes.ScopeName | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope | None = None,
         start: int | float = 0.1,
         end: int | float = 0.85,
         interval: Literal["step", "epoch"] = "step",
@@ -65,8 +66,7 @@ class ACDC(ScheduledTraining):
         ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
-        target = SparsityTarget(fractions("sparsity", sparsity))
-        target.check_granularity(granularity)
+        target = SparsityTarget(fractions("sparsity", sparsity)).for_granularity(granularity)
         horizon = Horizon(start, end, interval, frequency)
         super().__init__(target, criterion, granularity, scope, horizon, targets, ignore, log_layers)
 

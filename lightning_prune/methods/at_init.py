@@ -22,7 +22,8 @@ from lightning_prune.posttraining.prune import prune
 from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.training.checks import check_targets
 from lightning_prune.training.masked import MaskedTraining
-from lightning_prune.training.plan_text import plan
+from lightning_prune.training.plan_text import plan, sharing
+from lightning_prune.training.resumed_arguments import earlier_defaults
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.training.step_inputs import inputs_of_step, silent_copy
@@ -56,7 +57,8 @@ class PruningAtInit(MaskedTraining):
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
         criterion: Scores the units; the lowest go. Of what it observes it is given one batch, whatever its ``window``.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable. None is
+            "global" for single weights and blocks, and "local" for channels and heads, which keeps every layer alive.
         rounds: Times to score and prune the same part of what is left.
         loss: ``loss(model, batch)``, for criteria that need gradients or forward passes; None is what ``training_step``
             returns.
@@ -65,6 +67,8 @@ class PruningAtInit(MaskedTraining):
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
+            None is 0 for single weights and blocks; for channels and heads it is 0.1, but at most half of what the
+            sparsity leaves, and gives way where there is no room for it.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, or parameters
@@ -95,32 +99,33 @@ class PruningAtInit(MaskedTraining):
         sparsity: float | dict[str, float] | None = None,
         criterion: Criterion = SNIP(),
         granularity: Granularity = Weight(),
-        scope: scopes.ScopeName | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope | None = None,
         rounds: int = 1,
         loss: Loss | None = None,
         targets: Sequence[str] = (),
         ignore: Sequence[str] = (),
         threshold: float | None = None,
         log_layers: bool = False,
-        min_density: float = 0.0,
+        min_density: float | None = None,
     ) -> None:
-        self.sparsity_target = SparsityTarget(sparsity, threshold, min_density)
-        self.sparsity_target.check_granularity(granularity)
-        scopes.resolve(scope)
+        self.sparsity_target = SparsityTarget(sparsity, threshold, min_density).for_granularity(granularity)
         self.sparsity = self.sparsity_target.sparsity
         self.criterion = instance("criterion", criterion, Criterion)
         self.granularity = granularity
-        self.scope = scope
+        self.scope = granularity.default_scope if scope is None else scope
+        scopes.resolve(self.scope)
+        self.not_given = tuple(n for n, value in (("scope", scope), ("min_density", min_density)) if value is None)
         self.rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
         self.loss = None if loss is None else function("loss", loss, "model", "batch")
         self.threshold = self.sparsity_target.threshold
-        self.min_density = self.sparsity_target.min_density
+        self.min_density = self.sparsity_target.floor
         super().__init__(targets, ignore, log_layers)
 
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:
-        if self.masks:  # else nothing is pruned yet
-            super().resume_with(changed)
+        earlier = earlier_defaults(changed, self.not_given)
+        if self.masks and changed.keys() - earlier:  # else nothing is pruned yet
+            super().resume_with({name: changed[name] for name in changed if name not in earlier})
 
     @property
     @override
@@ -139,8 +144,9 @@ class PruningAtInit(MaskedTraining):
         target, found = self.sparsity_target, [*self.state.found.values()]
         without, levels = self.state.left_out, target.by_target(found)
         updates = [(0, target.of_all(found, without))]
+        share = sharing(self.scope, target)
         parameters = {each.name: each.parameter for each in found if each.name not in without}
-        return plan(type(self).__name__, str(target), parameters, updates, "step", target.label, without, levels)
+        return plan(type(self).__name__, str(target), parameters, updates, "step", target.label, without, levels, share)
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,7 +199,7 @@ class PruningAtInit(MaskedTraining):
                 targets=self.targets,
                 ignore=self.ignore,
                 threshold=self.threshold,
-                min_density=self.min_density,
+                min_density=self.sparsity_target.min_density,
                 data=[batch],
                 loss=loss,
                 rounds=self.rounds,

@@ -54,7 +54,8 @@ class GuardedPruning(rewinding.Rewinding):
             starts from scratch needs one of the two: otherwise the reference is that of a model that has hardly begun.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable. None is
+            "global" for single weights and blocks, and "local" for channels and heads, which keeps every layer alive.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
@@ -91,7 +92,7 @@ class GuardedPruning(rewinding.Rewinding):
         warmup: int | Literal["settled"] = 0,
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: scopes.ScopeName | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope | None = None,
         targets: Sequence[str] = (),
         ignore: Sequence[str] = (),
         log_layers: bool = False,
@@ -106,8 +107,7 @@ class GuardedPruning(rewinding.Rewinding):
         until = isinstance(warmup, str) and warmup == "settled"
         self.warmup: int | Literal["settled"] = "settled" if until else integer("warmup", warmup, 0, unit="validations")
         self._ceiling = number("sparsity", sparsity, "[0, 1)")
-        target = SparsityTarget(self._ceiling)
-        target.check_granularity(granularity)
+        target = SparsityTarget(self._ceiling).for_granularity(granularity)
         super().__init__(target, criterion, granularity, scope, Horizon(0, 0), targets, ignore, log_layers)
 
     @property
@@ -151,7 +151,7 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def choose_masks(self, model: torch.nn.Module, position: int, amount: float) -> Masks:
-        return decide(self, SparsityTarget(amount))
+        return decide(self, SparsityTarget(amount).for_granularity(self.granularity))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

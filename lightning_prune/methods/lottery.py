@@ -54,7 +54,8 @@ class LotteryTicket(rewinding.Rewinding):
         interval: What ``frequency`` counts: optimizer "step"s or "epoch"s.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable. None is
+            "global" for single weights and blocks, and "local" for channels and heads, which keeps every layer alive.
         seed: Of the weights for ``rewind="random"``; the same on every rank.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
@@ -86,14 +87,13 @@ class LotteryTicket(rewinding.Rewinding):
         interval: Literal["step", "epoch"] = "epoch",
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: scopes.ScopeName | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope | None = None,
         seed: int = 0,
         targets: Sequence[str] = (),
         ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
-        target = SparsityTarget(fractions("sparsity", sparsity))
-        target.check_granularity(granularity)
+        target = SparsityTarget(fractions("sparsity", sparsity)).for_granularity(granularity)
         self.rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
         self.rewind = choice("rewind", rewind, ("weights", "learning_rate", "random"))
         self.rewind_to = position("rewind_to", rewind_to)

@@ -1,18 +1,13 @@
 """Norms: which norm follows a layer, from a symbolic trace if the model can be traced."""
 
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.fx import Node, Tracer
-from typing_extensions import override
+from torch.fx import Node
 
 from lightning_prune.models.orientation import is_linear
-from lightning_prune.models.preserving import keeping_values
+from lightning_prune.models.symbolic import symbolic_graph
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # channels are the last dimension after a linear layer, the second one after all others
@@ -23,22 +18,6 @@ _SAME = (nn.Identity, nn.modules.dropout._DropoutNd, nn.functional.dropout)
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.ELU)
 _NAMES = ("relu", "leaky_relu", "gelu", "silu", "tanh", "elu")
 _TRANSPARENT = (*_SAME, *_ACTIVATIONS, *(getattr(nn.functional, name) for name in _NAMES))
-
-
-class _Quiet(Tracer):
-    """A tracer that runs no hooks and treats layers as leaves."""
-
-    @override
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(m.children()) or (m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential))
-
-    @override
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        # the module's forward instead of its __call__: the user's hooks must not see a trace
-        inner = getattr(m, "_orig_mod", m)
-        return super().call_module(inner, inner.forward, args, kwargs)
 
 
 def following_norms(model: nn.Module, across: bool = True) -> dict[nn.Module, nn.Module]:
@@ -75,10 +54,8 @@ def _trace(
 ) -> None:
     """Add pairs of a layer and its norm from a symbolic trace, and count the calls of each module."""
     model = getattr(model, "_orig_mod", model)
-    try:
-        with _untouched(model):
-            graph = _Quiet().trace(model)
-    except Exception:  # tracing runs the user's forward on proxies and may fail in any way
+    graph = symbolic_graph(model)
+    if graph is None:
         for child in model.children():
             _trace(child, between, links, calls)
         return
@@ -105,23 +82,3 @@ def _layer_before(node: Node, modules: dict[str, nn.Module], between: tuple[Any,
         else:
             return None
     return None
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undo the effects of a forward on a model: attributes, containers in them, buffers, the random state."""
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    found = [value for saved in attributes.values() for value in saved.values()]
-    containers = [(value, value.copy()) for value in found if isinstance(value, dict | list | set)]
-    python = random.getstate()
-    try:
-        with keeping_values(model.buffers()), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        for container, saved in containers:
-            container.clear()
-            container.extend(saved) if isinstance(container, list) else container.update(saved)
-        for module, saved in attributes.items():
-            vars(module).clear()
-            vars(module).update(saved)

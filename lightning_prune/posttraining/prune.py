@@ -24,6 +24,7 @@ from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide, score
+from lightning_prune.updates.output_neurons import UNKNOWN, are_named, without_outputs
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
@@ -37,11 +38,11 @@ def prune(
     *,
     criterion: Criterion = Magnitude(),
     granularity: Granularity = Weight(),
-    scope: scopes.ScopeName | Scope = "global",
+    scope: scopes.ScopeName | Scope | None = None,
     targets: Sequence[str] = (),
     ignore: Sequence[str] = (),
     threshold: float | None = None,
-    min_density: float = 0.0,
+    min_density: float | None = None,
     of: Measure = "units",
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
@@ -58,11 +59,14 @@ def prune(
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
         criterion: Scores the units; the lowest go.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable.
+        scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable. None is
+            "global" for single weights and blocks, and "local" for channels and heads, which keeps every layer alive.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out.
         threshold: Instead of a sparsity: prune every unit that scores below it.
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
+            None is 0 for single weights and blocks; for channels and heads it is 0.1, but at most half of what the
+            sparsity leaves, and gives way where there is no room for it.
         of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
             model, where those count as gone that go with the pruned units. At least so many go.
         data: Batches for a criterion that observes: as many as its ``window`` says are taken, all if that is None. A
@@ -91,8 +95,7 @@ def prune(
     75
     """
     _check_types(model, criterion)
-    target = SparsityTarget(sparsity, threshold, min_density, of)
-    target.check_granularity(granularity)
+    target = SparsityTarget(sparsity, threshold, min_density, of).for_granularity(granularity)
     rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
     recalibrate = integer("recalibrate", recalibrate, 0)
     if (
@@ -102,7 +105,7 @@ def prune(
         or recalibrate
     ):
         check_data(criterion, data, loss, sequential, recalibrate, distributed)
-    share_out = scopes.resolve(scope)
+    share_out = scopes.resolve(scope or granularity.default_scope)
 
     found = target.find(model, targets, ignore)
     if not found:
@@ -111,6 +114,7 @@ def prune(
         )
     inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
     units, _ = granularity.find_units(found, model, inputs, distributed)
+    units = units if are_named(targets, sparsity) else _without_outputs(units, model, granularity)
     units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
     if sequential is not None and budget is not None:
@@ -134,6 +138,14 @@ def prune(
     if few := Decision(masks, keep).scarce(units):
         warnings.warn(told("prune", few), stacklevel=2)
     return masks
+
+
+def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Granularity) -> list[Units]:
+    """Return the units that are no outputs of the model, and warn where these are unknown."""
+    found, _, known = without_outputs(units, model, granularity)
+    if not known:
+        warnings.warn(f"prune: {UNKNOWN}", stacklevel=3)
+    return found
 
 
 def _scorable(units: Sequence[Units], criterion: Criterion) -> list[Units]:

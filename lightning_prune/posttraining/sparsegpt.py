@@ -80,8 +80,7 @@ def sparsegpt(
     batches("data", data)
     optional(text, "sequential", sequential, "the name of a container of blocks")
     instance("granularity", granularity, Granularity)
-    goal = SparsityTarget(fractions_in("sparsity", sparsity))
-    goal.check_granularity(granularity)
+    goal = SparsityTarget(fractions_in("sparsity", sparsity)).for_granularity(granularity)
     if not (granularity.single or granularity.even):
         raise ValueError(f"granularity must be Weight(), NM(n, m) or SharedFanIn(rows), got {granularity}")
     allocate = scopes.resolve(scope)

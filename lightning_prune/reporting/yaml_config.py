@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from lightning_prune.training.representation import parameters_of
+from lightning_prune.training.representation import parameters_of, settled
 from lightning_prune.validation.values import scalar
 
 
@@ -31,6 +31,8 @@ def as_yaml(trainer: Mapping[str, Any], callbacks: Iterable[Any], seed: int | No
           sparsity: 0.9
           granularity:
             class_path: lightning_prune.Channel
+          scope: local
+          min_density: 0.05
     """
     found: dict[str, Any] = {} if seed is None else {"seed_everything": seed}
     found |= {"trainer": {**trainer, "callbacks": [plain(callback) for callback in callbacks]}}
@@ -68,11 +70,12 @@ def arguments_of(value: Any) -> dict[str, Any]:
 
     >>> from lightning_prune import EntropyPruning
     >>> arguments_of(EntropyPruning(0.5, bins=8, start=2))
-    {'sparsity': 0.5, 'bins': 8, 'start': 2}
+    {'sparsity': 0.5, 'bins': 8, 'scope': 'local', 'start': 2, 'min_density': 0.1}
     """
     cls = type(value)
     found: dict[str, Any] = {}
-    for name, (parameter, own) in parameters_of(cls).items():
+    for name, (declared, own) in parameters_of(cls).items():
+        parameter = settled(value, declared)
         argument = getattr(value, name, parameter.default)
         # a preset may fix an argument of its base, and no longer accept it
         if not _same(argument, parameter.default) and (own or _takes(cls, {**found, name: argument})):

@@ -60,13 +60,14 @@ def lamp(scores: Scores, sparsity: float) -> dict[str, int]:
     return global_(scores.within_targets(tail_share), sparsity)
 
 
-def at_least(scores: Scores, sparsity: float, scope: Scope, density: float) -> dict[str, int]:
+def at_least(scores: Scores, sparsity: float, scope: Scope, density: float, strict: bool = True) -> dict[str, int]:
     """Share out by a scope, but keep this fraction of every target, rounded down, and one unit, at least.
 
-    Targets that would keep less are held there, and the scope shares out the rest over the others.
+    Targets that would keep less are held there, and the scope shares out the rest over the others. If that is more
+    than the sparsity leaves in all and it is not strict, the scope decides alone.
 
     Raises:
-        ValueError: If that is more than the sparsity leaves in all.
+        ValueError: If that is more than the sparsity leaves in all, and it is strict.
 
     >>> import torch
     >>> at_least(Scores.of({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}), 0.5, global_, 0.1)
@@ -77,6 +78,8 @@ def at_least(scores: Scores, sparsity: float, scope: Scope, density: float) -> d
     keep = dict(scope(scores, sparsity))
     total, held = sum(keep.values()), {}
     if sum(floor.values()) > total:
+        if not strict:
+            return keep
         raise ValueError(
             f"min_density must leave room for the sparsity, got {density}, which keeps {sum(floor.values())} units of "
             f"{total} that are to be left"

@@ -82,7 +82,7 @@ class MaskedTraining(TrainingMethod):
         state.masks = place(self, state.masks, named_parameters(pl_module), state.restored)
         if state.restored:
             restore(self, pl_module, state.masks, "in the checkpoint")
-            if changed := changes(state.arguments, texts(self, self.mask_arguments)):
+            if changed := changes(state.arguments, texts(self, self.mask_arguments), self.not_given):
                 self.resume_with(changed)
         state.restored = False
         self.on_start(trainer, pl_module)

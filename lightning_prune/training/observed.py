@@ -17,6 +17,7 @@ from lightning_prune.training.gradient_readers import gradient_scale, may_repair
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import RunState
+from lightning_prune.updates.output_neurons import are_named
 from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.instances import instance
@@ -55,7 +56,7 @@ class ObservedTraining(MaskedTraining):
         self.sparsity_target = sparsity_target
         self.sparsity = sparsity_target.sparsity
         self.threshold = sparsity_target.threshold
-        self.min_density = sparsity_target.min_density
+        self.min_density = sparsity_target.floor
         self.of = sparsity_target.of
         self.criterion = criterion
         self.granularity = instance("granularity", granularity, Granularity)
@@ -104,7 +105,8 @@ class ObservedTraining(MaskedTraining):
         if state.waits:
             return
         if [id(target.parameter) for target in found] != [id(target.parameter) for target in state.targets]:
-            reasons = state.take_up(found, pl_module, self.criterion, self.granularity, trainer.world_size > 1)
+            named = are_named(self.targets, self.sparsity)
+            reasons = state.take_up(found, pl_module, self.criterion, self.granularity, trainer.world_size > 1, named)
             patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
             state.left_out = {**left_out(pl_module, patterns, self.ignore), **reasons}
             _count_budget(self, trainer, pl_module)

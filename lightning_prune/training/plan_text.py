@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lightning_prune.models.summary import counted_as, shortened, table
+from lightning_prune.training.representation import value_text
+from lightning_prune.updates.target_sparsity import SparsityTarget
 
 _LINES = 20  # a plan has no more
 _LEFT_OUT = 6  # of these, about what is left out
@@ -19,6 +21,7 @@ def plan(
     label: str = "level",
     left_out: Mapping[str, str] | None = None,
     levels: Mapping[str, float] | None = None,
+    shared_out: str = "",
 ) -> str:
     """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
 
@@ -33,6 +36,7 @@ def plan(
         label: What the level of an update is.
         left_out: Why parameters are left out, by name.
         levels: The sparsity of each parameter, by name, where they have one each.
+        shared_out: How the goal is shared out over the parameters.
 
     >>> import torch
     >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
@@ -44,7 +48,8 @@ def plan(
     if len(when) > 8:
         when = [*when[:4], "...", *when[-3:]]
     last = f"{counted_as(len(updates), 'update')}, {interval} ({label}): {', '.join(when)}"
-    return listing(f"{name} to {goal}", parameters, last if when else "no updates planned", left_out, levels)
+    last = "\n".join([*([shared_out] if shared_out else []), last if when else "no updates planned"])
+    return listing(f"{name} to {goal}", parameters, last, left_out, levels)
 
 
 def listing(
@@ -59,7 +64,7 @@ def listing(
     Args:
         title: What is done.
         parameters: What is pruned, by name.
-        last: The last line.
+        last: The last line or lines.
         left_out: Why parameters are left out, by name.
         levels: The sparsity of each parameter, by name, where they have one each.
 
@@ -78,7 +83,7 @@ def listing(
     return "\n".join(
         [
             f"{title}: {counted_as(len(parameters), 'parameter')}, {counted_as(weights, 'weight')}",
-            *shortened(table(cells) if cells else [], _LINES - 2 - len(others)),
+            *shortened(table(cells) if cells else [], _LINES - 2 - len(others) - last.count("\n")),
             *others,
             last,
         ]
@@ -90,3 +95,15 @@ def _cells(name: str, parameter: Tensor, levels: Mapping[str, float] | None) -> 
     if not levels:
         return cells
     return (*cells, f"{levels[name]:.1%}" if name in levels else "")
+
+
+def sharing(scope: object, target: SparsityTarget) -> str:
+    """Return how a target is shared out over the parameters, "" where a threshold or patterns decide.
+
+    >>> sharing("local", SparsityTarget(0.5, min_density=0.1))
+    'scope: local, at least 10% of the units of each parameter stay'
+    """
+    if not target.is_single:
+        return ""
+    least = f", at least {100 * target.floor:.3g}% of the units of each parameter stay" if target.floor else ""
+    return f"scope: {value_text(scope).strip(chr(39))}{least}"

@@ -36,7 +36,8 @@ class Pruning(ScheduledTraining):
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets: "global" ranks all units together, "local" prunes every
             target alike, "erk" keeps more of small ones, "lamp" more of those whose low scores add up to much; or a
-            callable from scores and sparsity to units to keep, such as ``OWL()``.
+            callable from scores and sparsity to units to keep, such as ``OWL()``. None is "global" for single weights
+            and blocks, and "local" for channels and heads, which keeps every layer alive; the plan shows it.
         schedule: From progress through the window to the fraction of the sparsity that is due, both 0 to 1:
             "one_shot", "linear", "cubic", "cosine", "exponential" or a callable.
         start: First update: an int counts intervals, a float in [0, 1] is a fraction of the run.
@@ -44,11 +45,14 @@ class Pruning(ScheduledTraining):
         interval: What an int counts: optimizer "step"s or "epoch"s. At epochs the masks change before the first batch.
         frequency: Intervals from one update to the next; None spreads about 100 updates over the window.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight: trainable,
-            floating-point, two or more dimensions, of a known kind of layer, no embedding and no low-rank adapter.
+            floating-point, two or more dimensions, of a known kind of layer, no embedding and no low-rank adapter;
+            neurons that are outputs of the model are pruned only if they are named.
         ignore: Names to leave out, in the same form.
         threshold: Instead of a sparsity: prune every unit that scores below it.
         log_layers: Whether to log the sparsity of every target beside the total ``pruning/sparsity``.
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
+            None is 0 for single weights and blocks; for channels and heads it is 0.1, but at most half of what the
+            sparsity leaves, and gives way where there is no room for it.
         of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
             model, where those count as gone that go with the pruned units. At least so many go. FLOPs are those of a
             forward pass on ``example_input_array`` or, without it, the first training batch.
@@ -76,7 +80,7 @@ class Pruning(ScheduledTraining):
         sparsity: float | dict[str, float] | None = None,
         criterion: Criterion = Magnitude(),
         granularity: Granularity = Weight(),
-        scope: scopes.ScopeName | scopes.Scope = "global",
+        scope: scopes.ScopeName | scopes.Scope | None = None,
         schedule: schedules.ScheduleName | schedules.Schedule = "cubic",
         start: int | float = 0.1,
         end: int | float = 0.7,
@@ -86,13 +90,12 @@ class Pruning(ScheduledTraining):
         ignore: Sequence[str] = (),
         threshold: float | None = None,
         log_layers: bool = False,
-        min_density: float = 0.0,
+        min_density: float | None = None,
         of: Measure = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
-        target = SparsityTarget(sparsity, threshold, min_density, of)
-        target.check_granularity(granularity)
+        target = SparsityTarget(sparsity, threshold, min_density, of).for_granularity(granularity)
         self.shrink_at_end = flag("shrink_at_end", shrink_at_end)
         granularity = shrinkable(granularity) if shrink_at_end else granularity
         self._schedule = schedules.begin_at(initial, sparsity, schedules.resolve(schedule))

@@ -7,6 +7,8 @@ from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
 _PLAIN = (bool, int, float, str, NoneType)
+# arguments whose default depends on the granularity, and what they are for single weights
+_OF_UNITS: dict[str, Any] = {"scope": "global", "min_density": 0.0}
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, type)
 
 
@@ -22,16 +24,17 @@ def call_text(made: object, **instead: Any) -> str:
 
     >>> from lightning_prune import Channel, Pruning
     >>> call_text(Pruning(0.9, granularity=Channel(), schedule="linear"))
-    "Pruning(0.9, granularity=Channel(), schedule='linear')"
+    "Pruning(0.9, granularity=Channel(), scope='local', schedule='linear', min_density=0.05)"
     """
     cls = type(made)
     kept = {**vars(made), **instead}
     given = []
-    for place, (name, (parameter, _)) in enumerate(parameters_of(cls).items()):
+    for place, (name, (declared, _)) in enumerate(parameters_of(cls).items()):
+        parameter = settled(made, declared)
         value = kept.get(name, parameter.default)
         if _differs(value, parameter.default):
             by_place = place == 0 and parameter.default in (None, parameter.empty) and not isinstance(value, bool)
-            given.append(_text(value) if by_place else f"{name}={_text(value)}")
+            given.append(value_text(value) if by_place else f"{name}={value_text(value)}")
     return f"{cls.__name__}({', '.join(given)})"
 
 
@@ -49,6 +52,22 @@ def parameters_of(cls: type) -> dict[str, tuple[inspect.Parameter, bool]]:
     return found
 
 
+def settled(made: object, parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter with the default that goes without saying.
+
+    What is shared out by the granularity's own rules is told unless they are those of single weights.
+
+    >>> from lightning_prune import Channel, Pruning
+    >>> Pruning(0.5, scope="global"), Pruning(0.5, scope="local"), Pruning(0.5, granularity=Channel())
+    (Pruning(0.5), Pruning(0.5, scope='local'), Pruning(0.5, granularity=Channel(), scope='local', min_density=0.1))
+    """
+    units = getattr(made, "__dict__", {}).get("granularity")
+    if parameter.name not in _OF_UNITS or parameter.default is not None or units is None:
+        return parameter
+    own, plain = getattr(units, f"default_{parameter.name}", None), _OF_UNITS[parameter.name]
+    return parameter.replace(default=plain if own == plain else None)
+
+
 def _filled(cls: type, parameter: inspect.Parameter) -> inspect.Parameter:
     """Return a parameter whose default, an empty dict or list that a dataclass makes, is there to be compared with."""
     field = getattr(cls, "__dataclass_fields__", {}).get(parameter.name)
@@ -59,7 +78,7 @@ def _filled(cls: type, parameter: inspect.Parameter) -> inspect.Parameter:
 def _differs(value: Any, default: Any) -> bool:
     if value is default:
         return False
-    return not _is_told(value) or _text(value) != _text(default)  # 1 step is not all of the run, 1.0
+    return not _is_told(value) or value_text(value) != value_text(default)  # 1 step is not all of the run, 1.0
 
 
 def _is_told(value: Any) -> bool:
@@ -71,7 +90,12 @@ def _is_ours(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == _PACKAGE
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """Return a value as code, a user's object as the name of its class.
+
+    >>> value_text((1, "a")), value_text(len)
+    ("(1, 'a')", 'len')
+    """
     kind = type(value)
     if kind in (tuple, list, dict) and value:
         return _container_text(value)
@@ -88,8 +112,8 @@ def _text(value: Any) -> str:
 
 def _container_text(value: tuple[Any, ...] | list[Any] | dict[Any, Any]) -> str:
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_text(key)}: {_text(entry)}' for key, entry in value.items())}}}"
-    entries = ", ".join(map(_text, value))
+        return f"{{{', '.join(f'{value_text(key)}: {value_text(entry)}' for key, entry in value.items())}}}"
+    entries = ", ".join(map(value_text, value))
     if isinstance(value, list):
         return f"[{entries}]"
     return f"({entries},)" if len(value) == 1 else f"({entries})"

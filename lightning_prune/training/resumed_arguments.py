@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
+# what they were where they were not given, before granularities had defaults of their own
+_EARLIER_DEFAULTS = {"scope": "'global'", "min_density": "0.0"}
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of functions and plain objects: it differs between processes
 
 
@@ -16,13 +18,26 @@ def texts(owner: object, names: Iterable[str]) -> dict[str, str]:
     return {name: _ADDRESS.sub("", repr(getattr(owner, name))) for name in names}
 
 
-def changes(before: Mapping[str, str] | None, now: Mapping[str, str]) -> dict[str, str]:
-    """Return, by name, the former text of the arguments that have changed; nothing for a checkpoint without them.
+def changes(before: Mapping[str, str] | None, now: Mapping[str, str], not_given: Iterable[str] = ()) -> dict[str, str]:
+    """Return, by name, the former text of the arguments that have changed.
+
+    A checkpoint without them is of an earlier version: what was not given has changed where its default has.
 
     >>> changes({"sparsity": "0.5", "end": "8"}, {"sparsity": "0.75", "end": "8", "of": "'units'"})
     {'sparsity': '0.5'}
     """
-    return {name: text for name, text in (before or {}).items() if name in now and now[name] != text}
+    if before is None:
+        before = {name: _EARLIER_DEFAULTS[name] for name in not_given}
+    return {name: text for name, text in before.items() if name in now and now[name] != text}
+
+
+def earlier_defaults(changed: Mapping[str, str], not_given: Iterable[str]) -> set[str]:
+    """Return which arguments have changed only since their defaults have: the checkpoint is of an earlier version.
+
+    >>> earlier_defaults({"scope": "'global'", "min_density": "0.25"}, ["scope", "min_density"])
+    {'scope'}
+    """
+    return {name for name in not_given if changed.get(name) == _EARLIER_DEFAULTS[name]}
 
 
 def listed(changed: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Scheduled training: masks change at planned positions of the run, from what was observed just before."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,17 +19,20 @@ from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.distributed import reshard
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.training import replanning
+from lightning_prune.training.announcing import announce
 from lightning_prune.training.checks import check_targets
 from lightning_prune.training.consistency import fitting
 from lightning_prune.training.observed import ObservedTraining, leave_out_unseen
-from lightning_prune.training.plan_text import plan
-from lightning_prune.training.run_length import in_steps, length, steps_per_epoch, warn_if_too_short
-from lightning_prune.training.sparsity_log import log_info
+from lightning_prune.training.plan_text import plan, sharing
+from lightning_prune.training.resumed_arguments import earlier_defaults
+from lightning_prune.training.run_length import in_steps, length, steps_per_epoch
 from lightning_prune.training.step_inputs import inputs_of_step
 from lightning_prune.units.units import Units
 from lightning_prune.updates import decision
+from lightning_prune.updates.output_neurons import UNKNOWN
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.target_sparsity import SparsityTarget
+from lightning_prune.validation.instances import instance
 
 
 class ScheduledTraining(ObservedTraining):
@@ -38,7 +42,7 @@ class ScheduledTraining(ObservedTraining):
         sparsity_target: What is to be reached.
         criterion: Scores the units; the lowest go first.
         granularity: Which weights form a unit.
-        scope: How the sparsity is shared out over the targets, a name or a callable.
+        scope: How the sparsity is shared out over the targets, a name or a callable; None is that of the granularity.
         horizon: When the first and the last update fall.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
@@ -52,13 +56,17 @@ class ScheduledTraining(ObservedTraining):
         sparsity_target: SparsityTarget,
         criterion: Criterion,
         granularity: Granularity,
-        scope: scopes.ScopeName | scopes.Scope,
+        scope: scopes.ScopeName | scopes.Scope | None,
         horizon: Horizon,
         targets: Sequence[str] = (),
         ignore: Sequence[str] = (),
         log_layers: bool = False,
     ) -> None:
+        given = {"scope": scope, "min_density": sparsity_target.min_density}
+        instance("granularity", granularity, Granularity)
+        scope = granularity.default_scope if scope is None else scope
         self.share_out = scopes.resolve(scope)
+        self.not_given = tuple(name for name, value in given.items() if value is None)
         self.horizon = horizon
         self.scope = scope
         self.start = horizon.start
@@ -89,7 +97,9 @@ class ScheduledTraining(ObservedTraining):
         parameters = {name: parameter for unit in self.state.units for name, parameter in unit.weights.items()}
         what, label, updates = self.describe()
         levels = self.sparsity_target.by_target(self.state.targets)
-        return plan(type(self).__name__, what, parameters, updates, self.interval, label, self.state.left_out, levels)
+        share = sharing(self.scope, self.sparsity_target) + ("" if self.state.outputs_known else f"\n{UNKNOWN}")
+        left_out = self.state.left_out
+        return plan(type(self).__name__, what, parameters, updates, self.interval, label, left_out, levels, share)
 
     @property
     @override
@@ -109,7 +119,7 @@ class ScheduledTraining(ObservedTraining):
         self.state.updates = self.plan(*self.state.window)
         self.catch_up(trainer)
         if not self.state.waits:
-            _announce(self, trainer, pl_module)
+            announce(self, trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -117,7 +127,7 @@ class ScheduledTraining(ObservedTraining):
             self.state.inputs = inputs_of_step(pl_module, batch)
             self.find_units(trainer, pl_module)
             check_targets(self, trainer)
-            _announce(self, trainer, pl_module)
+            announce(self, trainer, pl_module)
             self.set_masks(trainer, pl_module, self.masks)
             self.maybe_update(trainer, pl_module)
 
@@ -133,7 +143,13 @@ class ScheduledTraining(ObservedTraining):
 
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:
-        replanning.replan(self, self.state, changed)
+        earlier = earlier_defaults(changed, self.not_given)
+        if earlier:  # the run goes on as it began
+            self.scope, self.share_out, self.min_density = "global", scopes.global_, 0.0
+            self.sparsity_target = replace(self.sparsity_target, default_density=0.0)
+            self.state.outputs_too = True
+        if changed.keys() - earlier:
+            replanning.replan(self, self.state, {name: changed[name] for name in changed if name not in earlier})
 
     def catch_up(self, trainer: Trainer) -> None:
         """Make up for updates of a new plan, when a run is resumed with other arguments."""
@@ -236,15 +252,3 @@ def decide(
         state.scarce.update(new)
         rank_zero_warn(told(type(callback).__name__, new))
     return made.masks
-
-
-def _announce(callback: ScheduledTraining, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Log what is going to happen, and warn if it may not."""
-    log_info(callback.explain())
-    lazy = any(map(is_lazy, pl_module.parameters()))
-    if not callback.state.units and not callback.target_names() and not lazy:
-        name = type(callback).__name__
-        rank_zero_warn(f"{name} finds all its targets frozen: it prunes them once they are trained")
-    if not callback.reached:
-        last = callback.state.updates[-1][0] if callback.state.updates else 0
-        warn_if_too_short(callback, callback.interval, last, length(trainer, callback.interval, callback.max_epochs))

@@ -15,6 +15,7 @@ from lightning_prune.models.parameters import Target
 from lightning_prune.training.state import TRANSIENT, RunState, saved
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Budget
+from lightning_prune.updates.output_neurons import without_outputs
 from lightning_prune.updates.statistics import Observation, always, scorable
 from lightning_prune.validation.states import IN_ORDER, TENSOR, TEXT, every, items, optional, record, row, table, whole
 
@@ -44,6 +45,8 @@ class ScheduledState(RunState):
         observed: Restored statistics, until there are units for them.
         updates: The planned updates, as (position, amount).
         replanned: Whether a resumed run has other arguments than it had, and so another plan.
+        outputs_too: Whether neurons that are outputs of the model are pruned like others, as in earlier versions.
+        outputs_known: Whether it is known which neurons are outputs of the model, as far as that matters.
         scarce: Targets of which a warning has said how few units are left.
         parameters: Of all parameters of the model, when targets were last looked up, what decides over that.
         targets: The targets that were found last.
@@ -72,6 +75,8 @@ class ScheduledState(RunState):
     )
     updates: list[tuple[int, float]] = field(default_factory=list)
     replanned: bool = field(default=False, metadata=TRANSIENT)
+    outputs_too: bool = False
+    outputs_known: bool = True
     scarce: dict[str, int] = field(default_factory=dict)
     parameters: list[tuple[int, bool, bool]] = field(default_factory=list, metadata=TRANSIENT)
     targets: list[Target] = field(default_factory=list, metadata=TRANSIENT)
@@ -83,21 +88,39 @@ class ScheduledState(RunState):
     outcome: str = ""
 
     def take_up(
-        self, found: list[Target], model: nn.Module, criterion: Criterion, granularity: Granularity, distributed: bool
+        self,
+        found: list[Target],
+        model: nn.Module,
+        criterion: Criterion,
+        granularity: Granularity,
+        distributed: bool,
+        named: bool = True,
     ) -> dict[str, str]:
-        """Take up these targets, with an observation of their units, and return why some of them are left out."""
+        """Take up these targets, with an observation of their units, and return why some of them are left out.
+
+        Args:
+            found: The targets.
+            model: The model that they are of.
+            criterion: Scores their units.
+            granularity: Says what a unit is.
+            distributed: Whether other ranks do the same.
+            named: Whether the user has named them, so that neurons that are outputs of the model are not left out.
+        """
         active = always
         if self.observation is not None:
             self.observation.close()
             active = self.observation.active
         units, without = granularity.find_units(found, model, self.inputs, distributed) if found else ([], {})
+        outputs, self.outputs_known = dict[str, str](), True
+        if not named and not self.outputs_too:
+            units, outputs, self.outputs_known = without_outputs(units, model, granularity)
         self.units, unscored = scorable(units, criterion, self.unseen)
         self.targets = found
         self.observation = Observation(criterion, self.units, active, distributed)
         if self.observed is not None:
             self.observation.load_state_dict(self.observed)
             self.observed = None
-        return {**without, **unscored}
+        return {**without, **outputs, **unscored}
 
     @override
     def release(self) -> None:

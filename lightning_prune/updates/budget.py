@@ -26,6 +26,7 @@ class Budget:
         units: The targets.
         costs: What each part of the model costs as it is, by name.
         shares: By name of a target: the share, 0 to 1, that one unit has of a dimension of a part.
+        floor: The fraction of every target, rounded down, that stays at least.
 
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
@@ -37,12 +38,17 @@ class Budget:
     """
 
     def __init__(
-        self, units: Sequence[Units], costs: Mapping[str, float], shares: Mapping[str, Mapping[tuple[str, int], float]]
+        self,
+        units: Sequence[Units],
+        costs: Mapping[str, float],
+        shares: Mapping[str, Mapping[tuple[str, int], float]],
+        floor: float = 0.0,
     ) -> None:
         self._units = {unit.name: unit for unit in units}
         self._costs = dict(costs)
         self._shares = shares
         self._total = sum(costs.values())
+        self._floor = {unit.name: max(1, int(floor * unit.size)) if floor else 0 for unit in units}
 
     def left(self, keep: Mapping[str, int]) -> float:
         """Return the fraction of the cost, 0 to 1, that is left when so many units of each target stay."""
@@ -55,28 +61,37 @@ class Budget:
             left[name] = left.get(name, 0.0) * part
         return sum(left.values()) / self._total
 
+    def with_floor(self, floor: float) -> "Budget":
+        """Return the same cost, of which this fraction of every target stays at least."""
+        return Budget(list(self._units.values()), self._costs, self._shares, floor)
+
     @property
     def max_sparsity(self) -> float:
         """The greatest fraction of the cost, 0 to 1, that pruning can take away."""
-        return 1.0 - self.left({name: round_keep(unit, 0) for name, unit in self._units.items()})
+        return 1.0 - self.left({name: round_keep(unit, self._floor[name]) for name, unit in self._units.items()})
 
     def keep(self, scores: Scores, scope: Scope, amount: float) -> dict[str, int]:
         """Return how many units of each target stay: as many as the scope allows when this fraction has to go.
 
-        If it cannot be reached, as few stay as can.
+        If it cannot be reached, as few stay as can. A scope such as "local" takes units from several targets at once:
+        those that need not go, in the order of the targets, stay.
         """
         total, pruned = sum(scores.sizes.values()), scores.pruned()
 
         def at(count: int) -> dict[str, int]:
-            wanted = scope(scores, count / total)
-            return {n: min(round_keep(self._units[n], int(k)), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
+            wanted = {name: max(int(k), self._floor[name]) for name, k in scope(scores, count / total).items()}
+            return {n: min(round_keep(self._units[n], k), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
 
         low, high = 0, total  # the search is for the first count that is enough
         while low < high:
             middle = (low + high) // 2
             enough = self.left(at(middle)) <= 1.0 - amount + 1e-9
             low, high = (low, middle) if enough else (middle + 1, high)
-        return at(low)
+        found, before = at(low), at(max(0, low - 1))
+        for name in found:
+            more = {**found, name: max(found[name], before[name])}
+            found = more if self.left(more) <= 1.0 - amount + 1e-9 else found
+        return found
 
 
 def make_budget(

@@ -1,7 +1,8 @@
 """Sparsity target: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -33,8 +34,9 @@ class SparsityTarget:
     Args:
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
         threshold: Instead of a sparsity: every unit that scores below it is pruned.
-        min_density: Fraction of every target that is kept at least.
+        min_density: Fraction of every target that is kept at least; None is that of the granularity.
         of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model.
+        default_density: What None means: less is kept where there is no room.
 
     Raises:
         ValueError: If both or neither of sparsity and threshold are given, or an argument is out of range.
@@ -46,21 +48,23 @@ class SparsityTarget:
 
     sparsity: Sparsity | None = None
     threshold: float | None = None
-    min_density: float = 0.0
+    min_density: float | None = None
     of: Measure = "units"
+    default_density: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the arguments, and keep them as plain numbers."""
         if (self.sparsity is None) == (self.threshold is None):
             given = f"sparsity={shown(self.sparsity)} and threshold={shown(self.threshold)}"
             raise ValueError(f"give either sparsity or threshold, got {given}")
-        plain: dict[str, Any] = {"min_density": number("min_density", self.min_density, "[0, 1]")}
-        if self.sparsity is not None:
-            plain["sparsity"] = fractions("sparsity", self.sparsity)
-        if self.threshold is not None:
-            plain["threshold"] = number("threshold", self.threshold)
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        checks: dict[str, Callable[[Any], Any]] = {
+            "min_density": lambda given: number("min_density", given, "[0, 1]"),
+            "sparsity": partial(fractions, "sparsity"),
+            "threshold": partial(number, "threshold"),
+        }
+        for name, check in checks.items():
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check(given))
         choice("of", self.of, ("units", "parameters", "flops"))
         if self.min_density and not self.is_single:
             raise ValueError(
@@ -68,7 +72,7 @@ class SparsityTarget:
             )
         if self.of != "units" and not self.is_single:
             raise ValueError(f'of must be "units" for a threshold or a sparsity per layer, got {self.of!r}')
-        if self.min_density > 1.0 - self.final + 1e-9 and self.is_single:
+        if (self.min_density or 0.0) > 1.0 - self.final + 1e-9 and self.is_single:
             raise ValueError(
                 f"min_density must be at most 1 - sparsity, got {self.min_density} for a sparsity of {self.sparsity}"
             )
@@ -83,8 +87,16 @@ class SparsityTarget:
         """The sparsity that masks reach in the end; 1 where that is no single one."""
         return self.sparsity if isinstance(self.sparsity, int | float) else 1.0
 
-    def check_granularity(self, granularity: Granularity) -> None:
-        """Reject a granularity that cannot serve it.
+    @property
+    def floor(self) -> float:
+        """The fraction of every target that is kept at least."""
+        return self.default_density if self.min_density is None else self.min_density
+
+    def for_granularity(self, granularity: Granularity) -> "SparsityTarget":
+        """Return it for units of a granularity, with the fraction of every target that is kept by default.
+
+        That is at most half of what the sparsity leaves, so that the scope has something to share out; none of a
+        threshold or a sparsity per layer.
 
         Raises:
             TypeError: If it is not a granularity.
@@ -103,8 +115,8 @@ class SparsityTarget:
             )
         if self.of != "units" and not granularity.measures:
             raise ValueError(f'of must be "units" for {granularity}, got {self.of!r}')
-        if self.min_density and (self.of != "units" or granularity.round_to > 1):
-            raise ValueError(f"min_density must be 0 for {granularity} and of={self.of!r}, got {self.min_density}")
+        room = round((1.0 - self.final) / 2, 6) if self.is_single else 0.0
+        return replace(self, default_density=min(granularity.default_min_density, room))
 
     def find(
         self, model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = (), later: bool = False
@@ -136,7 +148,7 @@ class SparsityTarget:
         Each round keeps the same part of what is left; of a threshold, rounds prune more and more units below it.
 
         >>> SparsityTarget(0.75).round(0.5)
-        (SparsityTarget(sparsity=0.5, threshold=None, min_density=0.0, of='units'), 1.0)
+        (SparsityTarget(sparsity=0.5, threshold=None, min_density=None, of='units', default_density=0.0), 1.0)
         """
         if done == 1.0:
             return self, 1.0
@@ -159,11 +171,15 @@ class SparsityTarget:
         """
         if not self.is_single or (self.of == "units" and granularity.round_to == 1):
             return None
-        budget = make_budget(self.of, units, model, inputs, distributed)
+        free = make_budget(self.of, units, model, inputs, distributed)
+        budget = free.with_floor(self.floor) if self.floor else free
+        if budget.max_sparsity < self.final - 1e-9 and self.min_density is None:
+            budget = free
         if budget.max_sparsity < self.final - 1e-9:
             raise ValueError(
                 f"sparsity must be at most {budget.max_sparsity:.4f} of the {self.of}, since {granularity} leaves some "
                 f"units in each target and others are not targets, got {self.sparsity}"
+                f"{f' with min_density={self.min_density}' if self.min_density else ''}"
             )
         return budget
 
@@ -193,8 +209,8 @@ class SparsityTarget:
         amount = self.final * due
         if budget is not None:
             return budget.keep(scores, scope, amount)
-        if self.min_density:
-            return scopes.at_least(scores, amount, scope, self.min_density)
+        if self.floor:
+            return scopes.at_least(scores, amount, scope, self.floor, strict=self.min_density is not None)
         return scope(scores, amount)
 
     def by_target(self, found: Sequence[Target]) -> dict[str, float]:

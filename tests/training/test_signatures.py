@@ -119,7 +119,8 @@ def test_the_names_of_scopes_and_schedules_are_those_of_the_tables() -> None:
 @pytest.mark.parametrize("name", [name for name in CALLBACKS if "scope" in parameters(CALLBACKS[name])])
 def test_every_scope_has_a_name_in_the_signature_and_in_the_text(name: str) -> None:
     cls = CALLBACKS[name]
-    assert annotations(cls)["scope"] == scopes.ScopeName | scopes.Scope
+    default = type(None) if parameters(cls)["scope"].default is None else scopes.ScopeName
+    assert annotations(cls)["scope"] == scopes.ScopeName | scopes.Scope | default
     base = next(base for base in cls.__mro__ if "\n        scope: " in (base.__doc__ or ""))
     text = re.search(r"\n        scope: (.*?)\n        \w+: ", str(base.__doc__), re.DOTALL)
     assert text is not None

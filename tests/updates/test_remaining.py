@@ -46,7 +46,8 @@ def said(act: Callable[[], Any]) -> list[str]:
 
 @pytest.mark.parametrize("granularity", UNITS, ids=lambda units: type(units).__name__)
 def test_a_layer_that_training_leaves_empty_is_told_once(granularity: Granularity) -> None:
-    callback = Pruning(0.6, granularity=granularity, scope="global", schedule="linear", start=0, end=6, frequency=3)
+    window: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 6, "frequency": 3}
+    callback = Pruning(0.6, granularity=granularity, scope="global", min_density=0.0, **window)
     (message,) = [message for message in said(partial(fit, weak(), callback)) if "no unit" in message]
     assert not callback.masks["net.4.weight"].any()
     assert message.startswith("Pruning leaves no unit of ['net.4.weight']")
@@ -54,12 +55,13 @@ def test_a_layer_that_training_leaves_empty_is_told_once(granularity: Granularit
 
 @pytest.mark.parametrize("granularity", UNITS, ids=lambda units: type(units).__name__)
 def test_a_layer_that_prune_leaves_empty_is_told(granularity: Granularity) -> None:
-    (message,) = said(partial(prune, weak(), 0.6, granularity=granularity, scope="global"))
+    (message,) = said(partial(prune, weak(), 0.6, granularity=granularity, scope="global", min_density=0.0))
     assert message.startswith("prune leaves no unit of ['net.4.weight']")
 
 
 def test_one_unit_is_told_and_then_none() -> None:
-    callback = Pruning(0.3, granularity=Channel(), scope="global", schedule="linear", start=0, end=6, frequency=1)
+    window: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 6, "frequency": 1}
+    callback = Pruning(0.3, granularity=Channel(), scope="global", min_density=0.0, **window)
     found = said(partial(fit, Narrow(lr=1e-5), callback))
     assert [message.split(":")[0] for message in found] == [
         "Pruning leaves one unit of ['net.0.weight']",

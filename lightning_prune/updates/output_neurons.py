@@ -1,0 +1,50 @@
+"""Output neurons: those of the last layers are what a model returns, and are left out unless they are named."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lightning_prune.granularities import Granularity
+from lightning_prune.models.outputs import output_weights
+from lightning_prune.units.pooled import PooledUnits
+from lightning_prune.units.units import Units
+from lightning_prune.updates.target_sparsity import Sparsity
+
+UNKNOWN = (
+    "which layers make the outputs of the model is unknown, since it cannot be traced, so their neurons may be pruned: "
+    "ignore those layers, or name the others in targets"
+)
+
+
+def without_outputs(
+    units: Sequence[Units], model: nn.Module, granularity: Granularity
+) -> tuple[list[Units], dict[str, str], bool]:
+    """Return the units that are no outputs of a model, why the others are left out, and whether outputs are known.
+
+    Coupled units never are outputs. If there are no other units, all stay.
+
+    >>> from lightning_prune.granularities import Channel
+    >>> from lightning_prune.models.parameters import find
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> units, _ = Channel().find_units(find(model), model)
+    >>> [unit.name for unit in without_outputs(units, model, Channel())[0]]
+    ['0.weight']
+    """
+    separate = [unit for unit in units if isinstance(unit, PooledUnits)]
+    if not granularity.follows or len(units) < 2 or not separate:
+        return list(units), {}, True
+    made = output_weights(model)
+    if made is None:
+        return list(units), {}, False
+    outputs = {unit.name: "its neurons are outputs of the model" for unit in separate if unit.parameter in made}
+    left = [unit for unit in units if unit.name not in outputs]
+    return (left, outputs, True) if left else (list(units), {}, True)
+
+
+def are_named(targets: Sequence[str], sparsity: Sparsity | None) -> bool:
+    """Return whether the user has named what is to be pruned.
+
+    >>> are_named((), 0.5), are_named((), {"head.*": 0.5})
+    (False, True)
+    """
+    return bool(targets) or isinstance(sparsity, Mapping)
