@@ -24,7 +24,7 @@ from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide, score
-from lightning_prune.updates.output_neurons import UNKNOWN, are_named, without_outputs
+from lightning_prune.updates.output_neurons import UNKNOWN, without_outputs
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
@@ -114,7 +114,8 @@ def prune(
         )
     inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
     units, _ = granularity.find_units(found, model, inputs, distributed)
-    units = units if are_named(targets, sparsity) else _without_outputs(units, model, granularity)
+    named = not granularity.follows or targets or isinstance(sparsity, Mapping)
+    units = units if named else _without_outputs(units, model, granularity)
     units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
     if sequential is not None and budget is not None:

@@ -17,7 +17,6 @@ from lightning_prune.training.gradient_readers import gradient_scale, may_repair
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import RunState
-from lightning_prune.updates.output_neurons import are_named
 from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.instances import instance
@@ -105,7 +104,7 @@ class ObservedTraining(MaskedTraining):
         if state.waits:
             return
         if [id(target.parameter) for target in found] != [id(target.parameter) for target in state.targets]:
-            named = are_named(self.targets, self.sparsity)
+            named = bool(self.targets) or isinstance(self.sparsity, Mapping)
             reasons = state.take_up(found, pl_module, self.criterion, self.granularity, trainer.world_size > 1, named)
             patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
             state.left_out = {**left_out(pl_module, patterns, self.ignore), **reasons}

@@ -63,16 +63,12 @@ class ScheduledTraining(ObservedTraining):
         log_layers: bool = False,
     ) -> None:
         given = {"scope": scope, "min_density": sparsity_target.min_density}
-        instance("granularity", granularity, Granularity)
-        scope = granularity.default_scope if scope is None else scope
-        self.share_out = scopes.resolve(scope)
         self.not_given = tuple(name for name, value in given.items() if value is None)
-        self.horizon = horizon
-        self.scope = scope
-        self.start = horizon.start
-        self.end = horizon.end
-        self.interval = horizon.interval
-        self.frequency = horizon.frequency
+        granularity = instance("granularity", granularity, Granularity)
+        self.scope = granularity.default_scope if scope is None else scope
+        self.share_out = scopes.resolve(self.scope)
+        self.horizon, self.start, self.end = horizon, horizon.start, horizon.end
+        self.interval, self.frequency = horizon.interval, horizon.frequency
         super().__init__(sparsity_target, criterion, granularity, targets, ignore, log_layers)
 
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
@@ -98,8 +94,8 @@ class ScheduledTraining(ObservedTraining):
         what, label, updates = self.describe()
         levels = self.sparsity_target.by_target(self.state.targets)
         share = sharing(self.scope, self.sparsity_target) + ("" if self.state.outputs_known else f"\n{UNKNOWN}")
-        left_out = self.state.left_out
-        return plan(type(self).__name__, what, parameters, updates, self.interval, label, left_out, levels, share)
+        where = self.interval, label, self.state.left_out, levels, share
+        return plan(type(self).__name__, what, parameters, updates, *where)
 
     @property
     @override

@@ -1,6 +1,6 @@
 """Output neurons: those of the last layers are what a model returns, and are left out unless they are named."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -8,7 +8,6 @@ from lightning_prune.granularities import Granularity
 from lightning_prune.models.outputs import output_weights
 from lightning_prune.units.pooled import PooledUnits
 from lightning_prune.units.units import Units
-from lightning_prune.updates.target_sparsity import Sparsity
 
 UNKNOWN = (
     "which layers make the outputs of the model is unknown, since it cannot be traced, so their neurons may be pruned: "
@@ -39,12 +38,3 @@ def without_outputs(
     outputs = {unit.name: "its neurons are outputs of the model" for unit in separate if unit.parameter in made}
     left = [unit for unit in units if unit.name not in outputs]
     return (left, outputs, True) if left else (list(units), {}, True)
-
-
-def are_named(targets: Sequence[str], sparsity: Sparsity | None) -> bool:
-    """Return whether the user has named what is to be pruned.
-
-    >>> are_named((), 0.5), are_named((), {"head.*": 0.5})
-    (False, True)
-    """
-    return bool(targets) or isinstance(sparsity, Mapping)

@@ -1,7 +1,7 @@
 """Sparsity target: how much is to be pruned, as a sparsity, a sparsity per layer, or a threshold on the scores."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ class SparsityTarget:
     min_density: float | None = None
     of: Measure = "units"
     default_density: float = 0.0
+    floor: float = field(init=False, repr=False)  # the fraction of every target that is kept at least
 
     def __post_init__(self) -> None:
         """Check the arguments, and keep them as plain numbers."""
@@ -65,6 +66,7 @@ class SparsityTarget:
         for name, check in checks.items():
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check(given))
+        object.__setattr__(self, "floor", self.default_density if self.min_density is None else self.min_density)
         choice("of", self.of, ("units", "parameters", "flops"))
         if self.min_density and not self.is_single:
             raise ValueError(
@@ -86,11 +88,6 @@ class SparsityTarget:
     def final(self) -> float:
         """The sparsity that masks reach in the end; 1 where that is no single one."""
         return self.sparsity if isinstance(self.sparsity, int | float) else 1.0
-
-    @property
-    def floor(self) -> float:
-        """The fraction of every target that is kept at least."""
-        return self.default_density if self.min_density is None else self.min_density
 
     def for_granularity(self, granularity: Granularity) -> "SparsityTarget":
         """Return it for units of a granularity, with the fraction of every target that is kept by default.
@@ -154,7 +151,10 @@ class SparsityTarget:
             return self, 1.0
         if self.sparsity is None:
             return self, schedules.exponential(done)
-        return replace(self, sparsity=after(self.sparsity, done)), 1.0
+        if isinstance(self.sparsity, Mapping):
+            left = {pattern: schedules.after(done, fraction) for pattern, fraction in self.sparsity.items()}
+            return replace(self, sparsity=left), 1.0
+        return replace(self, sparsity=schedules.after(done, self.sparsity)), 1.0
 
     def budget(
         self,
@@ -248,14 +248,3 @@ class SparsityTarget:
         if isinstance(self.sparsity, Mapping):
             return "sparsity " + ", ".join(f"{part} of {pattern!r}" for pattern, part in self.sparsity.items())
         return f"sparsity {self.sparsity}{of}"
-
-
-def after(sparsity: Sparsity, done: float) -> Sparsity:
-    """Return the sparsity when a fraction of the rounds is done, each of which keeps the same part of what is left.
-
-    >>> after({"a": 0.75, "b": 0.0}, 0.5)
-    {'a': 0.5, 'b': 0.0}
-    """
-    if isinstance(sparsity, Mapping):
-        return {pattern: schedules.after(done, fraction) for pattern, fraction in sparsity.items()}
-    return schedules.after(done, sparsity)
