@@ -103,8 +103,6 @@ class ScheduledTraining(ObservedTraining):
         updates = self.state.updates
         return bool(updates) and self.state.applied >= updates[-1][0]
 
-    # ------------------------------------------------------------------------------------------------ a run
-
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.state.inputs is None:
@@ -140,10 +138,11 @@ class ScheduledTraining(ObservedTraining):
     @override
     def resume_with(self, changed: Mapping[str, str]) -> None:
         earlier = earlier_defaults(changed, self.not_given)
-        if earlier:  # the run goes on as it began
-            self.scope, self.share_out, self.min_density = "global", scopes.global_, 0.0
-            self.sparsity_target = replace(self.sparsity_target, default_density=0.0)
-            self.state.outputs_too = True
+        self.state.outputs_too = bool(earlier)  # the run goes on as it began
+        if "scope" in earlier:
+            self.scope, self.share_out = "global", scopes.global_
+        if "min_density" in earlier:
+            self.min_density, self.sparsity_target = 0.0, replace(self.sparsity_target, default_density=0.0)
         if changed.keys() - earlier:
             replanning.replan(self, self.state, {name: changed[name] for name in changed if name not in earlier})
 

@@ -79,6 +79,7 @@ def trained(
     schedule: str | Callable,
 ) -> tuple[Tiny, Pruning, MaskRecorder]:
     axes = {"sparsity": scope} if isinstance(scope, dict) else {"sparsity": SPARSITY, "scope": scope}
+    axes["targets"] = ("*",)  # neurons that are outputs, too
     callback = Pruning(
         **axes, criterion=criterion, granularity=granularity, schedule=schedule, start=1, end=6, frequency=2
     )

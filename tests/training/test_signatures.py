@@ -50,13 +50,13 @@ OTHERS: dict[type, dict[str, Any]] = {
             "end": 9,
         },
         **{"interval": "epoch", "frequency": 2, "targets": ["a.*"], "ignore": ["a.b"], "log_layers": True},
-        **{"grow_init": "random", "regrow": True},
+        "regrow": True,
     },
 }
 # those that do not go with the others
 ALONE: dict[type, list[dict[str, Any]]] = {
     lp.Pruning: [{"threshold": 0.5}, {"sparsity": 0.5, "min_density": 0.125}],
-    lp.SET: [],
+    lp.SET: [{"grow_init": "random"}, {"granularity": lp.SharedFanIn(8)}],
 }
 
 
