@@ -175,8 +175,7 @@ def test_every_pair_of_variants_resumes_and_each_from_every_checkpoint() -> None
     for i, j in combinations(range(4), 2):
         met = {(str(case[i]), str(case[j])) for case in CASES}
         assert met == {(str(one), str(other)) for one in axes[i] for other in axes[j]}
-    checkpoints = list(range(15))
-    assert sorted(sum((checkpoints[third(turn)] for turn in range(3)), [])) == checkpoints
+    assert sorted(i for turn in range(3) for i in range(15)[third(turn)]) == list(range(15))
 
 
 @pytest.mark.parametrize(("criterion", "granularity", "regime", "turn"), CASES, ids=label)
