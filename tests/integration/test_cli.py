@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import Fit
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 from models import MLP, QUIET, fit, size, weights, zeros
@@ -60,14 +61,6 @@ class Power(Criterion):
 def squares(model: Any, batch: list[Tensor]) -> Tensor:
     """A user's loss."""
     return model(batch[0]).square().mean()
-
-
-class Fit(LightningCLI):
-    """Knows one of the four subcommands, whose parsers take most of the time. ``test_readme.py`` has all of them."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": LightningCLI.subcommands()["fit"]}
 
 
 def run(*arguments: str, train: bool = True) -> LightningCLI:
