@@ -1,5 +1,6 @@
 """Every test starts from the same generators and leaves no thread count or figure behind."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -11,6 +12,12 @@ from lightning.fabric.utilities import registry
 # Each Trainer reads what every installed package says of itself, to find callbacks: a sixth of the time of a short run.
 registry.entry_points = cache(registry.entry_points)
 collect_ignore = ["support/namespace.py"]  # a script: what it inherits from is settled when it is imported
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what stays anyway: modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -699,14 +699,14 @@ def fuzz(examples: int) -> settings:
     )
 
 
-@fuzz(150)
+@fuzz(80)
 @given(several(1))
 def test_any_run_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases)
 
 
 @pytest.mark.distributed
-@fuzz(6)
+@fuzz(4)
 @given(several(6))
 def test_any_run_on_two_ranks_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases, size=2)  # several, since two processes take a second to start

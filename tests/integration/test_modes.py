@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -396,7 +397,11 @@ MODES: dict[str, Mode] = {
     "16-mixed-fused": Mode(
         lambda: Overflow(mlp(), optimizer=partial(SGD, fused=True)), lambda: {**scaled(), "max_epochs": 4}
     ),
-    **{name: Mode(net(mlp, optimizer=optimizer)) for name, optimizer in OPTIMIZERS.items()},
+    # one kind of criterion for each, by turns: that reads gradients and forward passes whichever optimizer steps
+    **{
+        name: Mode(net(mlp, optimizer=optimizer), kinds=(kind,))
+        for (name, optimizer), kind in zip(OPTIMIZERS.items(), cycle(KINDS))
+    },
     "manual": Mode(GAN),
     "manual-raw": Mode(lambda: GAN(raw=True)),
     "manual-16-mixed": Mode(GAN, scaled),

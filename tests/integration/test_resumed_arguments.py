@@ -179,22 +179,34 @@ OBSERVING: tuple[tuple[Criterion, Granularity], ...] = (
 )
 
 
+WHEN: dict[str, Any] = {"start": 14, "end": 14, "schedule": "one_shot"}
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A checkpoint of each in the middle of its window. Nothing is pruned so far: their weights are the same."""
+    folders = [tmp_path_factory.mktemp("observed") for _ in OBSERVING]
+    return [begun(Pruning(0.5, *axes, **WHEN), folder) for axes, folder in zip(OBSERVING, folders, strict=True)]
+
+
+def resumed(path: str, axes: tuple[Criterion, Granularity]) -> dict[str, torch.Tensor]:
+    model, callback = MLP(), Pruning(0.5, *axes, **WHEN)
+    with pytest.warns(UserWarning, match="planned again, and the statistics of the checkpoint are dropped"):
+        fit(model, callback, ckpt_path=path, max_epochs=5, limit_val_batches=0)
+    assert callback.reached
+    return dict(callback.masks)
+
+
 @pytest.mark.parametrize("second", OBSERVING, ids=lambda axes: f"{axes[0]}, {type(axes[1]).__name__}")
-def test_what_another_criterion_has_observed_is_dropped(second: tuple[Criterion, Granularity], tmp_path: Path) -> None:
+def test_what_another_criterion_has_observed_is_dropped(
+    second: tuple[Criterion, Granularity], observed: list[str]
+) -> None:
     """The checkpoint is in the middle of a window; the update comes when a whole one has been observed."""
-    when = {"start": 14, "end": 14, "schedule": "one_shot"}
-    for number, first in enumerate(axes for axes in OBSERVING if axes != second):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        path = begun(Pruning(0.5, *first, **when), folder)
-        found = []
-        for ckpt in (path, without_statistics(path)):
-            model, callback = MLP(), Pruning(0.5, *second, **when)
-            with pytest.warns(UserWarning, match="planned again, and the statistics of the checkpoint are dropped"):
-                fit(model, callback, ckpt_path=ckpt, max_epochs=6)
-            assert callback.reached
-            found.append(callback.masks)
-        assert all(torch.equal(found[0][name], found[1][name]) for name in found[1]), first
+    others = [(axes, path) for axes, path in zip(OBSERVING, observed, strict=True) if axes != second]
+    expected = resumed(without_statistics(others[0][1]), second)
+    for first, path in others:
+        found = resumed(path, second)
+        assert all(torch.equal(found[name], mask) for name, mask in expected.items()), first
 
 
 def without_statistics(path: str) -> str:

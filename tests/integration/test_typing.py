@@ -9,7 +9,17 @@ from mypy import api
 import lightning_prune
 
 ROOT = Path(lightning_prune.__file__).parents[1]
-SETTINGS = ("--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"))  # of make lint
+# beside those of make lint: what no signature of the README needs is not read, which saves two thirds of the time
+UNREAD = """
+[[tool.mypy.overrides]]
+follow_imports = "skip"
+module = [
+    "matplotlib.*", "numpy.*", "scipy.*", "sympy.*", "torchmetrics.*", "transformers.*", "torch._decomp.*",
+    "torch._dynamo.*", "torch._export.*", "torch._functorch.*", "torch._higher_order_ops.*", "torch._inductor.*",
+    "torch._prims.*", "torch._refs.*", "torch._subclasses.*", "torch.export.*", "torch.fx.*", "torch.onnx.*",
+    "torch.testing.*",
+]
+"""
 MISTAKES = """
 from lightning_prune import MagnitudePruning, Pruning, RigL
 
@@ -28,9 +38,13 @@ def test_the_readme_passes_mypy_and_mistakes_do_not(tmp_path: Path, monkeypatch:
     for number, block in enumerate(blocks):
         (tmp_path / f"readme_{number}.py").write_text(block)
     (tmp_path / "mistakes.py").write_text(MISTAKES)
+    settings = tmp_path / "pyproject.toml"
+    settings.write_text((ROOT / "pyproject.toml").read_text() + UNREAD)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MYPYPATH", str(ROOT))
-    found, errors, _ = api.run([*SETTINGS, *map(str, sorted(tmp_path.glob("*.py")))])
+    files = map(str, sorted(tmp_path.glob("*.py")))
+    cache = ROOT / ".mypy_cache" / "readme"
+    found, errors, _ = api.run(["--config-file", str(settings), "--cache-dir", str(cache), *files])
     assert not errors
     wrong = re.findall(r"\b(readme_\d+|mistakes)\.py:(\d+): error:", found)
     assert wrong == [("mistakes", line) for line in "45678"], found

@@ -39,7 +39,7 @@ def trained(kind: type[Tiny] = Accurate) -> Tiny:
 
 
 def trainer() -> Trainer:
-    return Trainer(**QUIET)
+    return Trainer(**{**QUIET, "limit_val_batches": 1.0})
 
 
 def accuracy(model: nn.Module, loader: Any) -> float:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import Fit
 from distributed import Layout, Net
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib import pyplot as plt
 from models import MLP, QUIET, fit, size, zeros
@@ -38,6 +38,7 @@ from lightning_prune import (
     PruningReport,
     Random,
 )
+from lightning_prune.reporting import html_page
 from lightning_prune.reporting.yaml_config import arguments_of, as_yaml, plain
 
 LINEAR: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 8, "frequency": 4}
@@ -69,9 +70,19 @@ def written(folder: Path, model: nn.Module | None = None, *callbacks: Any, **tra
     return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
 
 
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put empty figures into the page: to draw them takes longer than all else."""
+    monkeypatch.setattr(html_page, "as_svg", lambda figure: "<svg></svg>")
+
+
+undrawn = pytest.mark.usefixtures("no_drawing")  # for tests that look at no picture
+
+
 # ------------------------------------------------------------------------------------------------ what it records
 
 
+@undrawn
 def test_it_says_what_was_planned_what_happened_and_what_is_left(tmp_path: Path) -> None:
     model, callback = Example(), MagnitudePruning(0.5, ignore=("net.6.*",), **LINEAR)
     found = written(tmp_path, model, callback)
@@ -101,6 +112,7 @@ def test_it_says_what_was_planned_what_happened_and_what_is_left(tmp_path: Path)
     assert after["active_flops"] == 2 * 2 * (size(model) - 64)
 
 
+@undrawn
 def test_metrics_are_recorded_at_the_step_at_which_they_were_logged(tmp_path: Path) -> None:
     seen: dict[str, list[list[float]]] = {"val_loss": [], "acc<b>&": [], "loss": []}
 
@@ -119,6 +131,7 @@ def test_metrics_are_recorded_at_the_step_at_which_they_were_logged(tmp_path: Pa
     assert found["history"]["metrics"] == seen
 
 
+@undrawn
 def test_several_callbacks_are_recorded_together(tmp_path: Path) -> None:
     first = MagnitudePruning(0.5, targets=("net.0.*",), schedule="one_shot", start=2)
     second = Pruning(0.25, criterion=Random(), targets=("net.4.*",), schedule="one_shot", start=4)
@@ -127,6 +140,7 @@ def test_several_callbacks_are_recorded_together(tmp_path: Path) -> None:
     assert [callback["sparsity"] for callback in found["callbacks"]] == [0.5, 0.25]
 
 
+@undrawn
 @pytest.mark.parametrize("callback", [ConstantSparsity(), GuardedPruning("val_loss", 9.0, "min", step=0.3)])
 def test_every_pruning_callback_can_be_reported(callback: Any, tmp_path: Path) -> None:
     found = written(tmp_path, None, callback)
@@ -134,6 +148,7 @@ def test_every_pruning_callback_can_be_reported(callback: Any, tmp_path: Path) -
     assert found["sparsity"] == pytest.approx(callback.sparsity_now)
 
 
+@undrawn
 def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:
     class Broken(Example):
         def on_validation_epoch_end(self) -> None:
@@ -144,6 +159,7 @@ def test_a_metric_that_is_not_finite_is_null(tmp_path: Path) -> None:
     assert "nan" not in (tmp_path / "report.html").read_text().partition("<svg")[0].lower()
 
 
+@undrawn
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 def test_a_resumed_run_reports_all_of_it(tmp_path: Path) -> None:
@@ -171,6 +187,7 @@ class Power(Criterion):
         return units.mean(lambda weight: weight.abs() ** self.exponent)
 
 
+@undrawn
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "callback",
@@ -186,7 +203,7 @@ def test_the_configuration_repeats_the_run(callback: Any, tmp_path: Path) -> Non
     model = Example()
     found = written(tmp_path, model, callback)
     (tmp_path / "config.yaml").write_text(found["config"])
-    cli = LightningCLI(
+    cli = Fit(
         Example,
         args=["fit", "--config", str(tmp_path / "config.yaml")],
         save_config_callback=None,
@@ -210,6 +227,7 @@ def test_arguments_are_those_that_differ_from_the_defaults() -> None:
     assert plain(ERK()) == {"class_path": "lightning_prune.ERK"}, "an empty dict that a dataclass makes is a default"
 
 
+@undrawn
 def test_the_configuration_has_what_decides_over_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     arguments: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 1}
@@ -229,6 +247,7 @@ def test_the_configuration_has_what_decides_over_the_steps(tmp_path: Path, monke
 # ------------------------------------------------------------------------------------------------ where and how
 
 
+@undrawn
 def test_the_page_goes_where_the_logs_are(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"default_root_dir": tmp_path / "root", "max_epochs": 1}
     fit(MLP(), MagnitudePruning(0.5, start=0, end=1), PruningReport(), **arguments)
@@ -256,6 +275,7 @@ def test_a_pruning_callback_behind_the_report_is_refused(tmp_path: Path) -> None
         fit(MLP(), report, MagnitudePruning(0.5))
 
 
+@undrawn
 @pytest.mark.slow
 def test_another_fit_begins_another_history(tmp_path: Path) -> None:
     report = PruningReport(str(tmp_path / "report.html"))
@@ -294,6 +314,7 @@ def test_figures_go_to_loggers_that_take_them(tensorboard: TensorBoardLogger, tm
         assert picture.std() > 0.05  # there is something on it
 
 
+@undrawn
 def test_figures_are_logged_only_if_asked_for(tensorboard: TensorBoardLogger, tmp_path: Path) -> None:
     fit(Example(), MagnitudePruning(0.5, **LINEAR), PruningReport(), logger=tensorboard, max_epochs=3)
     assert Path(tensorboard.log_dir, "pruning_report.html").exists()
@@ -487,6 +508,7 @@ def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path) -> None:
     assert report.history.sparsity[-1][1] == 0.5
 
 
+@undrawn
 def test_after_shrinking_it_says_what_was_pruned(tmp_path: Path) -> None:
     callback = Pruning(0.5, granularity=Channel(), scope="local", schedule="one_shot", start=1, shrink_at_end=True)
     model = Example()

@@ -64,7 +64,7 @@ class Net(LightningModule):
             parallelize_module(self.net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
             distribute_module(self.net[4], mesh, None, _replicate, _localise)
         if self.layout in ("fsdp", "fsdp+tp"):
-            parts = [] if self.tensors else [layer for layer in self.net if isinstance(layer, nn.Linear)]
+            parts = [] if self.tensors else [self.net[0], self.net[-1]]  # the others lie in the group of the root
             for module in (*parts, self.net):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 

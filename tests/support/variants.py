@@ -88,8 +88,8 @@ METHODS: dict[str, Callable[[], MaskedTraining]] = {
 
 def label(variant: object) -> str:
     """A short name of a variant, for the name of its test."""
-    if isinstance(variant, str):
-        return variant
+    if isinstance(variant, str | int):
+        return str(variant)
     if isinstance(variant, dict):
         return "per_layer"
     if getattr(variant, "coupled", False) and isinstance(variant, Channel):
