@@ -103,7 +103,7 @@ def test_reconstruction_block_by_block_is_that_through_whole_passes() -> None:
     model = Stacked()
     reference, at_once = copy.deepcopy(model), copy.deepcopy(model)
     sparsegpt(model, 0.5, data=iter(batches()), sequential="blocks")
-    for names in (["blocks.0.*"], ["blocks.1.*"], ["blocks.2.*"], ["stem.*"]):  # the head makes the outputs
+    for names in (["blocks.0.*"], ["blocks.1.*"], ["blocks.2.*"], ["stem.*", "head.*"]):
         sparsegpt(reference, 0.5, data=batches(), targets=names)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, reference.state_dict()[name])
