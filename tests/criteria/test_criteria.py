@@ -35,7 +35,8 @@ def scores_of(
         found.update(scores)
         return scores.sizes
 
-    prune(model, 0.0, criterion=criterion, granularity=granularity, scope=look, data=data, **kwargs)
+    named = {"targets": ("*",)} if granularity.follows else {}  # neurons that are outputs, too
+    prune(model, 0.0, criterion=criterion, granularity=granularity, scope=look, data=data, **{**named, **kwargs})
     return found
 
 

@@ -298,7 +298,13 @@ def test_slimming_keeps_the_channels_whose_factors_exceed_one_threshold_and_shri
     threshold = torch.cat(factors).sort()[0][int(14 * 0.5)]
     granularity, ignore = Channel(coupled=coupled), ["8.*"]
     masks = prune(
-        model, 0.5, criterion=BatchNormScale(), granularity=granularity, ignore=ignore, example_inputs=IMAGES[0]
+        *(model, 0.5),
+        criterion=BatchNormScale(),
+        granularity=granularity,
+        scope="global",
+        min_density=0.0,
+        ignore=ignore,
+        example_inputs=IMAGES[0],
     )
     kept = [masks[f"{at}.weight"] for at in (1, 4)]
     assert all(torch.equal(mask, factor >= threshold) for mask, factor in zip(kept, factors, strict=True))
