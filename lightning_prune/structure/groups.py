@@ -42,12 +42,12 @@ class Group:
     Args:
         name: The first weight that produces the units, by its qualified name.
         members: Where they lie.
-        owner: The attention module whose heads they are; None for channels.
+        owners: The attention modules whose heads they are, several if these are tied; () for channels.
     """
 
     name: str
     members: tuple[Member, ...]
-    owner: str | None = None
+    owners: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -66,7 +66,9 @@ class Graph:
     Args:
         groups: Groups of channels and of heads.
         left_out: Weights whose channels cannot be removed, with the reason.
+        attentions: Attentions whose heads cannot be told apart, with the reason.
     """
 
     groups: tuple[Group, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    attentions: Mapping[str, str] = field(default_factory=dict)

@@ -25,7 +25,7 @@ def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> CutRecord:
             key = (member.name, member.dim)
             kept = places.setdefault(key, torch.ones(shapes[member.name][member.dim], dtype=torch.bool))
             kept[member.index[~keep.cpu()].flatten()] = False
-    heads = {group.owner: (group.size, int(keep.sum())) for group, keep in decisions if group.owner is not None}
+    heads = {owner: (group.size, int(keep.sum())) for group, keep in decisions for owner in group.owners}
     return CutRecord(places, heads)
 
 
@@ -135,10 +135,7 @@ def _update_convolution(module: nn.modules.conv._ConvNd) -> None:
 
 
 def _update_heads(module: nn.Module, before: int, now: int) -> None:
-    for name in HEADS:
-        if getattr(module, name, None) == before:
-            setattr(module, name, now)
-    for name in WIDTHS:
-        width = getattr(module, name, None)
-        if isinstance(width, int) and width % before == 0:
-            setattr(module, name, width // before * now)
+    for name in (*HEADS, *WIDTHS):  # a unit may be one of keys and values with its queries
+        number = getattr(module, name, None)
+        if isinstance(number, int) and number % before == 0:
+            setattr(module, name, number // before * now)
