@@ -420,7 +420,7 @@ class Unstated(nn.Module):
 def test_the_number_of_heads_can_be_told() -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(Unstated(), nn.Linear(8, 2)), torch.randn(2, 3, 8)
-    with pytest.raises(ValueError, match="0: the 8 channels that 0.o.weight reads cannot be divided evenly among 3"):
+    with pytest.raises(ValueError, match=r"0: the 8 channels that 0.o.weight reads cannot be divided evenly among 3"):
         prune(model, 0.5, granularity=Head(heads=3), example_inputs=inputs)
     for granularity in (Head(), Head(heads=4)):  # the shapes of views tell it as well
         masks = prune(deepcopy(model), 0.5, granularity=granularity, example_inputs=inputs)

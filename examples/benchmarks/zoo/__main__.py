@@ -5,30 +5,37 @@ It is pruned by single weights, by channels and by heads, and shrunk.
 Each model has a process of its own and a time limit. With names as arguments, these models alone.
 """
 
-import json
-import subprocess
+import multiprocessing
 import sys
-from pathlib import Path
+import time
 from typing import Any
 
 from models import MODELS
+from trial import run
 
-LIMIT = 120  # seconds, with the import of transformers
+LIMIT = 60  # seconds
 EXACT = 1e-10
+# processes that share the imports, where there are such
+PROCESSES: Any = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
 
 
 def tried(name: str) -> dict[str, Any]:
     """Return what a process found about a model."""
-    command = [sys.executable, str(Path(__file__).parent / "trial.py"), name]
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=run, args=(name, sender), daemon=True)
+    process.start()
+    sender.close()
+    result: dict[str, Any] = {}
+    end = time.monotonic() + LIMIT
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-        output, why = done.stdout, done.stderr.strip().splitlines()[-1:]
-    except subprocess.TimeoutExpired as error:
-        found = error.stdout or ""
-        output, why = found.decode() if isinstance(found, bytes) else found, [f"over {LIMIT} s"]
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    result: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return result if "heads" in result or "built" in result else {"built": "".join(why), **result}
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            result = receiver.recv()
+    except EOFError:  # it has ended
+        why = f"the process ended with {process.exitcode}" if process.exitcode else ""
+    else:
+        why = f"over {LIMIT} s"
+    process.kill()
+    return result if "heads" in result or "built" in result else {"built": why or "ended", **result}
 
 
 def cell(found: Any) -> str:

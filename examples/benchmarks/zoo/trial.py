@@ -1,6 +1,5 @@
-"""One model: pruned by weights, channels and heads, and shrunk; what came of it as one line of JSON."""
+"""One model: pruned by weights, channels and heads, and shrunk, and what came of it."""
 
-import json
 import logging
 import sys
 import time
@@ -58,16 +57,17 @@ def attempt(function: Any, *arguments: Any) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-if __name__ == "__main__":
+def run(name: str, pipe: Any) -> None:
+    """Try a model, and send what is known of it after every part."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    built = attempt(build, sys.argv[1])
+    built = attempt(build, name)
     if isinstance(built, str):
-        print(json.dumps({"built": built}))
-    else:
-        model, inputs = built
-        result: dict[str, Any] = {"weights": attempt(weights, deepcopy(model))}
-        for word, granularity in {"channels": Channel(coupled=True), "heads": Head()}.items():
-            result[word] = attempt(units, deepcopy(model), inputs, granularity)
-            print(json.dumps(result), flush=True)
+        pipe.send({"built": built})
+        return
+    model, inputs = built
+    result: dict[str, Any] = {"weights": attempt(weights, deepcopy(model))}
+    for word, granularity in {"channels": Channel(coupled=True), "heads": Head()}.items():
+        result[word] = attempt(units, deepcopy(model), inputs, granularity)
+        pipe.send(result)
