@@ -1,4 +1,4 @@
-"""Transformers as they come from their library: channels and heads are found, go, and leave the outputs as they were."""
+"""Transformers as their library has them: channels and heads are found and go, and the outputs stay as they were."""
 
 from typing import Any
 
