@@ -35,11 +35,18 @@ def feed(model: nn.Module, inputs: Any) -> Any:
     >>> feed(nn.Identity(), {"input": torch.ones(2)})
     tensor([1., 1.])
     """
-    return model(**inputs) if _by_keyword(model, inputs) else model(inputs)
+    return model(**inputs) if by_keyword(model, inputs) else model(inputs)
 
 
-def _by_keyword(model: nn.Module, inputs: Any) -> bool:
-    """Return whether a mapping holds keyword arguments of a model, rather than being its argument."""
+def by_keyword(model: nn.Module, inputs: Any) -> bool:
+    """Return whether inputs are a mapping that holds keyword arguments of a model, rather than being its argument.
+
+    Raises:
+        TypeError: If some, but not all, keys are arguments of ``forward``.
+
+    >>> by_keyword(nn.Identity(), {"input": 1}), by_keyword(nn.Identity(), {"x": 1})
+    (True, False)
+    """
     if not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs):
         return False
     signature = inspect.signature(model.forward)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria.criterion import Criterion, Loss
 from lightning_prune.granularities import Granularity
-from lightning_prune.models.forward import example_of, feed
+from lightning_prune.models.forward import by_keyword, example_of, feed
 from lightning_prune.models.parameters import Target
 from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.tensors.distributed import average_gradients
@@ -148,7 +148,7 @@ def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
 
 
 def _default_loss(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
+    if by_keyword(model, batch):
         return _own_loss(model, batch)
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ValueError(f"loss must be given where a batch is not (inputs, targets), got a {type(batch).__name__}")

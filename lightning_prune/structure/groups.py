@@ -11,7 +11,10 @@ Direction = Literal["in", "out", "both"]  # which channels of a layer are remove
 Item = tuple[Any, Direction, list[int], list[Any]]  # module, direction, its channels, the channels of the first layer
 
 
-HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")
+HEADS = (
+    *("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h"),
+    *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
+)
 
 
 WIDTHS = ("all_head_size", "inner_dim", "inner_features", "attn_dim", "split_size")

@@ -68,6 +68,7 @@ def run(name: str, pipe: Any) -> None:
         return
     model, inputs = built
     result: dict[str, Any] = {"weights": attempt(weights, deepcopy(model))}
+    pipe.send(result)
     for word, granularity in {"channels": Channel(coupled=True), "heads": Head()}.items():
         result[word] = attempt(units, deepcopy(model), inputs, granularity)
         pipe.send(result)
