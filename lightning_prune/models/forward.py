@@ -1,13 +1,15 @@
 """Forward passes: runs a model on example inputs of any form, and compares outputs."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.models.preserving import eager, evaluating
+from lightning_prune.models.preserving import cacheless, eager, evaluating
 from lightning_prune.validation.values import shown
 
 Inputs = Any  # a tensor, a tuple or list of positional arguments, or a dict of keyword arguments
@@ -24,6 +26,43 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
+def feed(model: nn.Module, inputs: Any) -> Any:
+    """Return the output of a model for the inputs of a batch; a mapping is passed by keyword where its keys say so.
+
+    Raises:
+        TypeError: If some, but not all, keys of a mapping are arguments of ``forward``.
+
+    >>> feed(nn.Identity(), {"input": torch.ones(2)})
+    tensor([1., 1.])
+    """
+    return model(**inputs) if by_keyword(model, inputs) else model(inputs)
+
+
+def by_keyword(model: nn.Module, inputs: Any) -> bool:
+    """Return whether inputs are a mapping that holds keyword arguments of a model, rather than being its argument.
+
+    Raises:
+        TypeError: If some, but not all, keys are arguments of ``forward``.
+
+    >>> by_keyword(nn.Identity(), {"input": 1}), by_keyword(nn.Identity(), {"x": 1})
+    (True, False)
+    """
+    if not isinstance(inputs, Mapping) or not all(isinstance(key, str) for key in inputs):
+        return False
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(**inputs)
+    except TypeError as error:
+        taken = [key for key in inputs if key in signature.parameters]
+        if not taken:
+            return False
+        raise TypeError(
+            f"a batch that is a mapping must have the arguments of {type(model).__name__}.forward as its keys, got "
+            f"{list(inputs)} ({error}): drop the other entries in the loader's collate_fn, or pass loss="
+        ) from error
+    return True
+
+
 def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = None) -> Inputs:
     """Return nested tensors on a device, the floating-point ones in a dtype.
 
@@ -38,6 +77,11 @@ def convert(inputs: Inputs, device: torch.device, dtype: torch.dtype | None = No
     if isinstance(inputs, tuple):
         parts = [convert(part, device, dtype) for part in inputs]
         return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
+    if is_dataclass(inputs) and not isinstance(inputs, type | dict):
+        moved = copy.copy(inputs)
+        for field in fields(inputs):  # one that is frozen, too
+            object.__setattr__(moved, field.name, convert(getattr(inputs, field.name), device, dtype))
+        return moved
     if isinstance(inputs, list | dict):  # a subclass keeps its other attributes
         copied = copy.copy(inputs)
         for key, part in inputs.items() if isinstance(inputs, dict) else enumerate(inputs):
@@ -107,8 +151,9 @@ def tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from tensors(value)
-    elif hasattr(output, "__dataclass_fields__"):
-        yield from tensors(vars(output))
+    elif is_dataclass(output) and not isinstance(output, type):  # slots have no vars
+        for field in fields(output):
+            yield from tensors(getattr(output, field.name, None))
 
 
 def difference(output: Any, other: Any) -> float:
@@ -134,5 +179,5 @@ def _relative(tensor: Tensor, other: Tensor) -> float:
 @torch.no_grad()
 def run(model: nn.Module, inputs: Inputs) -> Any:
     """Return the output of a model in eval mode, and leave its modes and the random state as they were."""
-    with evaluating(model), torch.random.fork_rng(devices=[]), eager():
+    with evaluating(model), torch.random.fork_rng(devices=[]), eager(), cacheless(model):
         return call(model, inputs)

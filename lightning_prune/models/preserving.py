@@ -82,6 +82,35 @@ def keeping_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
+@contextmanager
+def cacheless(model: nn.Module) -> Iterator[None]:
+    """Run a transformer without its key-value cache, which would count as an output and change from call to call.
+
+    >>> from types import SimpleNamespace
+    >>> model = nn.Identity()
+    >>> model.config = SimpleNamespace(use_cache=True)
+    >>> with cacheless(model):
+    ...     model.config.use_cache
+    False
+    >>> model.config.use_cache
+    True
+    """
+    found: dict[int, Any] = {id(config): config for module in model.modules() for config in _configs(module)}
+    try:
+        for config in found.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in found.values():
+            config.use_cache = True
+
+
+def _configs(module: nn.Module) -> Iterator[Any]:
+    config: Any = getattr(module, "config", None)
+    if not isinstance(config, dict) and getattr(config, "use_cache", None) is True:
+        yield config
+
+
 class _Stance:
     """Runs compiled modules eagerly from the first ``enter`` to the last ``leave``."""
 

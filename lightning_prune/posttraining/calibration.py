@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_prune.models.forward import convert, device_of, inputs_of
-from lightning_prune.models.preserving import evaluating, keeping_gradients, keeping_values
+from lightning_prune.models.forward import convert, device_of, feed, inputs_of
+from lightning_prune.models.preserving import cacheless, evaluating, keeping_gradients, keeping_values
 from lightning_prune.validation.values import shown
 
 Run = Callable[[Any], Any]
@@ -32,7 +32,7 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
     cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     norms = batch_norms(model) if batch_statistics else []
     kept = keeping_values(buffer for norm in norms for buffer in norm.buffers())
-    with evaluating(model, norms), keeping_gradients(model), kept, torch.random.fork_rng(list(cuda)):
+    with evaluating(model, norms), cacheless(model), keeping_gradients(model), kept, torch.random.fork_rng(list(cuda)):
         yield
 
 
@@ -56,12 +56,15 @@ def take(data: Iterable[Any] | None, count: int | None, model: nn.Module) -> Ite
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on the inputs of a batch: its first item if it is a list or tuple, otherwise the batch itself."""
+    """Run a model on the inputs of a batch: its first item if it is a list or tuple, otherwise the batch itself.
+
+    Inputs that are a mapping, as tokenizers return them, are the keyword arguments of the model.
+    """
     inputs = inputs_of(batch)
     if isinstance(inputs, _NOT_INPUTS) or type(inputs).__module__ == "numpy":
         raise TypeError(f"batches of data, samples or a loader must contain tensors, got {shown(inputs)}")
     with torch.no_grad():
-        return model(inputs)
+        return feed(model, inputs)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Observing over data: what a criterion needs of a model, from the batches of a loader instead of a training run."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import length_hint
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.criteria.criterion import Criterion, Loss
 from lightning_prune.granularities import Granularity
-from lightning_prune.models.forward import example_of
+from lightning_prune.models.forward import by_keyword, example_of, feed
 from lightning_prune.models.parameters import Target
 from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
 from lightning_prune.tensors.distributed import average_gradients
@@ -148,11 +148,26 @@ def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
 
 
 def _default_loss(model: nn.Module, batch: Any) -> Tensor:
+    if by_keyword(model, batch):
+        return _own_loss(model, batch)
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ValueError(f"loss must be given where a batch is not (inputs, targets), got a {type(batch).__name__}")
-    output, target = model(batch[0]), batch[1]
+    output, target = feed(model, batch[0]), batch[1]
+    output = getattr(output, "logits", output)
     return (
         nn.functional.mse_loss(output, target)
         if target.is_floating_point()
         else nn.functional.cross_entropy(output, target)
     )
+
+
+def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the loss that a model computes itself from a batch with labels, as those of transformers do."""
+    output = feed(model, batch)
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"loss must be given where the model returns none, got the batch {list(batch)} and an output of "
+            f"{type(output).__name__}: add labels to the batch, or pass loss=lambda model, batch: ..."
+        )
+    return found

@@ -70,10 +70,11 @@ def prune(
         of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
             model, where those count as gone that go with the pruned units. At least so many go.
         data: Batches for a criterion that observes: as many as its ``window`` says are taken, all if that is None. A
-            warning says so where a default leaves some out.
+            warning says so where a default leaves some out. Keyword arguments, as tokenizers return them, are fine.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
-            cross-entropy for integer targets, else the mean squared error. If it is given, it is also what is run on a
-            batch for a criterion that needs forward passes.
+            cross-entropy for integer targets, else the mean squared error; or keyword arguments with labels, for models
+            that return their loss. If it is given, it is also what is run on a batch for a criterion that needs
+            forward passes.
         rounds: Times to score and prune the same part of what is left: after k of n, ``(1 - sparsity)**(k / n)`` stays.
             With more than one, as with ``sequential``, the batches are held.
         sequential: Name of the ModuleList or Sequential whose blocks run one after another, for a criterion that needs

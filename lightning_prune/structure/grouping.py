@@ -128,7 +128,7 @@ def _group(members: Iterable[Member], order: Mapping[str, int], owner: str | Non
     ordered = sorted(members, key=lambda member: (member.role != "producer", order[member.name]))
     if ordered[0].role != "producer":
         raise UnsupportedError("no layer produces its channels")
-    return Group(ordered[0].name, tuple(ordered), owner)
+    return Group(ordered[0].name, tuple(ordered), () if owner is None else (owner,))
 
 
 def _by_head(width: int, heads: int) -> Tensor:

@@ -11,7 +11,10 @@ Direction = Literal["in", "out", "both"]  # which channels of a layer are remove
 Item = tuple[Any, Direction, list[int], list[Any]]  # module, direction, its channels, the channels of the first layer
 
 
-HEADS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")
+HEADS = (
+    *("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h"),
+    *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
+)
 
 
 WIDTHS = ("all_head_size", "inner_dim", "inner_features", "attn_dim", "split_size")
@@ -42,12 +45,12 @@ class Group:
     Args:
         name: The first weight that produces the units, by its qualified name.
         members: Where they lie.
-        owner: The attention module whose heads they are; None for channels.
+        owners: The attention modules whose heads they are, several if these are tied; () for channels.
     """
 
     name: str
     members: tuple[Member, ...]
-    owner: str | None = None
+    owners: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -66,7 +69,9 @@ class Graph:
     Args:
         groups: Groups of channels and of heads.
         left_out: Weights whose channels cannot be removed, with the reason.
+        attentions: Attentions whose heads cannot be told apart, with the reason.
     """
 
     groups: tuple[Group, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    attentions: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,9 @@
 """Surgery: cuts units out of the parameters and buffers of a model, and updates the sizes that its layers state."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> CutRecord:
             key = (member.name, member.dim)
             kept = places.setdefault(key, torch.ones(shapes[member.name][member.dim], dtype=torch.bool))
             kept[member.index[~keep.cpu()].flatten()] = False
-    heads = {group.owner: (group.size, int(keep.sum())) for group, keep in decisions if group.owner is not None}
+    heads = {owner: (group.size, int(keep.sum())) for group, keep in decisions for owner in group.owners}
     return CutRecord(places, heads)
 
 
@@ -77,8 +79,9 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
         grad, tensor.grad = tensor.grad, None  # a gradient must always have the shape of the data
         tensor.data = select(tensor.data, dim, places)
         tensor.grad = None if grad is None else select(grad, dim, places)
-    for name, module in model.named_modules():
+    for module in model.modules():
         update_sizes(module)
+    for name, module in model.named_modules():  # from the sizes of their layers
         if plain_name(name) in kept.heads:
             _update_heads(module, *kept.heads[plain_name(name)])
 
@@ -134,11 +137,20 @@ def _update_convolution(module: nn.modules.conv._ConvNd) -> None:
     module.in_channels = module.weight.shape[1 - outputs] * (1 if module.transposed else module.groups)
 
 
-def _update_heads(module: nn.Module, before: int, now: int) -> None:
-    for name in HEADS:
-        if getattr(module, name, None) == before:
-            setattr(module, name, now)
-    for name in WIDTHS:
-        width = getattr(module, name, None)
-        if isinstance(width, int) and width % before == 0:
-            setattr(module, name, width // before * now)
+def _update_heads(module: Any, before: int, now: int) -> None:
+    _scale(module, (*HEADS, *WIDTHS), before, now)
+    reads: set[str] = set(getattr(type(module).forward, "__code__", _scale.__code__).co_names)
+    if "config" in reads and reads.intersection(HEADS):  # the other attentions may have other numbers of heads
+        module.config = copy.copy(module.config)
+        _scale(module.config, HEADS, before, now)
+    queries, keys = getattr(module, "q_proj", None), getattr(module, "k_proj", None)
+    if hasattr(module, "num_key_value_groups") and isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear):
+        module.num_key_value_groups = queries.out_features // keys.out_features
+
+
+def _scale(owner: Any, names: Iterable[str], before: int, now: int) -> None:
+    """Scale the numbers that an object states; a unit may be several heads of queries and one of keys and values."""
+    for name in names:
+        number = getattr(owner, name, None)
+        if isinstance(number, int) and number % before == 0:
+            setattr(owner, name, number // before * now)

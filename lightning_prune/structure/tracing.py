@@ -1,6 +1,7 @@
 """Tracing: which channels of which parameters must be removed together, from Torch-Pruning's dependency graph."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, call, convert, tensors
 from lightning_prune.models.orientation import untransposed
+from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import eager
+from lightning_prune.structure.channel_flow import ChannelFlow
 from lightning_prune.structure.grouping import ROOTS, GroupBuilder, packed_heads
 from lightning_prune.structure.groups import Direction, Graph
 from lightning_prune.structure.layer_slices import UnsupportedError
@@ -34,6 +37,39 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     >>> [(member.name, member.dim, member.role) for member in trace(model, torch.randn(2, 4)).groups[0].members]
     [('0.weight', 0, 'producer'), ('0.bias', 0, 'dependent'), ('2.weight', 1, 'consumer')]
     """
+    flow = _flow(model, inputs, heads)
+    if flow is not None and flow.attends:
+        return _followed(flow, model)
+    try:
+        return _depending(model, inputs, heads)
+    except ValueError:
+        graph = _followed(flow, model) if flow is not None else Graph(())
+        if graph.groups:
+            return graph
+        raise
+
+
+def _flow(model: nn.Module, inputs: Inputs, heads: int | None) -> ChannelFlow | None:
+    """Return the forward pass of a copy of the model, to follow its channels; None if it does not run."""
+    try:
+        return ChannelFlow(copied(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32), heads)
+    except Exception:  # the user's forward may need its own device or dtype
+        try:
+            return ChannelFlow(copied(model), inputs, heads)
+        except Exception:  # or the numbers that it has
+            return None
+
+
+def _followed(flow: ChannelFlow, model: nn.Module) -> Graph:
+    """Return the groups that a forward pass shows."""
+    order = {plain_name(n): at for at, (n, _) in enumerate([*model.named_parameters(), *model.named_buffers()])}
+    graph, packed = flow.graph(order), packed_heads(model)
+    groups = sorted((*packed, *graph.groups), key=lambda group: order[group.name])
+    return replace(graph, groups=tuple(groups))
+
+
+def _depending(model: nn.Module, inputs: Inputs, heads: int | None) -> Graph:
+    """Return the groups that Torch-Pruning's dependency graph shows."""
     require_torch_pruning()
     traced, dependencies, found = _traced(model, inputs)
     builder = GroupBuilder(traced, heads)

@@ -111,6 +111,8 @@ def coupled_units(
     if not proven:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         if coupling.by_head and not why:
+            why = "; ".join(f"{name}: {reason}" for name, reason in graph.attentions.items())
+        if coupling.by_head and not why:
             why = f"no attention with {coupling.heads or 'a stated number of'} heads is known"
         raise ValueError(f"{coupling} must find units to prune, got none ({why})")
     norms = cache(partial(following_norms, model))
@@ -145,7 +147,7 @@ def _candidates(
     candidates = []
     for group in graph.groups:
         reason = _unfit(group, heads, targets, parameters)
-        if reason is None and (group.owner is not None) == heads:
+        if reason is None and bool(group.owners) == heads:
             candidates.append(group)
         elif reason is not None:
             reasons.update({member.name: reason for member in group.role("producer")})
@@ -156,10 +158,10 @@ def _unfit(
     group: Group, heads: bool, targets: Mapping[str, Target], parameters: Mapping[str, nn.Parameter]
 ) -> str | None:
     """Return why a group has no units, if there is more to say than that it is no group of heads."""
-    if heads and group.owner is None:
+    if heads and not group.owners:
         return None
-    if group.owner is not None and not heads:
-        return f"the channels of the attention {group.owner} go by heads: use Head()"
+    if group.owners and not heads:
+        return f"the channels of the attention {group.owners[0]} go by heads: use Head()"
     others = [member.name for member in group.role("producer") if member.name not in targets]
     if others:
         return f"its channels are those of {others[0]} too, which is not among the targets"

@@ -1,0 +1,121 @@
+"""Transformers as their library has them: channels and heads are found and go, and the outputs stay as they were."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import Channel, Head, prune, shrink
+from lightning_prune.structure.tracing import trace
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 30},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
+SHORT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_inner": 24, "vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2}
+KINDS: dict[str, tuple[str, dict[str, Any], int, int]] = {  # model, its sizes, units of channels, units of heads
+    "encoder": ("BertModel", SIZES, 24, 4),
+    "disentangled": ("DebertaV2Model", {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, 24, 4),
+    "fused and gated": ("ModernBertModel", SIZES, 24, 4),
+    "position biases": ("MPNetModel", SIZES, 24, 4),
+    "transposed": ("GPT2LMHeadModel", SHORT, 24, 4),
+    "fused": ("GPTNeoXForCausalLM", SIZES, 24, 4),
+    "one key": ("FalconForCausalLM", {**SIZES, "ffn_hidden_size": 24, "alibi": False}, 24, 4),
+    "gated, grouped queries": ("LlamaForCausalLM", {**SIZES, "num_key_value_heads": 2}, 24, 2),
+    "one key, gated": ("LlamaForCausalLM", {**SIZES, "num_key_value_heads": 1}, 24, 4),
+    "fused, grouped queries": (
+        "FalconForCausalLM",
+        {**SIZES, "ffn_hidden_size": 24, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+        *(24, 2),
+    ),
+    "numbers of heads in the config": ("Phi3ForCausalLM", {**SIZES, "num_key_value_heads": 2}, 24, 2),
+    "experts": ("MixtralForCausalLM", {**SIZES, "num_key_value_heads": 2, "num_local_experts": 3}, 24, 2),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model in double precision, and a batch as a tokenizer returns it."""
+    torch.manual_seed(0)
+    name, sizes, *_ = KINDS[kind]
+    cls = getattr(transformers, name)
+    config = cls.config_class(**sizes)
+    config._experts_implementation = "eager"  # the others have no double precision
+    ids = torch.randint(3, 30, (2, 5))
+    ids[1, 3:] = 0
+    return cls(config).double().eval(), {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def without_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values[:1] for name, values in batch.items()}
+
+
+def output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch)[0]
+
+
+@kinds
+@pytest.mark.parametrize("heads", [False, True])
+def test_half_of_the_units_go_and_the_outputs_stay(kind: str, heads: bool) -> None:
+    model, batch = build(kind)
+    count = KINDS[kind][2 + heads]
+    granularity = Head() if heads else Channel(coupled=True)
+    masks = prune(model, 0.5, granularity=granularity, example_inputs=without_padding(batch))
+    small = shrink(model, without_padding(batch), masks=masks)
+    for example in (batch, without_padding(batch)):  # which run through other functions
+        assert torch.allclose(output(small, example), output(model, example), rtol=0.0, atol=1e-10)
+    (group,) = [group for group in trace(model, batch).groups if bool(group.owners) == heads]
+    assert group.size == count
+    parameters = dict(small.named_parameters())
+    for member in group.members:
+        length = dict(model.named_parameters())[member.name].shape[member.dim]
+        assert parameters[member.name].shape[member.dim] == length - member.index.numel() // 2
+    assert getattr(model.config, "use_cache", None) in (None, True)  # as it was
+
+
+def test_a_shrunk_decoder_generates() -> None:
+    model, batch = build("gated, grouped queries")
+    small = shrink(model, batch, masks=prune(model, 0.5, granularity=Head(), example_inputs=batch))
+    attention = small.model.layers[0].self_attn
+    assert attention.q_proj.out_features == 2 * attention.k_proj.out_features == 16
+    written = [each.generate(**without_padding(batch), max_new_tokens=4, do_sample=False) for each in (model, small)]
+    assert torch.equal(*written)
+
+
+def test_what_stays_has_a_reason_that_names_the_layer() -> None:
+    model, batch = build("gated, grouped queries")
+    reasons = trace(model, batch).left_out
+    assert reasons["lm_head.weight"] == "its channels are outputs of the model"
+    assert reasons["model.layers.0.self_attn.o_proj.weight"] == (
+        "model.layers.0.mlp.gate_proj.weight reads a mixture of its channels, as behind a norm over all of them"
+    )
+
+
+class Rectified(nn.Module):
+    """Attention beside a block with a rectifier, whose channels may all be inactive, and a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.norm, self.down = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 8)
+        nn.init.constant_(self.up.bias, -100.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = self.o((torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2))
+        return self.down(torch.relu(self.norm(self.up(x).transpose(1, 2)).transpose(1, 2)))
+
+
+def test_rectifiers_hide_no_channel() -> None:
+    by_name = {group.name: group for group in trace(Rectified(), torch.randn(2, 3, 8)).groups}
+    assert by_name["q.weight"].size == 2
+    assert by_name["up.weight"].size == 6
+    assert {member.name for member in by_name["up.weight"].members} == {
+        *("up.weight", "up.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "down.weight")
+    }
+    assert by_name["o.weight"].size == 8
