@@ -53,7 +53,12 @@ def test_a_block_is_calibrated_behind_the_pruned_ones(keyword: bool) -> None:
     model, reference = Stacked(keyword), Stacked(keyword)
     reference.load_state_dict(model.state_dict())
     masks = prune(
-        model, 0.5, criterion=Entropy("low", window=3), granularity=Channel(), data=batches(), sequential="blocks"
+        *(model, 0.5),
+        criterion=Entropy("low", window=3),
+        granularity=Channel(),
+        targets=("*",),
+        data=batches(),
+        sequential="blocks",
     )
     # by hand: block after block, each through whole passes of the model, then all that is left
     expected = Masks()

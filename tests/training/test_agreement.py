@@ -48,7 +48,7 @@ def assert_honest(model: nn.Module, callback: Any) -> None:
     "make",
     [
         partial(MagnitudePruning, 0.5, **GRADUAL),
-        partial(Pruning, 0.5, granularity=Channel(coupled=False), **GRADUAL),
+        partial(Pruning, 0.5, granularity=Channel(coupled=False), targets=("*",), **GRADUAL),
         partial(RigL, 0.5, frequency=1, end=1.0),
         partial(SET, 0.5, frequency=1, end=1.0),
         partial(ACDC, 0.5, start=0, end=8, frequency=1),

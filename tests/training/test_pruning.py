@@ -84,7 +84,7 @@ def test_every_strategy_works_one_shot_gradually_and_on_a_pretrained_model(
     if when["start"] == 0:
         fit(model)
     window = {"window": 1} if strategy in (EntropyPruning, SensitivityPruning) else {}
-    callback = strategy(0.5, **window, **when)
+    callback = strategy(0.5, scope="global", targets=("*",), **window, **when)
     fit(model, callback)
     if strategy is MagnitudePruning:
         assert zeros(model) == round(0.5 * 158)
@@ -395,7 +395,8 @@ def test_averaged_copies_are_pruned_too() -> None:
 def test_an_update_waits_until_the_window_is_full(
     criterion: Criterion, arguments: dict[str, Any], batches: list[int]
 ) -> None:
-    callback = Pruning(0.5, criterion=criterion, granularity=Channel(), **{"schedule": stairs, **arguments})
+    axes: dict[str, Any] = {"criterion": criterion, "granularity": Channel(), "scope": "global", "targets": ("*",)}
+    callback = Pruning(0.5, **axes, **{"schedule": stairs, **arguments})
     recorder = MaskRecorder(callback)
     model = MLP()
     fit(model, callback, recorder)

@@ -122,7 +122,7 @@ def test_random_pruning_takes_whole_neurons_anywhere() -> None:
 
 def test_random_pruning_draws_anew_for_each_layer() -> None:
     model = Still(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), [torch.ones(2, 12)])
-    callback = RandomPruning(0.5, scope="local", schedule="one_shot", start=0)
+    callback = RandomPruning(0.5, scope="local", targets=("*",), schedule="one_shot", start=0)
     fit(model, callback, max_epochs=1)
     assert not torch.equal(callback.masks["layer.0.weight"], callback.masks["layer.1.weight"])
 
@@ -296,9 +296,10 @@ def test_a_criterion_of_the_user_is_one_method() -> None:
 
 @pytest.mark.parametrize("strategy", [EntropyPruning, SensitivityPruning])
 def test_the_strategies_differ_from_chance_on_a_net_that_learns(strategy: type[Pruning]) -> None:
-    model, callback = MLP(), strategy(0.5, window=4, schedule="one_shot", start=4)
+    when: dict[str, Any] = {"schedule": "one_shot", "start": 4, "scope": "global", "targets": ("*",)}
+    model, callback = MLP(), strategy(0.5, window=4, **when)
     fit(model, callback)
-    chance = RandomPruning(0.5, schedule="one_shot", start=4)
+    chance = RandomPruning(0.5, **when)
     fit(MLP(), chance)
     assert not all(torch.equal(callback.masks[name], chance.masks[name]) for name in weights(model))
     assert math.isclose(sum(callback.masks[name].any(1).sum() for name in weights(model)), 21 - round(0.5 * 21))

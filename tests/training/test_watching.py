@@ -50,7 +50,7 @@ def test_the_logger_gets_the_sparsity_that_the_masks_have_after_each_step(tmp_pa
 
 @pytest.mark.parametrize("granularity", [None, Channel()], ids=["weight", "channel"])
 def test_each_layer_is_logged_on_request(granularity: Channel | None, tmp_path: Path) -> None:
-    more = {"granularity": granularity} if granularity else {}
+    more: dict[str, Any] = {"granularity": granularity, "targets": ("*",)} if granularity else {}
     model, rows = logged(tmp_path, Pruning(0.6, log_layers=True, **more))
     layers = {name: value for name, value in rows[-1].items() if name.startswith("pruning/sparsity/")}
     assert layers.keys() == {f"pruning/sparsity/{name}.weight" for name in ("net.0", "net.4", "net.6")}
