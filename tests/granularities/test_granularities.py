@@ -222,7 +222,7 @@ def test_a_pruned_channel_puts_out_zero_whatever_goes_in() -> None:
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
     model[1].running_mean.data.uniform_(-1, 1)
     nn.init.uniform_(model[1].bias, 1.0, 2.0)
-    masks = prune(model, 0.5, granularity=Channel())
+    masks = prune(model, 0.5, granularity=Channel(), targets=("*",))
     gone = ~masks["0.bias"]
     assert torch.equal(gone, ~masks["1.weight"])
     assert torch.equal(gone, ~masks["1.bias"])

@@ -138,8 +138,10 @@ class Case(_Short):
             self.end,
             self.interval,
             self.frequency,
+            targets=("*",),  # neurons that are outputs, too
             ignore=self.ignore,
             threshold=self.threshold,
+            min_density=0.0,
         )
 
     def train(self, model: nn.Module, *callbacks: Callback, ckpt_path: Path | None = None) -> Trainer:

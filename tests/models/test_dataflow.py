@@ -288,12 +288,13 @@ def test_without_a_norm_nothing_is_traced() -> None:
 @pytest.mark.slow
 def test_a_compiled_layer_has_its_norm() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.LayerNorm(4))
-    plain = list(prune(copy.deepcopy(model), 0.5, granularity=Channel()))
+    named: dict[str, Any] = {"granularity": Channel(), "targets": ("*",)}
+    plain = list(prune(copy.deepcopy(model), 0.5, **named))
     assert plain == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias"]
     model[0] = torch.compile(model[0])
     model[2].compile()
-    assert list(prune(model, 0.5, granularity=Channel())) == plain
-    assert list(prune(torch.compile(model), 0.5, granularity=Channel())) == plain
+    assert list(prune(model, 0.5, **named)) == plain
+    assert list(prune(torch.compile(model), 0.5, **named)) == plain
 
 
 # ------------------------------------------------------------------------------------------------ unnoticed

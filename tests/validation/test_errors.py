@@ -167,7 +167,9 @@ def test_a_model_without_a_prunable_parameter_is_refused() -> None:
     refused(r"must have a prunable parameter .* got none \(frozen: ", frozen(), PruningAtInit(0.5))
 
 
-@pytest.mark.parametrize("callback", [MagnitudePruning(0.5), RigL(0.5), SensitivityPruning(0.5, window=1)])
+@pytest.mark.parametrize(
+    "callback", [MagnitudePruning(0.5), RigL(0.5), SensitivityPruning(0.5, window=1, targets=["*"])]
+)
 def test_targets_that_are_all_frozen_may_be_trained_later(callback: Any) -> None:
     told = f"{type(callback).__name__} finds all its targets frozen: it prunes them once they are trained"
     thaw = On(on_train_epoch_start=lambda trainer, model: model.requires_grad_() if trainer.current_epoch else None)
