@@ -60,7 +60,8 @@ class ChannelFlow:
         assert step.consumed is not None
         hits = touched([step.values], sources)
         live = [number for number, hit in enumerate(hits) if hit is not None]
-        if not any(number < len(self.steps) for number in live):
+        made = sum(number < len(self.steps) for number in live)
+        if not made:
             return
         dims = [self._dims(number) for number in live]
         count = step.values.shape[step.read]
@@ -71,11 +72,8 @@ class ChannelFlow:
             )
             self._mix(hits, f"the channels that {step.consumed.name} reads are those of heads")
             return
-        found = reach(step.values, step.read, [sources[n] for n in live], dims, count // heads)
-        made = (
-            [] if found is None else [unit for (place, _), unit in found.units.items() if live[place] < len(self.steps)]
-        )
-        if found is None or not any((unit >= 0).any() for unit in made):
+        found = reach(step.values, step.read, [sources[n] for n in live], dims, made, count // heads)
+        if found is None:
             self._mix(hits, f"{step.consumed.name} reads a mixture of its channels, as behind a norm over all of them")
             return
         link = Link(count // found.size, found.size, step.attention)

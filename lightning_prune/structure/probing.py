@@ -22,7 +22,7 @@ class Reach:
 
 
 def reach(
-    values: Tensor, read: int, sources: Sequence[Tensor], dims: Sequence[Sequence[int]], size: int = 1
+    values: Tensor, read: int, sources: Sequence[Tensor], dims: Sequence[Sequence[int]], made: int, size: int = 1
 ) -> Reach | None:
     """Return the smallest units of an activation that depend on channels of their own; None if there are none.
 
@@ -33,16 +33,19 @@ def reach(
         read: Its dimension with the channels.
         sources: What it may depend on.
         dims: The dimensions of each source that may hold its channels.
+        made: How many of the sources, the first ones, are outputs of weights. One of them must have such channels.
         size: The number of channels in a unit is a multiple of this.
 
     >>> earlier = torch.rand(2, 3, requires_grad=True)
-    >>> reach(earlier.exp(), -1, [earlier], [[1]])
+    >>> reach(earlier.exp(), -1, [earlier], [[1]], 1)
     Reach(size=1, units={(0, 1): tensor([0, 1, 2])})
     """
     count = values.shape[read]
+    if _mixes(values, read, sources[:made]):
+        return None
     for width in divisors(count)[:-1]:
         if width % size == 0:
-            found = _decoded(_Probe(values, read, sources, dims, width))
+            found = _decoded(_Probe(values, read, sources, dims, width), made)
             if found is not None:
                 return Reach(width, found)
     return None
@@ -57,17 +60,28 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def touched(values: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor | None]:
+def touched(
+    values: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
     """Return where activations depend on elements of sources (bool); None for a source that they do not depend on.
 
     >>> earlier, other = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
     >>> touched([earlier[:2] * 2], [earlier, other])
     [tensor([ True,  True, False]), None]
     """
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.rand(v.shape, generator=generator).to(v) + 0.5 for v in values]
+    if weights is None:
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.rand(v.shape, generator=generator).to(v) + 0.5 for v in values]
     found = torch.autograd.grad(values, sources, weights, retain_graph=True, allow_unused=True)
     return [None if grad is None or not grad.any() else grad != 0 for grad in found]
+
+
+def _mixes(values: Tensor, read: int, sources: Sequence[Tensor]) -> bool:
+    """Return whether a single channel depends on all that any does, as behind a norm over all of them."""
+    first = torch.zeros_like(values)
+    first.narrow(read, 0, 1).fill_(1.0)
+    pairs = zip(touched([values], sources, [first]), touched([values], sources), strict=True)
+    return all(one is other or (one is not None and other is not None and one.equal(other)) for one, other in pairs)
 
 
 def any_along(hit: Tensor, dim: int) -> Tensor:
@@ -103,7 +117,7 @@ class _Probe:
                 yield (place, dim), any_along(hit, dim)
 
 
-def _decoded(probe: _Probe) -> dict[tuple[int, int], Tensor] | None:
+def _decoded(probe: _Probe, made: int) -> dict[tuple[int, int], Tensor] | None:
     """Return the unit of every index; None if the units are not of that size."""
     zeros, ones, units = (
         dict[tuple[int, int], Tensor](),
@@ -116,13 +130,18 @@ def _decoded(probe: _Probe) -> dict[tuple[int, int], Tensor] | None:
             zeros[key] = (off & on) if number == 0 else zeros[key] | (off & on)
             ones[key] = (off ^ on) if number == 0 else ones[key] | (off ^ on)
             units[key] = units.get(key, 0) + (on.long() << bit)
-        if _contradictory(probe, zeros, ones):
+        if _contradictory(probe, zeros, ones) or not _any_alone(zeros, ones, made):
             return None
     found = {}
     for key, unit in units.items():
         if not (zeros[key] & ones[key]).any():
             found[key] = unit.masked_fill(zeros[key], -2).masked_fill(~zeros[key] & ~ones[key], -1)
-    return found if any((unit >= 0).any() for unit in found.values()) else None
+    return found if any((unit >= 0).any() for (place, _), unit in found.items() if place < made) else None
+
+
+def _any_alone(both: dict[tuple[int, int], Tensor], one: dict[tuple[int, int], Tensor], made: int) -> bool:
+    """Return whether any channel that a weight makes may still belong to a single unit."""
+    return any((one[key] & ~both[key]).any() for key in one if key[0] < made)
 
 
 def _contradictory(probe: _Probe, both: dict[tuple[int, int], Tensor], one: dict[tuple[int, int], Tensor]) -> bool:
