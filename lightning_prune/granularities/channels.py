@@ -125,8 +125,8 @@ class Head(Granularity):
     """A unit is a head of an attention: its rows in the projections of queries, keys and values, its columns behind.
 
     Known are ``nn.MultiheadAttention``, and modules with linear layers that project queries, keys and values, apart or
-    in one, and an output layer. These need an example input, as coupled channels do. Other weights are not pruned. Where
-    several queries share keys and values, a unit is a head of those with all of its queries.
+    in one, and an output layer. These need an example input, as coupled channels do. Other weights are not pruned.
+    Where several queries share keys and values, a unit is a head of those with all of its queries.
 
     Args:
         heads: The number of heads of the latter; None finds it by what the output layer reads.

@@ -143,9 +143,9 @@ def _rows(links: Sequence[Link]) -> dict[Key, Tensor]:
                 if unit >= 0:
                     sets.join((number, unit), first.setdefault((key, index), (number, unit)))
     names = {root: place for place, root in enumerate(sorted({sets.find(unit) for unit in list(sets.parent)}))}
-    rows: dict[Key, list[list[int]]] = {}
+    rows: dict[Key, list[list[int]]] = {key: [[] for _ in names] for key in dict.fromkeys(key for key, _ in first)}
     for (key, index), unit in first.items():
-        rows.setdefault(key, [[] for _ in names])[names[sets.find(unit)]].append(index)
+        rows[key][names[sets.find(unit)]].append(index)
     if any(len({len(row) for row in found}) != 1 for found in rows.values()):
         return {}
     return {key: torch.tensor([sorted(row) for row in found]) for key, found in rows.items()}
