@@ -114,13 +114,13 @@ class SET(ScheduledTraining):
         regrow: bool = False,
         granularity: Granularity = Weight(),
     ) -> None:
-        _check(instance("granularity", granularity, Granularity), grow_init)
         target = SparsityTarget(0.0 if sparsity is None else sparsity)
         schedules.value_at("decay", named("decay", decay, _DECAYS, "progress"), 0.0)
         self.drop_fraction = number("drop_fraction", drop_fraction, "(0, 1]")
         self.decay = decay
         self.seed = integer("seed", seed)
         self.grow_init = choice("grow_init", grow_init, self.grow_inits)
+        _check(instance("granularity", granularity, Granularity), self.grow_init)
         self.regrow = flag("regrow", regrow)
         horizon = schedules.Horizon(start, end, interval, frequency)
         super().__init__(target, Random(self.seed), granularity, scope, horizon, targets, ignore, log_layers)

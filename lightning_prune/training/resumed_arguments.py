@@ -37,6 +37,8 @@ def earlier_defaults(changed: Mapping[str, str], not_given: Iterable[str]) -> se
     >>> earlier_defaults({"scope": "'global'", "min_density": "0.25"}, ["scope", "min_density"])
     {'scope'}
     """
+    if "granularity" in changed:  # which defaults follow from
+        return set()
     return {name for name in not_given if changed.get(name) == _EARLIER_DEFAULTS[name]}
 
 

@@ -91,7 +91,8 @@ distributed = pytest.mark.distributed
 
 
 def pruning(goal: str, granularity: str) -> Pruning:
-    return Pruning(**GRADUAL, **{**GOALS, **LATER}[goal], granularity={**GRANULARITIES, **OTHERS}[granularity])
+    axes: dict[str, Any] = {"targets": ("*",), **GRADUAL, **{**GOALS, **LATER}[goal]}  # the outputs, too
+    return Pruning(**axes, granularity={**GRANULARITIES, **OTHERS}[granularity])
 
 
 def outcome(model: Net, callback: Any) -> dict[str, Any]:
@@ -728,7 +729,7 @@ def test_a_layer_that_only_one_rank_runs_is_judged_by_what_that_rank_sees(target
 
 
 def copy_alone() -> dict[str, Any]:
-    model, callback = Net("ddp"), EntropyPruning(0.5, window=2, schedule="one_shot", start=4)
+    model, callback = Net("ddp"), EntropyPruning(0.5, window=2, schedule="one_shot", start=4, targets=("*",))
     copies: list[EntropyPruning] = []
 
     def make_copy(trainer: Trainer, *args: Any) -> None:
@@ -784,7 +785,7 @@ def resumed(case: str) -> Pruning:
     """Return a callback with updates at the steps 2, 4, 6, 8 of 9, or before the epochs 1 and 2 of 3."""
     end, frequency = (2, 1) if RESUMED[case].get("interval") == "epoch" else (8, 2)
     axes = {"sparsity": 0.6, "schedule": "linear", "start": 0, "end": end, "frequency": frequency}
-    return Pruning(**axes, **RESUMED[case])
+    return Pruning(**axes, **RESUMED[case], targets=("*",))
 
 
 @cache
