@@ -148,7 +148,9 @@ def _scope(scope: scopes.ScopeName | Scope | None, granularity: Granularity) -> 
 
 def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Granularity) -> list[Units]:
     """Return the units that are no outputs of the model, and warn where these are unknown."""
-    found, _, known = without_outputs(units, model, granularity)
+    found, outputs, known = without_outputs(units, model, granularity)
+    if not found:
+        raise ValueError(f"targets must name {list(outputs)[:5]} to prune the outputs of the model, got none")
     if not known:
         warnings.warn(f"prune: {UNKNOWN}", stacklevel=3)
     return found

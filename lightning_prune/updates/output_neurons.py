@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_prune.granularities import Granularity
 from lightning_prune.models.outputs import output_weights
+from lightning_prune.models.parameters import weights_of
 from lightning_prune.units.pooled import PooledUnits
 from lightning_prune.units.units import Units
 
@@ -20,7 +21,7 @@ def without_outputs(
 ) -> tuple[list[Units], dict[str, str], bool]:
     """Return the units that are no outputs of a model, why the others are left out, and whether outputs are known.
 
-    Coupled units never are outputs. If there are no other units, all stay.
+    Coupled units never are outputs. If the model has no other weights, frozen ones included, all stay.
 
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
@@ -30,11 +31,13 @@ def without_outputs(
     ['0.weight']
     """
     separate = [unit for unit in units if isinstance(unit, PooledUnits)]
-    if not granularity.follows or len(units) < 2 or not separate:
+    weights = set(weights_of(model))
+    if not granularity.follows or len(weights) < 2 or not separate:
         return list(units), {}, True
     made = output_weights(model)
     if made is None:
         return list(units), {}, False
     outputs = {unit.name: "its neurons are outputs of the model" for unit in separate if unit.parameter in made}
-    left = [unit for unit in units if unit.name not in outputs]
-    return (left, outputs, True) if left else (list(units), {}, True)
+    if weights <= set(made):
+        return list(units), {}, True
+    return [unit for unit in units if unit.name not in outputs], outputs, True

@@ -412,7 +412,7 @@ def prune_part() -> dict[str, Any]:
     outcomes = {}
     for name, granularity in GRANULARITIES.items():
         pruned = copy.deepcopy(model)
-        outcomes[name] = outcome_of(pruned, prune(pruned, 0.5, granularity=granularity))
+        outcomes[name] = outcome_of(pruned, prune(pruned, 0.5, granularity=granularity, targets=["*"]))
     return outcomes
 
 
@@ -721,7 +721,7 @@ def run_branch(targets: tuple[str, ...]) -> dict[str, Any]:
 
 
 @distributed
-@pytest.mark.parametrize("targets", [(), ("branch.weight",)], ids=["all", "branch"])
+@pytest.mark.parametrize("targets", [("*",), ("branch.weight",)], ids=["all", "branch"])
 def test_a_layer_that_only_one_rank_runs_is_judged_by_what_that_rank_sees(targets: tuple[str, ...]) -> None:
     first, second = run(run_branch, 2, targets)
     assert_same([second], first)
@@ -785,7 +785,7 @@ def resumed(case: str) -> Pruning:
     """Return a callback with updates at the steps 2, 4, 6, 8 of 9, or before the epochs 1 and 2 of 3."""
     end, frequency = (2, 1) if RESUMED[case].get("interval") == "epoch" else (8, 2)
     axes = {"sparsity": 0.6, "schedule": "linear", "start": 0, "end": end, "frequency": frequency}
-    return Pruning(**axes, **RESUMED[case], targets=("*",))
+    return Pruning(**axes, **RESUMED[case], targets=("*",), scope="global")
 
 
 @cache

@@ -434,7 +434,7 @@ MODES: dict[str, Mode] = {
     "own-parameters": Mode(Own, kinds=NO_MODULE),
     "checkpointing": Mode(net(partial(Checkpointed, False))),
     "checkpointing-reentrant": Mode(net(partial(Checkpointed, True))),
-    "finetuning": Mode(Backbone, lambda: {"callbacks": [Unfreeze()]}),
+    "finetuning": Mode(Backbone, lambda: {"callbacks": [Unfreeze()]}, pruning=(("targets", ("*",)),)),
     "lora": Mode(net(adapted)),
     "overfit-batches": Mode(trainer=lambda: {"overfit_batches": 2, "max_epochs": 6}),
     "max-steps": Mode(trainer=lambda: {"max_epochs": -1, "max_steps": 12}),
