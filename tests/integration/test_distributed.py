@@ -89,7 +89,9 @@ distributed = pytest.mark.distributed
 
 
 def pruning(goal: str, granularity: str) -> Pruning:
-    return Pruning(**GRADUAL, **{**GOALS, **LATER}[goal], granularity={**GRANULARITIES, **OTHERS}[granularity])
+    units = {**GRANULARITIES, **OTHERS}[granularity]
+    named = {"targets": ("*",)} if units.follows else {}  # neurons that are outputs, too
+    return Pruning(**GRADUAL, **{**named, **{**GOALS, **LATER}[goal]}, granularity=units)
 
 
 def outcome(model: Net, callback: Any) -> dict[str, Any]:
@@ -710,7 +712,7 @@ def test_a_layer_that_only_one_rank_runs_is_judged_by_what_that_rank_sees(target
 
 
 def copy_alone() -> dict[str, Any]:
-    model, callback = Net("ddp"), EntropyPruning(0.5, window=2, schedule="one_shot", start=4)
+    model, callback = Net("ddp"), EntropyPruning(0.5, window=2, schedule="one_shot", start=4, targets=("*",))
     copies: list[EntropyPruning] = []
 
     def make_copy(trainer: Trainer, *args: Any) -> None:
@@ -757,8 +759,13 @@ def test_the_name_that_is_refused_is_that_of_lightning() -> None:
 
 RESUMED: dict[str, dict[str, Any]] = {
     "sensitivity": {"criterion": Sensitivity(window=2)},
-    "entropy": {"criterion": Entropy(bins=8, window=2), "granularity": Channel()},
-    "entropy-epochs": {"criterion": Entropy(bins=8, window=2), "granularity": Channel(), "interval": "epoch"},
+    "entropy": {"criterion": Entropy(bins=8, window=2), "granularity": Channel(), "targets": ("*",)},
+    "entropy-epochs": {
+        "criterion": Entropy(bins=8, window=2),
+        "granularity": Channel(),
+        "targets": ("*",),
+        "interval": "epoch",
+    },
 }
 
 
