@@ -776,8 +776,13 @@ def test_the_name_that_is_refused_is_that_of_lightning() -> None:
 
 RESUMED: dict[str, dict[str, Any]] = {
     "sensitivity": {"criterion": Sensitivity(window=2)},
-    "entropy": {"criterion": Entropy(bins=8, window=2), "granularity": Channel()},
-    "entropy-epochs": {"criterion": Entropy(bins=8, window=2), "granularity": Channel(), "interval": "epoch"},
+    "entropy": {"criterion": Entropy(bins=8, window=2), "granularity": Channel(), "targets": ("*",)},
+    "entropy-epochs": {
+        "criterion": Entropy(bins=8, window=2),
+        "granularity": Channel(),
+        "targets": ("*",),
+        "interval": "epoch",
+    },
 }
 
 
