@@ -21,7 +21,7 @@ def without_outputs(
 ) -> tuple[list[Units], dict[str, str], bool]:
     """Return the units that are no outputs of a model, why the others are left out, and whether outputs are known.
 
-    Coupled units never are outputs. If the model has no other weights, frozen ones included, all stay.
+    Coupled units never are outputs. If there are no other units, nor frozen weights that may have some later, all stay.
 
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
@@ -38,6 +38,6 @@ def without_outputs(
     if made is None:
         return list(units), {}, False
     outputs = {unit.name: "its neurons are outputs of the model" for unit in separate if unit.parameter in made}
-    if weights <= set(made):
-        return list(units), {}, True
-    return [unit for unit in units if unit.name not in outputs], outputs, True
+    left = [unit for unit in units if unit.name not in outputs]
+    frozen = any(not weight.requires_grad for weight in weights - made)
+    return (left, outputs, True) if left or frozen else (list(units), {}, True)

@@ -790,7 +790,7 @@ def resumed(case: str) -> Pruning:
     """Return a callback with updates at the steps 2, 4, 6, 8 of 9, or before the epochs 1 and 2 of 3."""
     end, frequency = (2, 1) if RESUMED[case].get("interval") == "epoch" else (8, 2)
     axes = {"sparsity": 0.6, "schedule": "linear", "start": 0, "end": end, "frequency": frequency}
-    return Pruning(**axes, **RESUMED[case], targets=("*",), scope="global")
+    return Pruning(**axes, **{"targets": ("*",), "scope": "global", **RESUMED[case]})
 
 
 @cache
