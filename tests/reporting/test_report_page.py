@@ -452,6 +452,7 @@ def test_it_is_light_or_dark_and_fits_a_phone(scheme: int, back: str, ink: str, 
     assert int(too_wide) <= 0
 
 
+@pytest.mark.slow
 def test_sixty_layers_print_on_whole_pages(chromium: str, tmp_path: Path) -> None:
     written(tmp_path, Deep(), max_epochs=2)
     pdf = tmp_path / "report.pdf"
