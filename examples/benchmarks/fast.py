@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import onnxruntime
 import torch
 from marked import replace
 from models import MODELS, mobilenet
+from onnx_session import single_threaded
 from timing import alternate, describe, load, parser, save
 from torch import Tensor, nn
 
@@ -46,9 +46,7 @@ def with_onnx(model: nn.Module, inputs: Tensor, folder: str) -> Callable[[], Any
     """Return a function that runs a model with ONNX Runtime, on one thread."""
     file = f"{folder}/{id(inputs)}.onnx"
     export_onnx(model, inputs, file, batch_axis=None)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = single_threaded(file)
     feed = {session.get_inputs()[0].name: inputs.numpy()}
     return lambda: session.run(None, feed)
 

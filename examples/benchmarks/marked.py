@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 
 def replace(path: Path, name: str, text: str) -> None:
@@ -22,3 +23,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation as a cell of a table."""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"

@@ -22,6 +22,7 @@ import onnxruntime
 import torch
 import torch_pruning
 from models import cnn, mobilenet
+from onnx_session import single_threaded
 from timing import RESULTS, alternate, parser, save, significant, table
 from timing import ratio as within
 from torch import Tensor, nn
@@ -90,9 +91,7 @@ def forward_onnx(session: onnxruntime.InferenceSession, inputs: Any, times: int)
 def exported(model: nn.Module, folder: Path, name: str) -> onnxruntime.InferenceSession:
     """Return a session with one thread."""
     export_onnx(model, example(), folder / f"{name}.onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+    return single_threaded(folder / f"{name}.onnx")
 
 
 def latencies(models: dict[str, nn.Module], rounds: int) -> dict[str, dict[str, Any]]:

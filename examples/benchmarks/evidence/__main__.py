@@ -6,8 +6,10 @@ Finished runs are not repeated: delete results/evidence.jsonl to start over.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
 from methods import GROUPS, SHARED

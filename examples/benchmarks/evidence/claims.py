@@ -3,7 +3,8 @@
 import statistics
 from dataclasses import dataclass
 
-from running import Results, Setting, spread
+from marked import spread
+from running import Results, Setting
 from scipy import stats
 
 NEURONS = {"mnist": 0.9, "cnn": 0.5}  # the convolutions have few channels to spare

@@ -1,15 +1,12 @@
 """Tables for the pages: the verdict on each claim, the peers, and everything that was run."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from claims import CLAIMS, PEERS
-from running import Results, Setting, spread
+from marked import replace, spread, table
+from running import Results, Setting
 from tasks import TASKS
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from marked import replace, table
 
 
 def write(results: Results, seeds: range, root: Path, shaped: Sequence[str], levels: Sequence[float]) -> None:

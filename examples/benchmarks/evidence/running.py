@@ -2,7 +2,6 @@
 
 import json
 import logging
-import statistics
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.util import find_spec
@@ -82,8 +81,3 @@ class Results:
                 file.flush()
                 name = f"{row['task']}, {row['method']}, {row['sparsity']:.1%}, seed {row['seed']}"
                 print(f"{count}/{len(missing)}  {name}: {row['accuracy']:.1f}", flush=True)
-
-
-def spread(values: list[float]) -> str:
-    """Return mean and standard deviation as a cell of a table."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"

@@ -1,7 +1,6 @@
 """The tasks: a network, its data, optimizer and training budget, small enough for a CPU."""
 
 import copy
-import gzip
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -11,15 +10,15 @@ from math import cos, pi
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from fashion_mnist import read_fashion
 from mnist5k import MNIST5k
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist installs it
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
@@ -51,23 +50,6 @@ def small_cnn(width: int = 16) -> nn.Module:
         inputs = outputs * width
     layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(inputs, 10)}
     return nn.Sequential(layers)
-
-
-@cache
-def read_fashion(part: str) -> tuple[Tensor, Tensor]:
-    """Return images (n x 1 x 28 x 28, in [0, 1]) and labels of "train" or "t10k"."""
-    found = []
-    for kind in ("images-idx3", "labels-idx1"):
-        path = FASHION / f"{part}-{kind}-ubyte.gz"
-        if not path.exists():
-            raise SystemExit(f"{path} must exist: apt-get install dataset-fashion-mnist")
-        content = gzip.decompress(path.read_bytes())
-        dimensions = content[3]
-        shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        found.append(
-            torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
-        )
-    return found[0].unsqueeze(1).float().div(255), found[1].long()
 
 
 class Batches:

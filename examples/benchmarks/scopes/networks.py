@@ -1,18 +1,14 @@
 """The networks and the data of the comparison of scopes: small enough for a CPU core."""
 
-import gzip
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from fashion_mnist import read_fashion
 from models import Inverted, Residual
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist installs it
 
 
 def conv(before: int, after: int, stride: int = 1) -> list[nn.Module]:
@@ -65,20 +61,12 @@ def digits() -> Data:
 @cache
 def fashion() -> Data:
     """Return 5,000 images of Fashion-MNIST for training and 2,000 for testing, averaged to 14 x 14 pixels."""
-    return Data(_read("train", 5000), _read("t10k", 2000), 4, 2)
+    return Data(_halved("train", 5000), _halved("t10k", 2000), 4, 2)
 
 
-def _read(part: str, count: int) -> tuple[Tensor, Tensor]:
-    found = []
-    for kind in ("images-idx3", "labels-idx1"):
-        path = FASHION / f"{part}-{kind}-ubyte.gz"
-        if not path.exists():
-            raise SystemExit(f"{path} must exist: apt-get install dataset-fashion-mnist")
-        content = gzip.decompress(path.read_bytes())
-        shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3])]
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)[:count]
-        found.append(torch.from_numpy(values.copy()))
-    return nn.functional.avg_pool2d(found[0].unsqueeze(1).float().div(255), 2), found[1].long()
+def _halved(part: str, count: int) -> tuple[Tensor, Tensor]:
+    images, labels = (values[:count] for values in read_fashion(part))
+    return nn.functional.avg_pool2d(images, 2), labels
 
 
 DATA: dict[str, Callable[[], Data]] = {"digits": digits, "Fashion-MNIST": fashion}

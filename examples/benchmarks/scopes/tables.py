@@ -1,10 +1,9 @@
 """The tables of the comparison of scopes, from the runs that are there."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
 from typing import Any
 
-from marked import table
+from marked import spread, table
 from variants import CRITERIA, SCOPES
 
 Runs = Mapping[tuple[Any, ...], float]
@@ -37,14 +36,10 @@ def _line(images: str, criterion: str, network: str, level: float, runs: Runs) -
     if len(seeds) < 2:
         return []
     dense = _by_seed(runs, images, None, network, None, "dense")
-    cells = {name: _spread([accuracies[seed] for seed in seeds]) for name, accuracies in found.items()}
+    cells = {name: spread([accuracies[seed] for seed in seeds]) for name, accuracies in found.items()}
     pairs = [f"{cells[name]}; {cells[name + ', floor']}" for name in SCOPES]
-    return [f"{network}, {level:.0%}", str(len(seeds)), _spread([dense[seed] for seed in seeds]), *pairs]
+    return [f"{network}, {level:.0%}", str(len(seeds)), spread([dense[seed] for seed in seeds]), *pairs]
 
 
 def _by_seed(runs: Runs, *place: Any) -> dict[int, float]:
     return {key[-1]: accuracy for key, accuracy in runs.items() if key[:-1] == place}
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}"
