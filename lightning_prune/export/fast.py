@@ -23,7 +23,6 @@ from lightning_prune.validation.values import shown
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Linear | nn.Conv2d
-Forms = Mapping[str, Callable[[], nn.Module]]
 
 DENSE = "dense"
 _ROWS = (8, 16, 32, 64)
@@ -127,7 +126,8 @@ def fastest(model: Model, example_inputs: Inputs = None) -> tuple[Model, SpeedUp
         for name, seen in read.items():
             row, form = _choose(name, layers[name], seen)
             rows.append(row)
-            chosen.update({name: form} if form is not None else {})
+            if form is not None:
+                chosen[name] = form
         fast = replaced(copy, chosen)
         _check_outputs(model, fast, inputs)
         both = _alternate({"dense": partial(call, model, inputs), "fast": partial(call, fast, inputs)})
@@ -177,31 +177,31 @@ def _inputs_of_layers(model: nn.Module, layers: Mapping[str, Layer], inputs: Inp
 
 def _choose(name: str, layer: Layer, inputs: Tensor) -> tuple[LayerTime, nn.Module | None]:
     """Measure a layer in all its forms, and return the times and the fastest form; None if that is the dense one."""
-    forms = {form: make() for form, make in _forms(layer).items()}
-    seconds = _alternate({DENSE: partial(layer, inputs), **{form: partial(m, inputs) for form, m in forms.items()}})
-    best = min(seconds, key=lambda form: seconds[form])
-    if best != DENSE and seconds[best] > _GAIN * seconds[DENSE]:
+    forms = _forms(layer)
+    times = _alternate({DENSE: partial(layer, inputs), **{form: partial(m, inputs) for form, m in forms.items()}})
+    best = min(times, key=lambda form: times[form])
+    if times[best] > _GAIN * times[DENSE]:
         best = DENSE
     zeros = float((layer.weight == 0).float().mean())
-    row = LayerTime(name, tuple(layer.weight.shape), zeros, best, seconds[DENSE], seconds[best])
+    row = LayerTime(name, tuple(layer.weight.shape), zeros, best, times[DENSE], times[best])
     return row, forms.get(best)
 
 
-def _forms(layer: Layer) -> Forms:
+def _forms(layer: Layer) -> dict[str, nn.Module]:
     """Return what may be faster than a layer, by name."""
-    forms: dict[str, Callable[[], nn.Module]] = {}
+    forms: dict[str, nn.Module] = {}
     matrix = layer.weight.flatten(1)
     for rows in _ROWS:
         if rows > len(matrix) or _read(matrix, rows) > _MOST_READ:
             continue
         name = f"groups of {rows}"
         if isinstance(layer, nn.Conv2d):
-            forms[name] = partial(SharedFanInConv2d.of, layer, rows)
+            forms[name] = SharedFanInConv2d.of(layer, rows)
         if isinstance(layer, nn.Linear):
-            forms[name] = partial(SharedFanInLinear.of, layer, rows, by_column=False)
-            forms[f"{name} by column"] = partial(SharedFanInLinear.of, layer, rows, by_column=True)
+            forms[name] = SharedFanInLinear.of(layer, rows, by_column=False)
+            forms[f"{name} by column"] = SharedFanInLinear.of(layer, rows, by_column=True)
     if isinstance(layer, nn.Linear):
-        forms["CSR"] = partial(CSRLinear, layer)
+        forms["CSR"] = CSRLinear(layer)
     return forms
 
 

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInLinear
 from lightning_prune.export.sparse_layers import CSRLinear, replaced
+from lightning_prune.models.building import built, check_builds
 from lightning_prune.models.copying import copied
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
@@ -35,7 +36,7 @@ def save_fast(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {
         name: (type(module).__name__, {key: vars(module)[key] for key in _ARGUMENTS if key in vars(module)})
         for name, module in model.named_modules()
-        if type(module).__name__ in _KINDS and type(module) is _KINDS[type(module).__name__]
+        if type(module) in _KINDS.values()
     }
     if not layers:
         raise ValueError(f"model must have layers that to_fast converted, got a {type(model).__name__} without any")
@@ -63,12 +64,9 @@ def load_fast(model: Model | Callable[..., Model], path: str | os.PathLike[str],
     ...     type(load_fast(build, f"{folder}/fast.pt")[0]).__name__
     'CSRLinear'
     """
-    if not callable(model):
-        raise TypeError(f"model must be a class, a function that builds a model, or a model, got {shown(model)}")
+    check_builds(model)
     state, layers = _read(path)
-    dense = cast(Model, model if isinstance(model, nn.Module) else model(**kwargs))
-    if not isinstance(dense, nn.Module):
-        raise TypeError(f"model must return a Module, got {shown(model)}, which returned {shown(dense)}")
+    dense = built(model, **kwargs)
     try:
         fast = replaced(copied(dense), {name: _layer(name, *form, state) for name, form in layers.items()})
         fast.load_state_dict(state)

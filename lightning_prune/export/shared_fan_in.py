@@ -7,7 +7,25 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 
-class SharedFanInLinear(nn.Module):
+class _Groups(nn.Module):
+    """The weights of groups of rows, and which inputs each group reads."""
+
+    inputs: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, inputs: Tensor, values: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("inputs", inputs)
+        self.register_buffer("values", values)
+        self.register_buffer("bias", bias)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self.inputs.shape[0]} groups of {self.values.shape[2]} rows, {self.inputs.shape[1]} inputs each"
+
+
+class SharedFanInLinear(_Groups):
     """A linear layer whose rows are in groups, each a dense matrix behind a selection of inputs: for inference.
 
     Args:
@@ -23,15 +41,8 @@ class SharedFanInLinear(nn.Module):
     tensor([[3., 7.]])
     """
 
-    inputs: Tensor
-    values: Tensor
-    bias: Tensor | None
-
     def __init__(self, inputs: Tensor, values: Tensor, bias: Tensor | None, out_features: int, by_column: bool) -> None:
-        super().__init__()
-        self.register_buffer("inputs", inputs)
-        self.register_buffer("values", values)
-        self.register_buffer("bias", bias)
+        super().__init__(inputs, values, bias)
         self.out_features = out_features
         self.by_column = by_column
 
@@ -58,12 +69,8 @@ class SharedFanInLinear(nn.Module):
         found = torch.bmm(read, self.values).transpose(0, 1).flatten(1)[:, : self.out_features]
         return found if self.bias is None else found.add_(self.bias)
 
-    @override
-    def extra_repr(self) -> str:
-        return f"{self.inputs.shape[0]} groups of {self.values.shape[2]} rows, {self.inputs.shape[1]} inputs each"
 
-
-class SharedFanInConv2d(nn.Module):
+class SharedFanInConv2d(_Groups):
     """A 1 x 1 convolution whose rows are in groups, each a dense matrix behind a selection of inputs: for inference.
 
     Args:
@@ -74,17 +81,10 @@ class SharedFanInConv2d(nn.Module):
         stride: Along height and width.
     """
 
-    inputs: Tensor
-    values: Tensor
-    bias: Tensor | None
-
     def __init__(
         self, inputs: Tensor, values: Tensor, bias: Tensor | None, out_channels: int, stride: Sequence[int]
     ) -> None:
-        super().__init__()
-        self.register_buffer("inputs", inputs)
-        self.register_buffer("values", values)
-        self.register_buffer("bias", bias)
+        super().__init__(inputs, values, bias)
         self.out_channels = out_channels
         self.stride = list(stride)
 
@@ -105,10 +105,6 @@ class SharedFanInConv2d(nn.Module):
         found = products(self.values, self.inputs, self.bias, columns, self.out_channels)
         images: Tensor = found.unflatten(1, (read.shape[0], *read.shape[2:])).transpose(0, 1).contiguous()
         return images
-
-    @override
-    def extra_repr(self) -> str:
-        return f"{self.inputs.shape[0]} groups of {self.values.shape[2]} rows, {self.inputs.shape[1]} inputs each"
 
 
 def products(values: Tensor, inputs: Tensor, bias: Tensor | None, columns: Tensor, size: int) -> Tensor:

@@ -106,7 +106,7 @@ def prune(
         or recalibrate
     ):
         check_data(criterion, data, loss, sequential, recalibrate, distributed)
-    share_out = _scope(scope, granularity)
+    share_out = scopes.resolve(granularity.default_scope if scope is None else scope)
 
     found = target.find(model, targets, ignore)
     if not found:
@@ -140,10 +140,6 @@ def prune(
     if few := Decision(masks, keep).scarce(units):
         warnings.warn(told("prune", few), stacklevel=2)
     return masks
-
-
-def _scope(scope: scopes.ScopeName | Scope | None, granularity: Granularity) -> Scope:
-    return scopes.resolve(granularity.default_scope if scope is None else scope)
 
 
 def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Granularity) -> list[Units]:

@@ -20,7 +20,7 @@ class ChannelFlow:
     """Finds what the activations that each weight reads depend on.
 
     Args:
-        model: A copy of the model, which is given random numbers.
+        model: A copy of the model without hooks, which is given random numbers.
         inputs: Its example inputs.
         heads: The number of heads of every attention; None to find it.
     """
@@ -32,6 +32,7 @@ class ChannelFlow:
         self.attentions: dict[str, str] = {}
         _prepare(model)
         self.parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        self.names = list(self.parameters)
         self.buffers = _statistics(model)
         following = Following(model)
         undisturbed = torch.random.fork_rng(devices=[])
@@ -89,13 +90,13 @@ class ChannelFlow:
         if number < len(self.steps):
             step = self.steps[number]
             return [step.made % step.leaf.ndim]
-        parameter = list(self.parameters.values())[number - len(self.steps)]
-        return [d for d, length in enumerate(parameter.shape) if length > 1]
+        shape = self.parameters[self.names[number - len(self.steps)]].shape
+        return [d for d, length in enumerate(shape) if length > 1]
 
     def _places(self, number: int, dim: int, attending: bool = False) -> Iterable[tuple[Place, Role]]:
         """Yield where the channels of a source lie."""
         if number >= len(self.steps):
-            name = list(self.parameters)[number - len(self.steps)]
+            name = self.names[number - len(self.steps)]
             index = torch.arange(self.parameters[name].shape[dim])
             yield Place(name, dim, index), "dependent"
             yield from ((Place(buffer, 0, index), "dependent") for buffer in self.buffers.get(name, ()))
@@ -130,7 +131,6 @@ def _prepare(model: nn.Module) -> None:
     """Give a model positive numbers, so that gradients pass everywhere."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        module._forward_hooks.clear()
         if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.zero_()
             module.running_var.fill_(1.0)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from lightning_prune.models.building import built, check_builds
 from lightning_prune.models.copying import copied
 from lightning_prune.structure.cut_record import CutRecord, cut_record_of, record_cut
 from lightning_prune.structure.surgery import cut
@@ -68,8 +69,7 @@ def load_shrunk(
     >>> load_shrunk(build, state)[0]
     Linear(in_features=4, out_features=1, bias=True)
     """
-    if not callable(model):
-        raise TypeError(f"model must be a class, a function that builds a model, or a model, got {shown(model)}")
+    check_builds(model)
     if not isinstance(checkpoint, Mapping):
         checkpoint = as_path("checkpoint", checkpoint)
     load = getattr(model, "load_from_checkpoint", None) if isinstance(model, type) else None
@@ -78,13 +78,11 @@ def load_shrunk(
     state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
     if isinstance(model, nn.Module) and kwargs:
         raise ValueError(f"arguments must be given for a class only, got {sorted(kwargs)} for a model")
-    loaded = model if isinstance(model, nn.Module) else model(**kwargs)
-    if not isinstance(loaded, nn.Module):
-        raise TypeError(f"model must return a Module, got {shown(model)}, which returned {shown(loaded)}")
-    if loaded is model:
-        _cut_and_load(copied(loaded), state)  # a failure halfway must leave the model as it was
+    loaded = built(model, **kwargs)
+    if isinstance(model, nn.Module):
+        _cut_and_load(copied(model), state)  # a failure halfway must leave the model as it was
     _cut_and_load(loaded, state)
-    return cast(Model, loaded)
+    return loaded
 
 
 def _cut_and_load(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:

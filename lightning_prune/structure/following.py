@@ -1,6 +1,6 @@
 """Following: one forward pass that is cut apart at every weight, so that gradients tell which channels meet."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_prune.models.forward import tensors
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.structure.contractions import Contraction, contraction, is_view, mixes_positions, name_of
 
@@ -111,7 +112,7 @@ class Following(TorchFunctionMode):
             self.steps.append(step)
             self._attention = None
             return step.leaf.clone()  # which may be changed in place
-        active = [value for value in _flat(args) if value.requires_grad and self._source(value) is None]
+        active = [value for value in tensors(args) if value.requires_grad and self._source(value) is None]
         if mixes_positions(name, active):
             self.attends, self._attention = True, self._running[-1] if self._running else ""
         output = func(*args, **kwargs)
@@ -167,11 +168,3 @@ def _along(dim: int, parameter: Tensor) -> Tensor:
     """Return the index along a dimension of every element, in the memory of one slice."""
     shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
     return torch.arange(parameter.shape[dim], device=parameter.device).view(shape).expand(parameter.shape)
-
-
-def _flat(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors among arguments."""
-    found = []
-    for value in values:
-        found += [value] if isinstance(value, Tensor) else _flat(value) if isinstance(value, list | tuple) else []
-    return found

@@ -119,23 +119,21 @@ class _Probe:
 
 def _decoded(probe: _Probe, made: int) -> dict[tuple[int, int], Tensor] | None:
     """Return the unit of every index; None if the units are not of that size."""
-    zeros, ones, units = (
-        dict[tuple[int, int], Tensor](),
-        dict[tuple[int, int], Tensor](),
-        dict[tuple[int, int], Tensor](),
-    )
+    both: dict[tuple[int, int], Tensor] = {}  # at which indices units of both values of some bit meet,
+    one: dict[tuple[int, int], Tensor] = {}  # and at which those of one value alone
+    units: dict[tuple[int, int], Tensor] = {}
     for number, bit in enumerate(probe.bits):
         for (key, off), (_, on) in zip(probe.hits(bit, 0), probe.hits(bit, 1), strict=True):
             # an index that units of both values depend on belongs to all units, or to none
-            zeros[key] = (off & on) if number == 0 else zeros[key] | (off & on)
-            ones[key] = (off ^ on) if number == 0 else ones[key] | (off ^ on)
+            both[key] = (off & on) if number == 0 else both[key] | (off & on)
+            one[key] = (off ^ on) if number == 0 else one[key] | (off ^ on)
             units[key] = units.get(key, 0) + (on.long() << bit)
-        if _contradictory(probe, zeros, ones) or not _any_alone(zeros, ones, made):
+        if _contradictory(probe, both, one) or not _any_alone(both, one, made):
             return None
     found = {}
     for key, unit in units.items():
-        if not (zeros[key] & ones[key]).any():
-            found[key] = unit.masked_fill(zeros[key], -2).masked_fill(~zeros[key] & ~ones[key], -1)
+        if not (both[key] & one[key]).any():
+            found[key] = unit.masked_fill(both[key], -2).masked_fill(~both[key] & ~one[key], -1)
     return found if any((unit >= 0).any() for (place, _), unit in found.items() if place < made) else None
 
 

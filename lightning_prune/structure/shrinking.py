@@ -82,11 +82,12 @@ def shrink(
         )
     inputs = needed_example_of(model, example_inputs)
     kept = what_to_keep(model, inputs, masks, round_to, [unwrapped(average) for average in averages])
-    before = Size.of(model, inputs)
+    before = Size.of(model, inputs) if _log.isEnabledFor(logging.INFO) else None  # which takes a forward pass
     shrunk = model if inplace else copied(model)
     masks.apply(shrunk)
     cut_all(shrunk, kept, optimizers, averages)
-    _log.info("shrink: %s", before.then(Size.of(shrunk, inputs)))
+    if before is not None:
+        _log.info("shrink: %s", before.then(Size.of(shrunk, inputs)))
     return shrunk
 
 

@@ -139,7 +139,8 @@ def _update_convolution(module: nn.modules.conv._ConvNd) -> None:
 
 def _update_heads(module: Any, before: int, now: int) -> None:
     _scale(module, (*HEADS, *WIDTHS), before, now)
-    reads: set[str] = set(getattr(type(module).forward, "__code__", _scale.__code__).co_names)
+    code = getattr(type(module).forward, "__code__", None)
+    reads = set() if code is None else set(code.co_names)
     if "config" in reads and reads.intersection(HEADS):  # the other attentions may have other numbers of heads
         module.config = copy.copy(module.config)
         _scale(module.config, HEADS, before, now)

@@ -1,22 +1,26 @@
-"""Tracing: which channels of which parameters must be removed together, from Torch-Pruning's dependency graph."""
+"""Tracing: which channels of which parameters must be removed together, by a forward pass or by Torch-Pruning."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.models.copying import copied
+from lightning_prune.models.copying import hookless_copy
 from lightning_prune.models.forward import Inputs, call, convert, tensors
 from lightning_prune.models.orientation import untransposed
 from lightning_prune.models.parameters import plain_name
-from lightning_prune.models.preserving import eager
+from lightning_prune.models.preserving import cacheless, eager
 from lightning_prune.structure.channel_flow import ChannelFlow
 from lightning_prune.structure.grouping import ROOTS, GroupBuilder, packed_heads
 from lightning_prune.structure.groups import Direction, Graph
 from lightning_prune.structure.layer_slices import UnsupportedError
 from lightning_prune.validation.values import shown
+
+Found = TypeVar("Found")
 
 
 def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
@@ -49,15 +53,20 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
         raise
 
 
+def _of_copy(function: Callable[[nn.Module, Inputs], Found], model: nn.Module, inputs: Inputs) -> Found:
+    """Return what a function finds of a copy of the model that runs no hooks."""
+    try:  # the trace of a recurrent layer differs by device and dtype
+        return function(hookless_copy(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32))
+    except Exception:  # the user's forward may need its own device or dtype
+        return function(hookless_copy(model), inputs)
+
+
 def _flow(model: nn.Module, inputs: Inputs, heads: int | None) -> ChannelFlow | None:
     """Return the forward pass of a copy of the model, to follow its channels; None if it does not run."""
     try:
-        return ChannelFlow(copied(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32), heads)
-    except Exception:  # the user's forward may need its own device or dtype
-        try:
-            return ChannelFlow(copied(model), inputs, heads)
-        except Exception:  # or the numbers that it has
-            return None
+        return _of_copy(partial(ChannelFlow, heads=heads), model, inputs)
+    except Exception:  # the user's forward may need the numbers that it has
+        return None
 
 
 def _followed(flow: ChannelFlow, model: nn.Module) -> Graph:
@@ -94,31 +103,22 @@ def _traced(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]
     Raises:
         ValueError: If the model cannot be run or traced.
     """
-    try:  # the trace of a recurrent layer differs by device and dtype
-        plain = copied(model).cpu().float()
-        return _dependencies(plain, convert(inputs, torch.device("cpu"), torch.float32))
-    except Exception:  # the user's forward may need its own device or dtype
-        try:
-            return _dependencies(copied(model), inputs)
-        except Exception as error:
-            recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-            unknown = {type(module).__name__ for module in recurrent if module.mode != "LSTM" or module.proj_size}
-            why = f"{error!r}, perhaps because it does not support {sorted(unknown)}" if unknown else repr(error)
-            raise ValueError(
-                f"the model must run on example_inputs and be traceable by torch-pruning, got {why} for {shown(inputs)}"
-            ) from error
+    try:
+        return _of_copy(_dependencies, model, inputs)
+    except Exception as error:
+        recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+        unknown = {type(module).__name__ for module in recurrent if module.mode != "LSTM" or module.proj_size}
+        why = f"{error!r}, perhaps because it does not support {sorted(unknown)}" if unknown else repr(error)
+        raise ValueError(
+            f"the model must run on example_inputs and be traceable by torch-pruning, got {why} for {shown(inputs)}"
+        ) from error
 
 
 def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]]:
     """Return the model, its dependency graph, and the groups in it; all parameters then require gradients."""
     model = untransposed(model)
     model.requires_grad_()
-    for module in model.modules():
-        module._forward_hooks.clear()
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):  # cached keys and values would count as outputs
-            config.use_cache = False  # the model is a copy
-    with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager():
+    with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager(), cacheless(model):
         warnings.simplefilter("ignore")
         graph = require_torch_pruning().DependencyGraph()
         dependencies = graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)

@@ -104,9 +104,9 @@ class ObservedTraining(MaskedTraining):
         if state.waits:
             return
         if [id(target.parameter) for target in found] != [id(target.parameter) for target in state.targets]:
-            named = bool(self.targets) or isinstance(self.sparsity, Mapping)
-            reasons = state.take_up(found, pl_module, self.criterion, self.granularity, trainer.world_size > 1, named)
             patterns = self.targets or tuple(self.sparsity if isinstance(self.sparsity, Mapping) else ())
+            distributed, named = trainer.world_size > 1, bool(patterns)
+            reasons = state.take_up(found, pl_module, self.criterion, self.granularity, distributed, named)
             state.left_out = {**left_out(pl_module, patterns, self.ignore), **reasons}
             _count_budget(self, trainer, pl_module)
         state.parameters = parameters

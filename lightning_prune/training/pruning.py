@@ -108,7 +108,9 @@ class Pruning(ScheduledTraining):
 
     @override
     def explain(self) -> str:
-        return super().explain() if self.state.units else self.state.outcome or super().explain()
+        if self.state.outcome and not self.state.units:  # what it had has been cut
+            return self.state.outcome
+        return super().explain()
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
