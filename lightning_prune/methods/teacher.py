@@ -58,7 +58,7 @@ class Teacher:
         elif self.module is None and self._source != "dense":
             self.module = self._copy(pl_module, _read(self._source))
         elif self.module is None:
-            _expect_dense(trainer)
+            _expect_dense(trainer, pl_module)
             self._copy(pl_module)  # for nothing: what cannot be copied is better known before the first step
         self._restored = None
         if self.module is not None:
@@ -129,9 +129,9 @@ def _read(path: str | Path) -> dict[str, Any]:
     return weights
 
 
-def _expect_dense(trainer: Trainer) -> None:
+def _expect_dense(trainer: Trainer, pl_module: LightningModule) -> None:
     """Reject a teacher that there will never be."""
     pruning = training_methods(trainer)
-    if not pruning or any(callback.sparsity_now for callback in pruning):
+    if not pruning or any(callback.sparsity_now and callback.state.concerns(pl_module) for callback in pruning):
         found = "a model that is pruned already" if pruning else "no pruning callback in the Trainer"
         raise ValueError(f'teacher="dense" is the model before it is pruned, got {found}')

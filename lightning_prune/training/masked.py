@@ -72,7 +72,7 @@ class MaskedTraining(TrainingMethod):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
-        if self.state.model is not None and self.state.model() is not pl_module:
+        if not self.state.concerns(pl_module):
             self.reset()  # the callback of an earlier run, now with another model
         state = self.state
         steps = trainer.global_step if pl_module.automatic_optimization else state.steps

@@ -84,6 +84,14 @@ class RunState:
     model: "weakref.ref[nn.Module] | None" = field(default=None, metadata=TRANSIENT)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def concerns(self, model: nn.Module) -> bool:
+        """Return whether it is the state of this model, or of none yet, and not what another run has left behind.
+
+        >>> RunState().concerns(nn.Linear(4, 2))
+        True
+        """
+        return self.model is None or self.model() is model
+
     def saved(self) -> dict[str, Any]:
         """Return what checkpoints have of it: plain numbers and full tensors; all ranks must call it."""
         values = {}

@@ -435,6 +435,20 @@ def test_a_model_that_is_pruned_already_is_no_dense_teacher(tmp_path: Path) -> N
         fit(Student(), Distillation(), MagnitudePruning(0.5), ckpt_path=str(tmp_path / "pruned.ckpt"), max_epochs=3)
 
 
+@pytest.mark.parametrize("first", ["pruning", "distillation"])
+def test_callbacks_that_were_used_and_tested_before_begin_with_a_dense_model(first: str, tmp_path: Path) -> None:
+    callbacks = [MagnitudePruning(0.5, **PRUNING), Distillation()]
+    if first == "distillation":
+        callbacks.reverse()
+    trainer = fit(Student(), *callbacks)
+    trainer.save_checkpoint(tmp_path / "pruned.ckpt")
+    trainer.validate(Student(), ckpt_path=str(tmp_path / "pruned.ckpt"), verbose=False)
+    again, expected = Student(seed=3), Student(seed=3)
+    fit(again, *callbacks)
+    fit(expected, MagnitudePruning(0.5, **PRUNING), Distillation())
+    assert_close(again, expected)
+
+
 def test_all_of_it_is_parsed_from_yaml(tmp_path: Path) -> None:
     for teacher in ("dense", {"class_path": "torch.nn.Linear", "init_args": {"in_features": 6, "out_features": 3}}):
         path = tmp_path / "config.yaml"
