@@ -1,28 +1,33 @@
-"""Prune a small model of every family of transformers: ``python examples/benchmarks/zoo``.
+"""Prune the models that people bring: ``python examples/benchmarks/zoo``.
 
-It is pruned by single weights, by channels and by heads, and shrunk.
-
-Each model has a process of its own and a time limit. With names as arguments, these models alone.
+Every family of transformers, and the models of torchvision and timm where these are installed, with random weights:
+pruned by single weights, by channels, by heads, by channels to 70 % of the FLOPs, and shrunk; beside them the pruner of
+Torch-Pruning. Each model has a process of its own and a time limit. Results are kept in results/zoo.jsonl, and models
+that are there are not run again. With names of zoos or of models as arguments, these alone, again; -v shows errors.
 """
 
+import json
 import multiprocessing
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from models import MODELS
+from models import ZOOS
 from trial import run
 
-LIMIT = 60  # seconds
+RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
+LIMIT = 300  # seconds
 EXACT = 1e-10
+PARTS = ("weights", "channels", "heads", "flops", "peer")
 # processes that share the imports, where there are such
 PROCESSES: Any = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
 
 
-def tried(name: str) -> dict[str, Any]:
+def tried(zoo: str, name: str) -> dict[str, Any]:
     """Return what a process found about a model."""
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=run, args=(name, sender), daemon=True)
+    process = PROCESSES.Process(target=run, args=(zoo, name, sender), daemon=True)
     process.start()
     sender.close()
     result: dict[str, Any] = {}
@@ -30,37 +35,71 @@ def tried(name: str) -> dict[str, Any]:
     try:
         while receiver.poll(max(0.0, end - time.monotonic())):
             result = receiver.recv()
+        result["ended"] = f"over {LIMIT} s"
     except EOFError:  # it has ended
-        why = f"the process ended with {process.exitcode}" if process.exitcode else ""
-    else:
-        why = f"over {LIMIT} s"
+        process.join(1)
+        if process.exitcode:
+            result["ended"] = f"the process ended with {process.exitcode}"
     process.kill()
-    return result if "heads" in result or "built" in result else {"built": why or "ended", **result}
+    return {"zoo": zoo, "model": name, **result}
 
 
-def cell(found: Any) -> str:
+def works(part: Any) -> bool:
+    """Return whether a part did what it should: exact, equal and smaller."""
+    if not isinstance(part, dict):
+        return part is True
+    return part.get("difference", 0.0) <= EXACT and part["left"] < 1
+
+
+def cell(part: Any) -> str:
     """Return the parameters that are left and the time, or that it failed."""
-    if not isinstance(found, dict):
-        return "failed"
-    equal = "=" if found["difference"] <= EXACT else f"off by {found['difference']:.0e}"
-    return f"{100 * found['left']:.0f} % {equal} {found['seconds']:.1f} s"
+    if not isinstance(part, dict):
+        return "exact" if part is True else "failed"
+    off = "" if part.get("difference", 0.0) <= EXACT else f" off by {part['difference']:.0e}"
+    flops = f" ({100 * part['flops']:.0f} % FLOPs)" if "flops" in part else ""
+    return f"{100 * part['left']:.0f} %{flops}{off} {part['seconds']:.1f} s"
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what was found about a model, on a line."""
+    reasons = [found[word] for word in ("built", *PARTS, "ended") if isinstance(found.get(word), str)]
+    cells = [cell(found.get(word)) for word in PARTS]
+    told = " | ".join(reason[:160].replace("\n", " ") for reason in reasons)
+    print(f"{found['model']:26}{cells[0]:8}{cells[1]:16}{cells[2]:16}{cells[3]:28}{cells[4]:16}{told}", flush=True)
+
+
+def summed(zoo: str, found: list[dict[str, Any]]) -> str:
+    """Return how many models of a zoo work, as a row of a Markdown table."""
+    tested = [model for model in found if model["zoo"] == zoo and "parameters" in model]
+    counts = [str(sum(works(model.get(word)) for model in tested)) for word in PARTS]
+    wrong = sum(isinstance(m.get(w), dict) and m[w].get("difference", 0.0) > EXACT for m in tested for w in PARTS)
+    times = [model["channels"]["seconds"] for model in tested if isinstance(model.get("channels"), dict)]
+    return f"| {zoo} | {len(tested)} | {' | '.join(counts)} | {wrong} | {max(times, default=0.0):.0f} s |"
 
 
 def main() -> None:
-    """Print a line for each model, and a summary."""
-    good = dict.fromkeys(("weights", "channels", "heads"), 0)
-    names = sys.argv[1:] or list(MODELS)
-    print(f"{'model':14}{'weights':9}{'channels left':21}{'heads left':21}what failed")
-    for name in names:
-        found = tried(name)
-        parts = {word: found.get(word, "not reached") for word in good}
-        for word, part in parts.items():
-            good[word] += part is True or (isinstance(part, dict) and part["difference"] <= EXACT and part["left"] < 1)
-        failed = [found[word] for word in ("built", *good) if isinstance(found.get(word), str)]
-        exact = "exact" if parts["weights"] is True else "failed"
-        reasons = " | ".join(reason[:160].replace("\n", " ") for reason in failed)
-        print(f"{name:14}{exact:9}{cell(parts['channels']):21}{cell(parts['heads']):21}{reasons}", flush=True)
-    print(", ".join(f"{word}: {count} of {len(names)}" for word, count in good.items()))
+    """Print a line for each model, and the summary."""
+    wanted = [argument for argument in sys.argv[1:] if argument != "-v"]
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    known = {(found["zoo"], found["model"]): found for found in map(json.loads, lines)}
+    print(
+        f"{'model':26}{'weights':8}{'channels':16}{'heads':16}{'30 % of the FLOPs':28}{'Torch-Pruning':16}what failed"
+    )
+    for zoo, (names, _) in ZOOS.items():
+        for name in names():
+            asked = name in wanted or zoo in wanted
+            if asked or (not wanted and (zoo, name) not in known):
+                known[zoo, name] = tried(zoo, name)
+                RESULTS.write_text("".join(f"{json.dumps(found)}\n" for found in known.values()))
+            if asked or not wanted:
+                show(known[zoo, name])
+    print(
+        "\n| | models | weights | channels | heads | FLOPs | Torch-Pruning | wrong | slowest |\n|---"
+        + 8 * "|---:"
+        + "|"
+    )
+    for zoo in ZOOS:
+        print(summed(zoo, list(known.values())))
 
 
 if __name__ == "__main__":
