@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage clients compat lint format docs examples evidence bench clean
+.PHONY: help demo test test-fast coverage clients compat lint format docs examples wheel evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that creates .venv
@@ -38,7 +38,7 @@ CORE := $(addprefix tests/,tensors units criteria granularities scopes updates m
     tests/test_masks.py tests/test_schedules.py tests/integration/test_matrix.py
 
 compat: .venv/oldest/.installed .venv/newest/.installed ## run the core tests on the oldest and the newest torch and Lightning (installs several gigabytes)
-	@for name in oldest newest; do \
+	@set -e; for name in oldest newest; do \
 	    OMP_NUM_THREADS=1 .venv/$$name/bin/python -m pytest -q -o addopts= -W default -m "not distributed and not slow" $(ARGS) $(CORE); \
 	done
 
@@ -62,6 +62,9 @@ examples: $(BIN)/.dev ## run every file in examples/
 	    echo "== $$file $$arguments"; \
 	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \
 	done
+
+wheel: $(BIN)/.dev ## build the wheel into dist/, and use it in an empty environment
+	@PIPFLAGS="$(PIPFLAGS)" .ci/wheel
 
 evidence: $(BIN)/.dev ## test the claims of the papers, and write the tables (FULL=1 for all data and sparsities; hours)
 	@MPLBACKEND=Agg $(BIN)/python examples/benchmarks/evidence $(if $(FULL),--full)

@@ -135,7 +135,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("compressed files need safetensors: pip install 'lightning-prune[export]'") from error
+        raise ImportError(
+            "compressed files need safetensors: pip install '.[export]' in a clone of lightning_prune"
+        ) from error
     return safetensors
 
 

@@ -223,7 +223,9 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'lightning-prune[plots]'") from error
+        raise ModuleNotFoundError(
+            "plots need matplotlib: pip install '.[plots]' in a clone of lightning_prune"
+        ) from error
     return plt
 
 

@@ -139,7 +139,9 @@ def require_torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError("coupled channels need torch-pruning: pip install 'lightning-prune[shrink]'") from error
+        raise ImportError(
+            "coupled channels need torch-pruning: pip install '.[shrink]' in a clone of lightning_prune"
+        ) from error
     return torch_pruning
 
 
