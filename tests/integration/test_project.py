@@ -126,6 +126,6 @@ def test_people_find_how_to_take_part() -> None:
     assert {"Repository", "Documentation", "Changelog", "Issues"} <= set(urls)
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_claims_a_published_package(path: Path) -> None:
-    assert not re.findall(r"pip\s+install\s+['\"]?lightning[-_]prune", path.read_text())
+def test_nothing_claims_a_published_package() -> None:
+    claims = re.compile(r"pip\s+install\s+['\"]?lightning[-_]prune")
+    assert [path for path in TEXTS if claims.search(path.read_text())] == []
