@@ -28,7 +28,7 @@ test-fast: $(BIN)/.dev ## run the tests of the rooms, in less than 90 seconds
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not distributed" $(ARGS) $(FAST)
 
 coverage: $(BIN)/.dev ## run the same tests, and show which lines and branches of the package they leave out
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed" --cov $(ARGS) $(FAST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed" --cov=lightning_prune $(ARGS) $(FAST)
 
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
 	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)

@@ -135,9 +135,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "compressed files need safetensors: pip install '.[export]' in a clone of lightning_prune"
-        ) from error
+        raise ImportError("compressed files need safetensors: pip install '.[export]' in the repository") from error
     return safetensors
 
 

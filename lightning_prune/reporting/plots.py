@@ -223,9 +223,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install '.[plots]' in a clone of lightning_prune"
-        ) from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install '.[plots]' in the repository") from error
     return plt
 
 

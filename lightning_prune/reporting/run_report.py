@@ -98,9 +98,7 @@ class PruningReport(Callback):
         if stage != "fit":
             return
         if find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(
-                "PruningReport needs matplotlib: pip install '.[plots]' in a clone of lightning_prune"
-            )
+            raise ModuleNotFoundError("PruningReport needs matplotlib: pip install '.[plots]' in the repository")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[callbacks.index(self) :]:
             if isinstance(callback, MaskedTraining):

@@ -139,9 +139,7 @@ def require_torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError(
-            "coupled channels need torch-pruning: pip install '.[shrink]' in a clone of lightning_prune"
-        ) from error
+        raise ImportError("coupled channels need torch-pruning: pip install '.[shrink]' in the repository") from error
     return torch_pruning
 
 

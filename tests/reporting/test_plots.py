@@ -182,6 +182,6 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(
-        ModuleNotFoundError, match=r"plots need matplotlib: pip install '\.\[plots\]' in a clone of lightning_prune"
+        ModuleNotFoundError, match=r"plots need matplotlib: pip install '\.\[plots\]' in the repository"
     ):
         plot_sparsity(deep(1))

@@ -264,7 +264,7 @@ def test_wrong_paths_and_a_missing_package_are_told_before_training(monkeypatch:
     monkeypatch.setattr("lightning_prune.reporting.run_report.find_spec", lambda name: None)
     with pytest.raises(
         ModuleNotFoundError,
-        match=r"PruningReport needs matplotlib: pip install '\.\[plots\]' in a clone of lightning_prune",
+        match=r"PruningReport needs matplotlib: pip install '\.\[plots\]' in the repository",
     ):
         fit(model, PruningReport())
     assert model.trainer.global_step == 0

@@ -358,7 +358,7 @@ def test_without_torch_pruning_channels_are_rows_and_it_is_said(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     model = Residual()
     with pytest.warns(
-        UserWarning, match=r"without what depends on them: .* pip install '\.\[shrink\]' in a clone of lightning_prune"
+        UserWarning, match=r"without what depends on them: .* pip install '\.\[shrink\]' in the repository"
     ):
         assert "net.2.bias" in prune(model, 0.5, granularity=Channel(), targets=("*",))
     with pytest.raises(ImportError, match="need torch-pruning"):
