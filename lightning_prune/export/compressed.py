@@ -135,7 +135,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("compressed files need safetensors: pip install 'lightning-prune[export]'") from error
+        raise ImportError("compressed files need safetensors: pip install '.[export]' in the repository") from error
     return safetensors
 
 

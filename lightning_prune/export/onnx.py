@@ -68,7 +68,7 @@ def _check_installed() -> None:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_module(package)
     except ImportError as error:
-        raise ImportError(f"export_onnx needs {package}: pip install 'lightning-prune[export]'") from error
+        raise ImportError(f"export_onnx needs {package}: pip install '.[export]' in the repository") from error
 
 
 def _batch(inputs: Inputs, axis: int) -> Sizes:

@@ -223,7 +223,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'lightning-prune[plots]'") from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install '.[plots]' in the repository") from error
     return plt
 
 

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_prune._version import __version__
 from lightning_prune.models import summary as report
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.sizes import changed_channels, channels
@@ -98,7 +98,7 @@ class PruningReport(Callback):
         if stage != "fit":
             return
         if find_spec("matplotlib") is None:
-            raise ModuleNotFoundError("PruningReport needs matplotlib: pip install 'lightning-prune[plots]'")
+            raise ModuleNotFoundError("PruningReport needs matplotlib: pip install '.[plots]' in the repository")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[callbacks.index(self) :]:
             if isinstance(callback, MaskedTraining):
@@ -175,7 +175,7 @@ class PruningReport(Callback):
         callbacks = training_methods(trainer)
         return {
             "model": type(model).__name__,
-            "made_by": f"lightning_prune {version('lightning-prune')}",
+            "made_by": f"lightning_prune {__version__}",
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "sparsity": self.history.sparsity[-1][1] if self.history.sparsity else 0.0,

@@ -139,7 +139,7 @@ def require_torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError("coupled channels need torch-pruning: pip install 'lightning-prune[shrink]'") from error
+        raise ImportError("coupled channels need torch-pruning: pip install '.[shrink]' in the repository") from error
     return torch_pruning
 
 

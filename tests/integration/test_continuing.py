@@ -183,7 +183,7 @@ def test_without_torch_pruning_training_does_not_begin(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     model = ConvNet()
     before = deepcopy(model.state_dict())
-    with pytest.raises(ImportError, match=r"pip install 'lightning-prune\[shrink\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[shrink\]' in the repository"):
         fit(model, Pruning(0.5, granularity=Channel(), shrink_at_end=True))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

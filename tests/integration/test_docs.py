@@ -3,6 +3,7 @@
 import re
 import shlex
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 SNIPPETS = DOCS / "snippets"
 PAGES = {str(path.relative_to(DOCS)): path for path in sorted(DOCS.rglob("*.md")) if path.parent != SNIPPETS}
 FENCE = re.compile(r"^( *)```(\w*).*?\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
+
+# Packages that pages use and that development does without: their blocks run where they are installed.
+MISSING = [name for name in ("executorch", "mlflow", "wandb") if find_spec(name) is None]
 
 
 def included(name: str) -> str:
@@ -50,7 +54,7 @@ def test_python_runs_from_top_to_bottom_and_prints_what_stands_below_it(
         if language == "text" and code:
             assert printed.endswith(text), f"what is printed by\n{code}"
         code, printed = "", ""
-        if language == "python":
+        if language == "python" and not any(name in text for name in MISSING):
             code = text
             run_block(code, module)
             printed = capsys.readouterr().out

@@ -181,5 +181,7 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
         return imports(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"plots need matplotlib: pip install 'lightning-prune\[plots\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"plots need matplotlib: pip install '\.\[plots\]' in the repository"
+    ):
         plot_sparsity(deep(1))

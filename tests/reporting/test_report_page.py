@@ -263,7 +263,8 @@ def test_wrong_paths_and_a_missing_package_are_told_before_training(monkeypatch:
     model = MLP()
     monkeypatch.setattr("lightning_prune.reporting.run_report.find_spec", lambda name: None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"PruningReport needs matplotlib: pip install 'lightning-prune\[plots\]'"
+        ModuleNotFoundError,
+        match=r"PruningReport needs matplotlib: pip install '\.\[plots\]' in the repository",
     ):
         fit(model, PruningReport())
     assert model.trainer.global_step == 0

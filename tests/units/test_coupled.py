@@ -357,7 +357,9 @@ def test_a_frozen_or_ignored_layer_keeps_its_channels() -> None:
 def test_without_torch_pruning_channels_are_rows_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     model = Residual()
-    with pytest.warns(UserWarning, match=r"without what depends on them: .* pip install 'lightning-prune\[shrink\]'"):
+    with pytest.warns(
+        UserWarning, match=r"without what depends on them: .* pip install '\.\[shrink\]' in the repository"
+    ):
         assert "net.2.bias" in prune(model, 0.5, granularity=Channel(), targets=("*",))
     with pytest.raises(ImportError, match="need torch-pruning"):
         prune(model, 0.5, granularity=COUPLED)
