@@ -7,6 +7,7 @@ from lightning_prune.criteria import (
     SNIP,
     APoZ,
     BatchNormScale,
+    BlockInfluence,
     Criterion,
     Entropy,
     Fisher,
@@ -23,7 +24,17 @@ from lightning_prune.export.fast import to_fast
 from lightning_prune.export.fast_files import load_fast, save_fast
 from lightning_prune.export.onnx import export_onnx
 from lightning_prune.export.sparse_layers import to_sparse_csr, to_sparse_semi_structured
-from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, SharedFanIn, Weight
+from lightning_prune.granularities import (
+    NM,
+    Block,
+    Channel,
+    Granularity,
+    Head,
+    InputChannel,
+    Layer,
+    SharedFanIn,
+    Weight,
+)
 from lightning_prune.masks import Masks
 from lightning_prune.methods.acdc import ACDC
 from lightning_prune.methods.at_init import PruningAtInit
@@ -80,6 +91,7 @@ __all__ = [
     "ActiveParameters",
     "BatchNormScale",
     "Block",
+    "BlockInfluence",
     "Channel",
     "ConstantSparsity",
     "Criterion",
@@ -93,6 +105,7 @@ __all__ = [
     "Head",
     "History",
     "InputChannel",
+    "Layer",
     "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",
