@@ -8,6 +8,7 @@ from lightning_prune.criteria import (
     SNIP,
     APoZ,
     BatchNormScale,
+    BlockInfluence,
     Criterion,
     Entropy,
     Fisher,
@@ -24,7 +25,17 @@ from lightning_prune.export.fast import to_fast
 from lightning_prune.export.fast_files import load_fast, save_fast
 from lightning_prune.export.onnx import export_onnx
 from lightning_prune.export.sparse_layers import to_sparse_csr, to_sparse_semi_structured
-from lightning_prune.granularities import NM, Block, Channel, Granularity, Head, InputChannel, SharedFanIn, Weight
+from lightning_prune.granularities import (
+    NM,
+    Block,
+    Channel,
+    Granularity,
+    Head,
+    InputChannel,
+    Layer,
+    SharedFanIn,
+    Weight,
+)
 from lightning_prune.masks import Masks
 from lightning_prune.methods.acdc import ACDC
 from lightning_prune.methods.at_init import PruningAtInit
@@ -79,6 +90,7 @@ __all__ = [
     "ActiveParameters",
     "BatchNormScale",
     "Block",
+    "BlockInfluence",
     "Channel",
     "ConstantSparsity",
     "Criterion",
@@ -92,6 +104,7 @@ __all__ = [
     "Head",
     "History",
     "InputChannel",
+    "Layer",
     "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",

@@ -2,6 +2,7 @@
 
 from lightning_prune.criteria.activations import APoZ, Wanda
 from lightning_prune.criteria.criterion import Criterion, Loss, OverRanks
+from lightning_prune.criteria.depth import BlockInfluence
 from lightning_prune.criteria.entropy import Entropy
 from lightning_prune.criteria.gradients import SNIP, Fisher, Movement, Sensitivity
 from lightning_prune.criteria.initialization import GraSP, SynFlow
@@ -13,6 +14,7 @@ __all__ = [
     "SNIP",
     "APoZ",
     "BatchNormScale",
+    "BlockInfluence",
     "Criterion",
     "Entropy",
     "Fisher",

@@ -2,8 +2,21 @@
 
 from lightning_prune.granularities.base import Granularity
 from lightning_prune.granularities.blocks import Block
-from lightning_prune.granularities.channels import Channel, Head, InputChannel, shrinkable
+from lightning_prune.granularities.channels import Channel, Head, InputChannel
+from lightning_prune.granularities.layers import Layer
 from lightning_prune.granularities.shared_fan_in import SharedFanIn
+from lightning_prune.granularities.shrinkable import shrinkable
 from lightning_prune.granularities.weights import NM, Weight
 
-__all__ = ["NM", "Block", "Channel", "Granularity", "Head", "InputChannel", "SharedFanIn", "Weight", "shrinkable"]
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "Granularity",
+    "Head",
+    "InputChannel",
+    "Layer",
+    "SharedFanIn",
+    "Weight",
+    "shrinkable",
+]

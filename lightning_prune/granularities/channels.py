@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from lightning_prune.models.parameters import Target
 from lightning_prune.units.finding import coupled_units
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import instance, settle
+from lightning_prune.validation.instances import settle
 
 FLOOR = 0.1  # of a layer's units, by default; as in PruningBench (Li et al., 2024, arXiv:2406.12315)
 
@@ -160,20 +160,3 @@ class Head(Granularity):
         self, found: Sequence[Target], model: nn.Module, inputs: Inputs = None, distributed: bool = False
     ) -> tuple[list[Units], dict[str, str]]:
         return coupled_units(found, model, self, inputs, distributed)
-
-
-def shrinkable(granularity: Granularity) -> Channel | Head:
-    """Return a granularity whose units can be taken out of a model: channels are coupled.
-
-    Raises:
-        ValueError: If its units are no channels or heads, or channels that must not be coupled.
-
-    >>> shrinkable(Channel()).coupled
-    True
-    """
-    instance("granularity", granularity, Granularity)
-    if not isinstance(granularity, Channel | Head) or granularity.coupled is False:
-        raise ValueError(
-            f"granularity must be Channel() or Head() to shrink the model, got {granularity} with shrink_at_end=True"
-        )
-    return granularity if isinstance(granularity, Head) else replace(granularity, coupled=True)

@@ -1,7 +1,7 @@
-"""Sizes of a model: parameters, FLOPs and the channels of every layer, to tell what a cut has taken out."""
+"""Sizes of a model: parameters, FLOPs, blocks and the channels of every layer, to tell what a cut has taken out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -24,11 +24,13 @@ class Size:
         parameters: The number of its parameters.
         flops: Those of a forward pass; None if they could not be counted.
         channels: The number of output channels of every layer.
+        blocks: The number of children of every ``ModuleList`` and ``Sequential``.
     """
 
     parameters: int
     flops: int | None
     channels: Mapping[str, int]
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs) -> "Size":
@@ -38,8 +40,8 @@ class Size:
             copy = hookless_copy(model)
             flops = sum(dense_flops(copy, fitting(inputs, copy)).values())
         except Exception:  # of any type, from any layer: a model that is being cut must not be lost for its FLOPs
-            return cls(parameters, None, channels(model))
-        return cls(parameters, flops, channels(model))
+            return cls(parameters, None, channels(model), blocks(model))
+        return cls(parameters, flops, channels(model), blocks(model))
 
     def then(self, later: "Size") -> str:
         """Return what has become of it, as text.
@@ -52,9 +54,15 @@ class Size:
         parts = [f"parameters {_change(self.parameters, later.parameters)}"]
         if self.flops and later.flops is not None:
             parts.append(f"FLOPs {_change(self.flops, later.flops)}")
-        changed = changed_channels(self.channels, later.channels)
+        fewer = changed_channels(self.blocks, later.blocks)
+        parts += [f"blocks of {name or 'the model'} {before} -> {after}" for name, (before, after) in fewer.items()]
+        # the layers of blocks are called by other numbers where some are taken out
+        same = {
+            n: c for n, c in self.channels.items() if not any(n.startswith(f"{block}.") or not block for block in fewer)
+        }
+        changed = changed_channels(same, later.channels)
         if not changed:
-            return f"{', '.join(parts)}; no layer has fewer channels"
+            return ", ".join(parts) + ("" if fewer else "; no layer has fewer channels")
         cells = [(f"  {name}", f"{before:,} -> {after:,}") for name, (before, after) in changed.items()]
         return "\n".join([f"{', '.join(parts)}, channels:", *map(str.rstrip, shortened(table(cells), _LINES))])
 
@@ -72,6 +80,16 @@ def channels(model: nn.Module) -> dict[str, int]:
                 name = plain_name(f"{prefix}.{own}" if prefix else own)
                 found[name.removesuffix(".weight")] = parameter.shape[int(outputs_second(module))]
     return found
+
+
+def blocks(model: nn.Module) -> dict[str, int]:
+    """Return the number of children of every container of blocks.
+
+    >>> blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    {'': 2}
+    """
+    containers = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential))
+    return {plain_name(name): len(module) for name, module in containers}
 
 
 def outputs_second(module: nn.Module) -> bool:

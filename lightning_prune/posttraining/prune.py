@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_prune import scopes
 from lightning_prune.criteria import Criterion, Loss, Magnitude
-from lightning_prune.granularities import Granularity, Weight
+from lightning_prune.granularities import Granularity, Layer, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import named_parameters
@@ -119,7 +119,7 @@ def prune(
     units = units if named else _without_outputs(units, model, granularity)
     units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
-    if sequential is not None and budget is not None:
+    if sequential is not None and (budget is not None or isinstance(granularity, Layer)):
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
 
     rounds_of = (target.round(number / rounds) for number in range(1, rounds + 1))

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.structure.block_names import is_inside, name_after, name_before
 from lightning_prune.tensors.packing import pack_all, unpack_all
-from lightning_prune.validation.states import MASKS, every, one, record, row, table, whole
+from lightning_prune.validation.states import MASKS, TEXT, every, items, one, record, row, table, whole
 
 _ATTRIBUTE = "_kept_channels"  # of a shrunk model; pickled models and users rely on it
 _KEY = one("names of a dimension and a tensor", lambda value: all(map(re.compile(r"\d+:").match, value)))
 _HEADS = one("at least one head, and no more than there were", lambda value: 1 <= value[1] <= value[0])
 _VECTOR = one("a mask of one dimension", lambda value: len(value) == 1)
+_NAMES = items(TEXT)
 _STATE = record(
     places=every(MASKS, record(shapes=every(_KEY, table(_VECTOR)))),
     heads=table(every(row(whole(), whole()), _HEADS)),
@@ -28,10 +30,12 @@ class CutRecord:
     Args:
         places: Which indices are kept, by name and dimension of a tensor: bool, of the length before the cut.
         heads: The number of heads before and after the cut, by name of the attention.
+        removed: The names of the blocks that are taken out as a whole, after that.
     """
 
     places: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     def then(self, later: "CutRecord") -> "CutRecord":
         """Return the record of both cuts, this one and a later one.
@@ -40,15 +44,30 @@ class CutRecord:
         >>> first.then(CutRecord({("weight", 0): torch.tensor([False, True])})).places
         {('weight', 0): tensor([False, False,  True])}
         """
-        places = dict(self.places)
-        for place, kept in later.places.items():
+        places, heads = dict(self.places), dict(self.heads)
+        for (name, dim), kept in later.places.items():
+            place = name_before(name, self.removed), dim  # blocks have other numbers since some were taken out
             earlier = self.places.get(place, torch.ones_like(kept))
             places[place] = torch.zeros_like(earlier).masked_scatter(earlier, kept)
-        heads = {name: (self.heads.get(name, counts)[0], counts[1]) for name, counts in later.heads.items()}
-        return CutRecord(places, {**self.heads, **heads})
+        for name, counts in later.heads.items():
+            name = name_before(name, self.removed)
+            heads[name] = (self.heads.get(name, counts)[0], counts[1])
+        removed = (*self.removed, *(name_before(name, self.removed) for name in later.removed))
+        places = {(name, dim): kept for (name, dim), kept in places.items() if not is_inside(name, removed)}
+        return CutRecord(places, {n: counts for n, counts in heads.items() if not is_inside(n, removed)}, removed)
+
+    def of_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts of masks that are kept, by the names that parameters have after the cut.
+
+        >>> masks = {f"blocks.{number}.weight": torch.tensor([number == 1]) for number in range(2)}
+        >>> CutRecord(removed=("blocks.0",)).of_masks(masks)
+        {'blocks.0.weight': tensor([True])}
+        """
+        kept = {name: mask for name, mask in masks.items() if not is_inside(name, self.removed)}
+        return {name_after(name, self.removed): self.of_mask(name, mask) for name, mask in kept.items()}
 
     def of_mask(self, name: str, mask: Tensor) -> Tensor:
-        """Return the part of a parameter's mask that is kept."""
+        """Return the part of a parameter's mask that is kept; blocks are not looked at."""
         for (part, dim), kept in self.places.items():
             if part == name:
                 mask = select(mask, dim, kept)
@@ -67,11 +86,16 @@ class CutRecord:
                     f"the model must have {len(kept)} places in dimension {dim} of {name!r}, as the one had that was "
                     f"shrunk, got {shape}"
                 )
+        for block in self.removed:
+            if not any(is_inside(name, [block]) for name in tensors):
+                raise ValueError(f"the model must have the block {block!r}, as the one had that was shrunk, got none")
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors and numbers, one bit an index."""
         places = pack_all({f"{dim}:{name}": kept for (name, dim), kept in self.places.items()})
-        return {"version": 1, "places": places, "heads": {name: list(counts) for name, counts in self.heads.items()}}
+        heads = {name: list(counts) for name, counts in self.heads.items()}
+        removed = {"removed": list(self.removed)} if self.removed else {}
+        return {"version": 1, "places": places, "heads": heads, **removed}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "CutRecord":
@@ -92,13 +116,15 @@ class CutRecord:
             )
         try:
             _STATE("lightning_prune", state)
+            _NAMES("lightning_prune.removed", state.get("removed", ()))
         except ValueError as error:
             raise ValueError(f"the kept channels must have {error}") from error
         places = {}
         for name, kept in unpack_all(state["places"]).items():
             dim, _, plain = name.partition(":")
             places[plain, int(dim)] = kept
-        return cls(places, {name: (before, now) for name, (before, now) in state["heads"].items()})
+        heads = {name: (before, now) for name, (before, now) in state["heads"].items()}
+        return cls(places, heads, tuple(state.get("removed", ())))
 
 
 Kept = CutRecord  # the name in models that version 0.1 pickled

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, convert, device_of, difference, run
+from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.surgery import Decision, cut, kept_by, zero_units
 
-Model = TypeVar("Model", bound=nn.Module)
+Part = TypeVar("Part")
 TOLERANCE = 1e-5
 
 
@@ -47,34 +48,54 @@ def equivalent_cuts(model: nn.Module, decisions: Sequence[Decision], inputs: Inp
 
     All decisions are tried together first, then halves of them where the outputs differ. The model is left as it is.
     """
-    precise, inputs = _precise(model, inputs)
-    expected = run(precise, inputs)
+    return _equivalent(model, decisions, inputs, kept_by)
 
-    def equivalent(part: Sequence[Decision]) -> bool:
-        trial = copied(precise)
+
+def equivalent_removals(model: nn.Module, blocks: Sequence[str], inputs: Inputs) -> list[str]:
+    """Return the blocks, by name, without which the outputs of a model are as they are; likewise."""
+    return _equivalent(model, blocks, inputs, lambda _, part: CutRecord(removed=tuple(part)))
+
+
+def _equivalent(
+    model: nn.Module,
+    parts: Sequence[Part],
+    inputs: Inputs,
+    record: Callable[[nn.Module, Sequence[Part]], CutRecord],
+) -> list[Part]:
+    """Return the parts of a cut that leave the outputs of a model as they are."""
+    exact, inputs = precise(model, inputs)
+    expected = run(exact, inputs)
+
+    def equivalent(some: Sequence[Part]) -> bool:
+        trial = copied(exact)
         try:
-            cut(trial, kept_by(trial, part))
+            cut(trial, record(trial, some))
             return difference(expected, run(trial, inputs)) <= TOLERANCE
         except Exception:  # the user's forward may rely on its sizes
             return False
 
-    found = _bisect(list(decisions), equivalent)
-    if len(found) < len(decisions) and not equivalent(found):  # decisions that are safe alone may not be so together
-        together: list[Decision] = []
-        for decision in found:
-            together = [*together, decision] if equivalent([*together, decision]) else together
+    found = bisect(list(parts), equivalent)
+    if len(found) < len(parts) and not equivalent(found):  # what is safe alone may not be so together
+        together: list[Part] = []
+        for part in found:
+            together = [*together, part] if equivalent([*together, part]) else together
         return together
     return found
 
 
-def _bisect(part: list[Decision], equivalent: Callable[[Sequence[Decision]], bool]) -> list[Decision]:
-    if not part or equivalent(part):
-        return part
-    middle = len(part) // 2
-    return _bisect(part[:middle], equivalent) + _bisect(part[middle:], equivalent) if middle else []
+def bisect(parts: list[Part], holds: Callable[[Sequence[Part]], bool]) -> list[Part]:
+    """Return the parts of which something holds, tried for all together first, then for halves.
+
+    >>> bisect([2, 4, 5, 6], lambda numbers: all(number % 2 == 0 for number in numbers))
+    [2, 4, 6]
+    """
+    if not parts or holds(parts):
+        return parts
+    middle = len(parts) // 2
+    return bisect(parts[:middle], holds) + bisect(parts[middle:], holds) if middle else []
 
 
-def _precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+def precise(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Return a copy of the model and the inputs in double precision, or in their own if it does not run in that."""
     copy, device = hookless_copy(model), device_of(model)
     try:

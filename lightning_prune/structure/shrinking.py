@@ -14,9 +14,10 @@ from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.models.sizes import Size, outputs_second
+from lightning_prune.structure.blocks import children_of_containers, find_blocks, is_zero
 from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.cut_record import CutRecord, record_cut
-from lightning_prune.structure.equivalence import equivalent_cuts
+from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_removals
 from lightning_prune.structure.groups import Graph
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
@@ -38,12 +39,13 @@ def shrink(
     optimizers: Sequence[Optimizer] = (),
     averages: Sequence[nn.Module] = (),
 ) -> Model:
-    """Return the model without its dead channels and heads: smaller and faster, with the same classes and outputs.
+    """Return the model without its dead channels, heads and blocks: smaller and faster, same classes and outputs.
 
     A channel is dead if everything that produces it is zero (its weights, bias and norm), or every weight that reads
-    it. Before anything is changed, the outputs with and without the dead channels are compared in double precision and
-    eval mode. Channels that cannot be removed stay, as zeros, and a warning names them. Parameters, FLOPs and the
-    channels of each layer, before and after, are logged by the logger ``lightning_prune`` at the level INFO.
+    it; a residual block if all of its weights are zero. Before anything is changed, the outputs with and without the
+    dead channels are compared in double precision and eval mode. Channels that cannot be removed stay, as zeros, and a
+    warning names them. Parameters, FLOPs and the channels of each layer, before and after, are logged by the logger
+    ``lightning_prune`` at the level INFO.
 
     Args:
         model: Any module; a ``LightningModule`` keeps its ``load_from_checkpoint``.
@@ -114,12 +116,20 @@ def what_to_keep(
         masks.apply(copy)
     first, *others = copies
     inputs = fitting(inputs, first)
-    graph = trace(first, inputs)
+    blocks = CutRecord(removed=tuple(_removable_blocks(copies, inputs)))
+    for copy in copies if blocks.removed else ():
+        cut(copy, blocks)
+    try:
+        graph = trace(first, inputs)
+    except (ImportError, ValueError):
+        if not blocks.removed:
+            raise
+        return blocks
     done = _removable(first, graph, inputs, round_to, others)
     for other in (*others, first) if others else ():
         done = equivalent_cuts(other, done, inputs)
-    _warn_of_remaining(first, graph, done)
-    return kept_by(first, done)
+    _warn_of_remaining(first, graph, done, bool(blocks.removed))
+    return blocks.then(kept_by(first, done))
 
 
 def cut_all(
@@ -135,6 +145,18 @@ def cut_all(
 def unwrapped(average: nn.Module) -> nn.Module:
     """Return the model in an ``AveragedModel``; any other model as it is."""
     return average.module if isinstance(average, AveragedModel) else average
+
+
+def _removable_blocks(models: Sequence[nn.Module], inputs: Inputs) -> list[str]:
+    """Return the names of the residual blocks whose weights are zero in all models, and that can be taken out."""
+    dead = [{name for name, block in children_of_containers(model) if is_zero(block)} for model in models]
+    if not set.intersection(*dead):
+        return []
+    found, _ = find_blocks(models[0], inputs, is_zero)
+    found = [name for name in found if all(name in names for names in dead)]
+    for model in models:
+        found = equivalent_removals(model, found, inputs)
+    return found
 
 
 def _removable(
@@ -163,8 +185,8 @@ def _rounded(keep: Tensor, round_to: int) -> Tensor:
     return keep.index_fill(0, spared, True)
 
 
-def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision]) -> None:
-    """Warn of dead channels that are not removed."""
+def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision], otherwise: bool) -> None:
+    """Warn of dead channels that are not removed, and where nothing is, by a cut of blocks or otherwise."""
     tensors = named_tensors(model)
     modules = model.named_modules()  # rows of an embedding are tokens, and may be zero (padding)
     across = {plain_name(f"{n}.weight") for n, m in modules if outputs_second(m)}
@@ -180,8 +202,8 @@ def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision])
     if remaining:
         listed = "; ".join(f"{name} ({reason})" for name, reason in remaining.items())
         warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)
-    elif not done:
+    elif not done and not otherwise:
         warnings.warn(
-            "nothing was removed: no channel is all zero; prune with Channel() or Head() first",
+            "nothing was removed: no channel is all zero; prune with Channel(), Head() or Layer() first",
             stacklevel=3,
         )

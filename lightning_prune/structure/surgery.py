@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
+from lightning_prune.structure.depth import remove_blocks
 from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
@@ -84,6 +85,8 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
     for name, module in model.named_modules():  # from the sizes of their layers
         if plain_name(name) in kept.heads:
             _update_heads(module, *kept.heads[plain_name(name)])
+    if kept.removed:
+        remove_blocks(model, kept.removed, optimizers)
 
 
 def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:

@@ -153,7 +153,7 @@ class Pruning(ScheduledTraining):
         what = before.then(Size.of(pl_module, state.inputs))
         log_info(f"{type(self).__name__} has cut the model: {what}")
         state.outcome = f"{plan}\ncut when training ended: {what}"
-        state.masks = Masks({name: kept.of_mask(name, mask) for name, mask in state.masks.items()})
+        state.masks = Masks(kept.of_masks(state.masks))
         # the sparsity stays that of the targets as they were
         state.units, state.targets, state.parameters = [], [], []
 

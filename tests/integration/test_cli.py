@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 from models import MLP, QUIET, fit, size, weights, zeros
 from torch import Tensor
-from variants import CRITERIA, at_least, label, square_root
+from variants import CRITERIA, OF_LAYERS, at_least, label, square_root
 
 import lightning_prune
 from lightning_prune import (
@@ -26,9 +26,11 @@ from lightning_prune import (
     Criterion,
     Entropy,
     EntropyPruning,
+    Granularity,
     GraSP,
     Head,
     InputChannel,
+    Layer,
     Magnitude,
     MagnitudePruning,
     Pruning,
@@ -205,7 +207,9 @@ def test_a_schedule_and_a_scope_of_the_user_by_import_path(tmp_path: Path) -> No
     assert {name: int(weight.count_nonzero()) for name, weight in weights(cli.model).items()} == kept
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, BatchNormScale(), Magnitude(2), Magnitude(math.inf)], ids=label)
+@pytest.mark.parametrize(
+    "criterion", [*CRITERIA, OF_LAYERS[0], BatchNormScale(), Magnitude(2), Magnitude(math.inf)], ids=label
+)
 def test_every_criterion_by_its_name(criterion: Criterion, tmp_path: Path) -> None:
     config = yaml_file(
         tmp_path, entry("Pruning", sparsity=0.6, criterion=entry(type(criterion).__name__, **vars(criterion)))
@@ -346,13 +350,14 @@ def test_print_config_round_trips(name: str, tmp_path: Path, capsys: pytest.Capt
     [
         ("Channel", Channel()),
         ("InputChannel", InputChannel()),
+        ({"class_path": "Layer", "init_args": {"minimum": 2}}, Layer(minimum=2)),
         ("lightning_prune.Head", Head()),
         ({"class_path": "Head", "init_args": {"heads": 4, "minimum": 2}}, Head(heads=4, minimum=2)),
         ({"class_path": "Channel", "init_args": {"coupled": True, "round_to": 8}}, Channel(coupled=True, round_to=8)),
     ],
     ids=repr,
 )
-def test_granularities_are_read_from_yaml(given: Any, wanted: Channel | Head, tmp_path: Path) -> None:
+def test_granularities_are_read_from_yaml(given: Any, wanted: Granularity, tmp_path: Path) -> None:
     config = yaml_file(tmp_path, entry("Pruning", sparsity=0.5, granularity=given))
     assert callback_of(run("--config", config, train=False)).granularity == wanted
 

@@ -15,7 +15,7 @@ from distributed import BATCH, Layout, Net, build, fit, rank, ranks, reshard, re
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from models import QUIET, On
+from models import QUIET, On, Residual
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import CRITERIA as VARIANTS
-from variants import METHODS, label
+from variants import METHODS, OF_LAYERS, label
 
 from lightning_prune import (
     NM,
@@ -37,6 +37,7 @@ from lightning_prune import (
     EntropyPruning,
     GraSP,
     InputChannel,
+    Layer,
     Magnitude,
     MagnitudePruning,
     Pruning,
@@ -157,6 +158,34 @@ def assert_like_alone(layout: Layout, ranks: int, cases: list[tuple[str, str]], 
 
 
 # ------------------------------------------------------------------------------------------------ DDP
+
+
+class Deep(Net):
+    """Five residual blocks over two tokens."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                blocks = [Residual(4, 2) for _ in range(5)]
+                self.net = nn.Sequential(nn.Unflatten(1, (2, 4)), *blocks, nn.Flatten(), nn.Linear(8, 4))
+
+
+def train_deep(layout: Layout) -> list[dict[str, Any]]:
+    outcomes = []
+    for criterion in OF_LAYERS:
+        model, callback = Deep(layout), Pruning(0.6, criterion, Layer(), **GRADUAL)
+        fit(model, callback)
+        outcomes.append(outcome(model, callback))
+    return outcomes
+
+
+@distributed
+def test_with_ddp_layers_are_those_of_one_process() -> None:
+    found, expected = run(train_deep, 2, "ddp"), train_deep("one")
+    for number, one in enumerate(expected):
+        assert sum(not mask.any() for name, mask in one["masks"].items() if name.endswith("up.weight")) == 3
+        assert_masked_alike([outcomes[number] for outcomes in found], one)
 
 
 @distributed

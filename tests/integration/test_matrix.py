@@ -7,12 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import Attending, ConvNet, MaskRecorder, Tiny, fit, size, weights, zeros
+from models import Attending, ConvNet, Deep, MaskRecorder, Tiny, fit, size, weights, zeros
 from pairwise import covering
 from torch import Tensor
-from variants import COUPLED, CRITERIA, GRANULARITIES, SCHEDULES, SCOPES, at_least, label
+from variants import COUPLED, CRITERIA, GRANULARITIES, OF_LAYERS, SCHEDULES, SCOPES, at_least, label
 
-from lightning_prune import FPGM, Channel, Criterion, Entropy, Granularity, Magnitude, Pruning, Sensitivity, SharedFanIn
+from lightning_prune import (
+    FPGM,
+    Channel,
+    Criterion,
+    Entropy,
+    Granularity,
+    Layer,
+    Magnitude,
+    Pruning,
+    Sensitivity,
+    SharedFanIn,
+)
 
 SPARSITY = 0.6
 # bias and norm entries that die with a channel of the weight
@@ -184,3 +195,17 @@ def test_coupled_units_die_with_all_that_belongs_to_them(
     weights = [mask for name, mask in masks.items() if parameters[name].ndim >= 2]
     zeros = sum(int((~mask).sum()) for mask in weights)
     assert callback.sparsity_now == pytest.approx(zeros / sum(mask.numel() for mask in weights), abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
+@pytest.mark.parametrize("criterion", OF_LAYERS, ids=label)
+def test_layers_die_as_a_whole(criterion: Criterion, schedule: str | Callable) -> None:
+    model, callback, recorder = trained(Deep(), criterion, Layer(), "global", schedule)
+    dead = [number for number, block in enumerate(model.net[2]) if not any(own.any() for own in block.parameters())]
+    assert len(dead) == round(SPARSITY * 6)
+    names = [name for name, _ in model.named_parameters() if name.startswith("net.2.")]
+    assert list(callback.masks) == names
+    for name, mask in callback.masks.items():
+        assert mask.any() == mask.all() == (int(name.split(".")[2]) not in dead), name
+    assert_only_fewer(recorder)
+    assert callback.sparsity_now == len(dead) / 6

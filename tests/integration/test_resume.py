@@ -16,10 +16,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from models import Attention, agrees, fit
+from models import Attention, Residual, agrees, fit
 from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_pruned, leftovers, mlp
 from torch import Tensor, nn
-from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, label
+from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, OF_LAYERS, label
 
 from lightning_prune import (
     BatchNormScale,
@@ -27,6 +27,7 @@ from lightning_prune import (
     ConstantSparsity,
     Criterion,
     Granularity,
+    Layer,
     MagnitudePruning,
     Pruning,
     Weight,
@@ -226,6 +227,20 @@ def test_coupled_units_resume_exactly(
     arguments = {"criterion": criterion, "granularity": granularity, **REGIMES[regime]}
     model = Resumable if isinstance(granularity, Channel) else Attending
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), model, taken=third(turn), check=assert_zero)
+
+
+class Deep(Attending):
+    """Four residual blocks over sequences of 3 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(Residual(8, 2) for _ in range(4)), nn.Flatten(), nn.Linear(24, 4))
+
+
+@pytest.mark.parametrize(("turn", "criterion"), list(enumerate(OF_LAYERS)), ids=label)
+def test_layers_resume_exactly(criterion: Criterion, turn: int, tmp_path: Path) -> None:
+    arguments = {"criterion": criterion, "granularity": Layer(), **REGIMES[list(REGIMES)[turn % 3]]}
+    assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), Deep, taken=third(turn), check=assert_zero)
 
 
 @pytest.mark.parametrize("method", METHODS)

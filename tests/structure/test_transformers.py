@@ -1,12 +1,13 @@
 """Transformers as their library has them: channels and heads are found and go, and the outputs stay as they were."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Head, prune, shrink
+from lightning_prune import Channel, Head, Layer, Random, prune, shrink
 from lightning_prune.structure.tracing import trace
 
 transformers = pytest.importorskip("transformers")
@@ -119,3 +120,73 @@ def test_rectifiers_hide_no_channel() -> None:
         *("up.weight", "up.bias", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "down.weight")
     }
     assert by_name["o.weight"].size == 8
+
+
+DEEP: dict[str, tuple[str, dict[str, Any]]] = {
+    "LLaMA": ("LlamaForCausalLM", {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 2}),
+    "windows": (
+        "Gemma3ForCausalLM",
+        {
+            **SIZES,
+            **{"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "GPT-2": ("GPT2LMHeadModel", {**SHORT, "n_layer": 4}),
+    "two stacks": (
+        "PegasusForConditionalGeneration",
+        {
+            **{"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "vocab_size": 30},
+            **{"decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_a_shallower_model_is_saved_and_loaded_and_generates_like_the_masked_one(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    name, sizes = DEEP[kind]
+    cls = getattr(transformers, name)
+    config = cls.config_class(**sizes)
+    model, ids = cls(config).eval(), torch.randint(3, 30, (2, 6))
+    batch = {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
+    prune(model, 0.5, criterion=Random(), granularity=Layer(), example_inputs=batch)
+    small = shrink(model, batch)
+    removed = len(small._kept_channels.removed)
+    assert removed == (3 if kind == "two stacks" else 2)
+    assert torch.allclose(output(small, batch), output(model, batch), atol=1e-5)
+    assert model.config.to_dict() == config.to_dict()
+    before, now = (sum(len(m) for m in each.modules() if isinstance(m, nn.ModuleList)) for each in (model, small))
+    assert before - now == removed
+
+    small.save_pretrained(tmp_path)
+    loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.allclose(output(loaded.eval(), batch), output(small, batch), atol=1e-6)
+    with_cache, without = (
+        small.generate(ids, max_new_tokens=4, do_sample=False, use_cache=use) for use in (True, False)
+    )
+    assert with_cache.equal(without)
+    assert with_cache.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_the_first_blocks_of_t5_stay_since_they_hold_the_position_biases() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 4, "vocab_size": 30}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    ids = torch.randint(3, 30, (2, 6))
+    batch = {"input_ids": ids, "decoder_input_ids": ids}
+    masks = prune(model, 0.5, criterion=Random(), granularity=Layer(), example_inputs=batch)
+    assert {name.split(".layer")[0] for name in masks} == {
+        f"{stack}.block.{number}" for stack in ("encoder", "decoder") for number in (1, 2)
+    }
+    small = shrink(model, batch)
+    assert (small.config.num_layers + small.config.num_decoder_layers) == 4
+    assert torch.allclose(output(small, batch), output(model, batch), atol=1e-5)
+
+
+def test_bert_is_refused_by_the_name_of_its_norm() -> None:
+    model = transformers.BertModel(transformers.BertConfig(**{**SIZES, "num_hidden_layers": 2}))
+    batch = {"input_ids": torch.randint(3, 30, (2, 6))}
+    with pytest.raises(ValueError, match=r"layer\.0\..*'output\.LayerNorm' acts on the sum .* prune channels or heads"):
+        prune(model, 0.5, granularity=Layer(), example_inputs=batch)

@@ -130,6 +130,31 @@ class Attending(Tiny):
         return nn.Sequential(Attention(12, 6), nn.Tanh(), Attention(12, 2), nn.Flatten(), nn.Linear(36, 3))
 
 
+class Residual(nn.Module):
+    """A layer of a transformer with norms inside its branches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.second, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        return x + self.down(nn.functional.gelu(self.up(self.second(x))))
+
+
+class Deep(Tiny):
+    """Six residual blocks over sequences of 3 tokens, between two linear layers."""
+
+    size = (3, 8)
+
+    def build(self, dropout: float) -> nn.Sequential:
+        blocks = nn.Sequential(*(Residual(8, 2) for _ in range(6)))
+        return nn.Sequential(
+            nn.Linear(8, 8), nn.Dropout(dropout), blocks, nn.LayerNorm(8), nn.Flatten(), nn.Linear(24, 3)
+        )
+
+
 class TwoOptimizers(MLP):
     """Manual optimization: one optimizer for the first layers, one for the last, both stepped in every batch."""
 

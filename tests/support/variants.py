@@ -15,6 +15,7 @@ from lightning_prune import (
     SRSTE,
     APoZ,
     Block,
+    BlockInfluence,
     Channel,
     Criterion,
     Entropy,
@@ -54,6 +55,8 @@ CRITERIA: tuple[Criterion, ...] = (
 )
 GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(2, 2), SharedFanIn(2))
 COUPLED: tuple[Granularity, ...] = (Channel(coupled=True), Head())  # units that lie in several parameters
+# criteria that score whole blocks, for granularity=Layer()
+OF_LAYERS: tuple[Criterion, ...] = (BlockInfluence(window=2), Magnitude(), Random(seed=3), Sensitivity(window=2))
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
     "local",

@@ -1,0 +1,26 @@
+"""Granularities whose units can be taken out of a model."""
+
+from dataclasses import replace
+
+from lightning_prune.granularities.base import Granularity
+from lightning_prune.granularities.channels import Channel, Head
+from lightning_prune.granularities.layers import Layer
+from lightning_prune.validation.instances import instance
+
+
+def shrinkable(granularity: Granularity) -> Channel | Head | Layer:
+    """Return a granularity whose units can be taken out of a model: channels are coupled.
+
+    Raises:
+        ValueError: If its units are no channels, heads or layers, or channels that must not be coupled.
+
+    >>> shrinkable(Channel()).coupled
+    True
+    """
+    instance("granularity", granularity, Granularity)
+    if not isinstance(granularity, Channel | Head | Layer) or granularity.coupled is False:
+        raise ValueError(
+            f"granularity must be Channel(), Head() or Layer() to shrink the model, got {granularity} with "
+            f"shrink_at_end=True"
+        )
+    return replace(granularity, coupled=True) if isinstance(granularity, Channel) else granularity
