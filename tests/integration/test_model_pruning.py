@@ -15,7 +15,7 @@ from models import MLP, fit, size, zeros
 from ranks import run
 from torch import Tensor
 
-from lightning_prune import NM, MagnitudePruning, Random, RandomPruning, Weight
+from lightning_prune import NM, MagnitudePruning, RandomPruning, Weight
 
 LAYERS = (0, 4, 6)
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
