@@ -121,8 +121,9 @@ def test_every_scope_has_a_name_in_the_signature_and_in_the_text(name: str) -> N
     cls = CALLBACKS[name]
     default = type(None) if parameters(cls)["scope"].default is None else scopes.ScopeName
     assert annotations(cls)["scope"] == scopes.ScopeName | scopes.Scope | default
-    base = next(base for base in cls.__mro__ if "\n        scope: " in (base.__doc__ or ""))
-    text = re.search(r"\n        scope: (.*?)\n        \w+: ", str(base.__doc__), re.DOTALL)
+    documents = map(inspect.cleandoc, (base.__doc__ or "" for base in cls.__mro__))
+    document = next(document for document in documents if "\n    scope: " in document)
+    text = re.search(r"\n    scope: (.*?)\n    \w+: ", document, re.DOTALL)
     assert text is not None
     assert set(re.findall(r'"(\w+)"', text[1])) == set(scopes.SCOPES)
 
