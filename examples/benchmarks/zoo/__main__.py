@@ -1,7 +1,7 @@
 """Prune the models that people bring: ``python examples/benchmarks/zoo``.
 
 Every family of transformers, and the models of torchvision and timm where these are installed, with random weights:
-pruned by single weights, by channels, by heads, by channels to 70 % of the FLOPs, and shrunk; beside them the pruner of
+pruned by single weights, by channels, by heads, by channels to 80 % of the FLOPs, and shrunk; beside them the pruner of
 Torch-Pruning. Each model has a process of its own and a time limit. Results are kept in results/zoo.jsonl, and models
 that are there are not run again. With names of zoos or of models as arguments, these alone, again; -v shows errors.
 """
@@ -83,7 +83,7 @@ def main() -> None:
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     known = {(found["zoo"], found["model"]): found for found in map(json.loads, lines)}
     print(
-        f"{'model':26}{'weights':8}{'channels':16}{'heads':16}{'30 % of the FLOPs':28}{'Torch-Pruning':16}what failed"
+        f"{'model':26}{'weights':8}{'channels':16}{'heads':16}{'20 % of the FLOPs':28}{'Torch-Pruning':16}what failed"
     )
     for zoo, (names, _) in ZOOS.items():
         for name in names():

