@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_prune.models.building import built, check_builds
 from lightning_prune.models.copying import copied
+from lightning_prune.structure.configs import tell_configs
 from lightning_prune.structure.cut_record import CutRecord, cut_record_of, record_cut
 from lightning_prune.structure.surgery import cut
 from lightning_prune.validation.instances import instance
@@ -201,6 +202,7 @@ def _cut_to_fit(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         )
     kept = CutRecord.from_state_dict(checkpoint[KEY])
     cut(model, kept)
+    tell_configs(model, kept)
     record_cut(model, kept)
     travel_along(model)
 

@@ -16,6 +16,7 @@ from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.models.sizes import Size, outputs_second
 from lightning_prune.structure.blocks import children_of_containers, find_blocks, is_zero
 from lightning_prune.structure.checkpoints import travel_along
+from lightning_prune.structure.configs import tell_configs
 from lightning_prune.structure.cut_record import CutRecord, record_cut
 from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_removals
 from lightning_prune.structure.groups import Graph
@@ -138,6 +139,7 @@ def cut_all(
     """Cut a model, its averages and the states of its optimizers in place, and record the cut on the models."""
     for each in (model, *map(unwrapped, averages)):
         cut(each, kept, optimizers)
+        tell_configs(each, kept)
         record_cut(each, kept)
         travel_along(each)
 

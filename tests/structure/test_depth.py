@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune import Channel, Head, Layer, Pruning, Random, load_shrunk, prune, save_shrunk, shrink
+from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.forward import difference, run
 from lightning_prune.models.parameters import find
 from lightning_prune.structure.blocks import find_blocks
@@ -247,3 +248,18 @@ def test_modules_state_how_many_blocks_are_left() -> None:
     model = encoder(True)
     remove_blocks(model, ["layers.1", "layers.3"])
     assert model.num_layers == len(model.layers) == 2
+
+
+@pytest.mark.parametrize("of", ["parameters", "flops"])
+def test_a_goal_in_parameters_or_flops_counts_whole_blocks(of: Any) -> None:
+    model = Stacks()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    block = sum(parameter.numel() for parameter in model.named[0].parameters())
+    masks = prune(model, 0.4, criterion=Random(), granularity=Layer(), example_inputs=TOKENS, of=of)
+    dead = sum(not mask.any() for name, mask in masks.items() if name.endswith(".up.weight"))
+    if of == "parameters":
+        assert (dead - 1) * block < 0.4 * total <= dead * block
+    small = shrink(model, TOKENS)
+    before, after = (sum(dense_flops(each, TOKENS).values()) for each in (model, small))
+    assert after <= 0.61 * before
+    assert dead == 4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Head, Layer, Random, prune, shrink
+from lightning_prune import Channel, Granularity, Head, Layer, Random, load_shrunk, prune, save_shrunk, shrink
 from lightning_prune.structure.tracing import trace
 
 transformers = pytest.importorskip("transformers")
@@ -190,3 +190,65 @@ def test_bert_is_refused_by_the_name_of_its_norm() -> None:
     batch = {"input_ids": torch.randint(3, 30, (2, 6))}
     with pytest.raises(ValueError, match=r"layer\.0\..*'output\.LayerNorm' acts on the sum .* prune channels or heads"):
         prune(model, 0.5, granularity=Layer(), example_inputs=batch)
+
+
+WIDE = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 48}
+GROUPED = {**WIDE, "num_key_value_heads": 2}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 30}
+SAYING: dict[str, tuple[str, dict[str, Any], Granularity, dict[str, int]]] = {
+    "gate, up and down": ("LlamaForCausalLM", GROUPED, Channel(), {"intermediate_size": 24, "num_attention_heads": 4}),
+    "heads": (
+        *("LlamaForCausalLM", GROUPED, Head()),
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 32, "intermediate_size": 48},
+    ),
+    "no name for the size of a head": ("BertModel", WIDE, Channel(), {"intermediate_size": 24}),
+    "four times the width": ("GPT2LMHeadModel", {**SHORT, "n_layer": 2, "n_inner": None}, Channel(), {"n_inner": 64}),
+    "configs of two stacks": ("T5ForConditionalGeneration", T5, Channel(), {"d_ff": 24}),
+}
+
+
+def pruned(name: str, sizes: dict[str, Any], granularity: Granularity, **given: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a model, pruned, the same shrunk, and a batch."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    config = cls.config_class(**sizes)
+    model, ids = cls(config).eval(), torch.randint(3, 30, (2, 6))
+    batch = {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
+    before = config.to_dict()
+    prune(model, 0.5, criterion=Random(), granularity=granularity, example_inputs=batch, **given)
+    small = shrink(model, batch)
+    assert model.config.to_dict() == before
+    assert torch.allclose(output(small, batch), output(model, batch), atol=1e-5)
+    return model, small, batch
+
+
+@pytest.mark.parametrize("kind", SAYING)
+def test_configs_say_the_new_sizes(kind: str, tmp_path: Path) -> None:
+    name, sizes, granularity, expected = SAYING[kind]
+    model, small, batch = pruned(name, sizes, granularity)
+    assert {size: getattr(small.config, size) for size in expected} == expected
+    small.save_pretrained(tmp_path / "folder")
+    loaded = type(model).from_pretrained(tmp_path / "folder").eval()
+    assert torch.allclose(output(loaded, batch), output(small, batch), atol=1e-6)
+    save_shrunk(small, tmp_path / "small.pt")
+    again = load_shrunk(type(model)(model.config), tmp_path / "small.pt").eval()
+    assert {size: getattr(again.config, size) for size in expected} == expected
+    assert torch.allclose(output(again, batch), output(small, batch), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "granularity", "given"),
+    [
+        ("LlamaForCausalLM", GROUPED, Channel(), {"scope": "global"}),  # layers of different widths
+        ("LlamaForCausalLM", GROUPED, Channel(), {"targets": ["model.layers.0.*"]}),
+        ("BertModel", WIDE, Head(), {}),  # whose config takes heads for parts of the hidden width
+    ],
+)
+def test_configs_stay_where_they_cannot_say_it(
+    name: str, sizes: dict[str, Any], granularity: Granularity, given: dict[str, Any], tmp_path: Path
+) -> None:
+    model, small, batch = pruned(name, sizes, granularity, **given)
+    assert small.config.to_dict() == model.config.to_dict()
+    save_shrunk(small, tmp_path / "small.pt")
+    again = load_shrunk(type(model)(model.config), tmp_path / "small.pt").eval()
+    assert torch.allclose(output(again, batch), output(small, batch), atol=1e-6)

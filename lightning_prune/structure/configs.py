@@ -1,0 +1,112 @@
+"""Configs of Hugging Face models: what they say of the sizes of a model that was cut, where they can say it."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.models.parameters import plain_name
+from lightning_prune.structure.cut_record import CutRecord
+from lightning_prune.structure.depth import own_configs
+from lightning_prune.structure.groups import HEADS
+
+_WIDTHS = (
+    *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"),
+    *("hidden_dim", "moe_intermediate_size"),
+)
+
+
+def tell_configs(model: nn.Module, kept: CutRecord) -> None:
+    """Let the configs in a model say its new widths and numbers of heads, where a model made from them is like it.
+
+    That is so where all layers have been cut alike, and the class has a name for each size. Otherwise configs stay as
+    they are, and the model has to be saved with ``save_shrunk``.
+
+    Args:
+        model: A model that has been cut.
+        kept: What was kept of it in this cut.
+    """
+    for owner in list(_pretrained(model)) if kept.places else []:
+        own_configs(owner)
+        # attentions may have got copies of their own, with the heads that they have now
+        attentions = [m for n, m in model.named_modules() if plain_name(n) in kept.heads and "config" in vars(m)]
+        others = set(owner.modules()).difference(attentions)
+        found = [part for module in others for part in _parts(vars(module).get("config"))]
+        configs = list({id(config): config for config in found}.values())
+        former = [dict(vars(config)) for config in configs]
+        for config in configs:
+            _state(config, kept)
+        if _makes(owner):
+            for attention in attentions:
+                attention.config = _config_around(owner, attention)
+        else:
+            for config, values in zip(configs, former, strict=True):
+                vars(config).clear()
+                vars(config).update(values)
+
+
+def _config_around(owner: nn.Module, inner: nn.Module) -> Any:
+    """Return the config of the innermost module around another one that has a config."""
+    around = [module for module in owner.modules() if module is not inner and inner in set(module.modules())]
+    return next(vars(module)["config"] for module in reversed(around) if "config" in vars(module))
+
+
+def _pretrained(model: nn.Module) -> Iterator[Any]:
+    """Yield the outermost models that know how to save themselves with a config."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if (
+            module not in inside
+            and hasattr(module, "save_pretrained")
+            and hasattr(vars(module).get("config"), "to_dict")
+        ):
+            inside.update(module.modules())
+            yield module
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a config and those of its parts."""
+    if hasattr(config, "to_dict") and not isinstance(config, type):
+        yield config
+        for part in vars(config).values():
+            yield from _parts(part)
+
+
+def _state(config: Any, kept: CutRecord) -> None:
+    """Let a config state the widths and numbers of heads that all of its layers have in common."""
+    lengths: dict[int, set[int]] = {}
+    for places in kept.places.values():
+        lengths.setdefault(len(places), set()).add(int(places.sum()))
+    for name in _WIDTHS:
+        before = getattr(config, name, None)
+        if before is None and hasattr(config, name):
+            before = 4 * config.hidden_size  # what None stands for in GPT-2
+        if type(before) is int and len(lengths.get(before, ())) == 1:
+            setattr(config, name, next(iter(lengths[before])))
+    if len(set(kept.heads.values())) == 1:
+        _state_heads(config, *next(iter(kept.heads.values())))
+
+
+def _state_heads(config: Any, before: int, now: int) -> None:
+    stated = {name: getattr(config, name, None) for name in HEADS}
+    numbers = {n: count for n, count in stated.items() if type(count) is int and count % before == 0}
+    if "num_attention_heads" in numbers and getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // numbers["num_attention_heads"]  # no longer the quotient of the two
+    for name, count in numbers.items():
+        setattr(config, name, count // before * now)
+
+
+def _makes(owner: Any) -> bool:
+    """Return whether a model that is made from the config has the shapes of this one."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            made = type(owner)(copy.deepcopy(owner.config))
+    except Exception:  # a config may have no such combination of sizes
+        return False
+    return _shapes(made) == _shapes(owner)
+
+
+def _shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
