@@ -14,6 +14,11 @@ registry.entry_points = cache(registry.entry_points)
 collect_ignore = ["support/namespace.py"]  # a script: what it inherits from is settled when it is imported
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Take what is said of short runs as read: most tests have few steps. ``test_watching.py`` checks it."""
+    config.addinivalue_line("filterwarnings", "ignore:.* for its schedule, which prunes a large part at once")
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what stays anyway: modules and tests."""
     gc.collect()

@@ -27,7 +27,8 @@ FLOORS = [
     {"training", "posttraining", "export"},
     {"methods"},
     {"reporting"},
-    {"_moved"},
+    {"command_line"},
+    {"_moved", "__main__"},
     {"__init__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

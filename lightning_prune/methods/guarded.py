@@ -15,13 +15,14 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.methods import rewinding
 from lightning_prune.methods.guarded_state import GuardedState
-from lightning_prune.methods.judged_run import go_back_in_run, monitored, remember_run
+from lightning_prune.methods.judged_run import go_back_in_run, monitored, remember_run, verdict_text
 from lightning_prune.methods.sparsity_search import Mode, Search, checked_mode, settled
 from lightning_prune.schedules import Horizon
 from lightning_prune.training.consistency import restore
 from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.scheduled import decide
+from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.state import RunState
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import integer, number, text
@@ -35,9 +36,10 @@ class GuardedPruning(rewinding.Rewinding):
     and learning-rate schedulers, on the CPU and in checkpoints) and the next one is tried. If it does not come within
     the bound, training goes back to what was remembered, and half the step is tried. Validations count once all other
     pruning callbacks have reached their target, and their masks are remembered, too. When the step falls below
-    ``precision``, the best is trained for one more validation, and the run stops. However a run ends, it leaves the
-    sparsest model that was within the bound when it was validated. To resume exactly, resume from checkpoints that are
-    saved after validation: Lightning never repeats one that was due when a checkpoint was saved.
+    ``precision``, the best is trained for one more validation, and the run stops. Every verdict is logged as a line of
+    text. However a run ends, it leaves the sparsest model that was within the bound when it was validated. To resume
+    exactly, resume from checkpoints that are saved after validation: Lightning never repeats one that was due when a
+    checkpoint was saved.
 
     Args:
         monitor: The name of a metric that validation logs.
@@ -200,9 +202,10 @@ class GuardedPruning(rewinding.Rewinding):
     def _judge(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:
         """Decide what is done after the next optimizer step; until then, what was validated may be saved."""
         search = self._search
-        level, verdict = search.level, search.judge(value)
+        before, verdict = replace(search), search.judge(value)
         self.state.search = search.found()
-        self.state.trials.append((self.state.steps, level, value, verdict == "keep"))
+        self.state.trials.append((self.state.steps, before.level, value, verdict == "keep"))
+        log_info(f"{type(self).__name__}: {verdict_text(self.monitor, before, search, value, verdict)}")
         if self.reference is None and not self.state.outgrown and search.outgrows(value):
             self.state.outgrown = True
             rank_zero_warn(

@@ -35,7 +35,7 @@ def mode_of(monitor: str) -> Mode | None:
     """Return whether more ("max") or less ("min") of a metric is better, by the words of its name; None if unknown.
 
     >>> (
-    ...     mode_of("val_loss"),
+    ...     mode_of("valloss"),
     ...     mode_of("valid/MeanSquaredError"),
     ...     mode_of("val_acc"),
     ...     mode_of("neg_loss"),
@@ -44,7 +44,7 @@ def mode_of(monitor: str) -> Mode | None:
     ('min', 'min', 'max', None, None)
     """
     words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", monitor)}
-    less, more = bool(words & _LESS), bool(words & _MORE)
+    less, more = bool(words & _LESS) or any(word.endswith("loss") for word in words), bool(words & _MORE)
     if less == more or words & _TURNED or monitor.startswith("-"):
         return None
     return "min" if less else "max"

@@ -18,15 +18,19 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def render(found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> str:
+def render(
+    found: Mapping[str, Any], figures: "Mapping[str, Figure]", without_masks: str = "There are no masks."
+) -> str:
     """Return the page.
 
     Args:
         found: The data that ``PruningReport`` writes as JSON.
         figures: Figures drawn in ``STYLE``: "sparsity" and "masks" for the layers, all others for the history.
+        without_masks: What is said where there is no figure "masks".
     """
     svg = {name: f'<figure aria-label="{escape(name)}">{as_svg(figure)}</figure>' for name, figure in figures.items()}
     history = "\n".join(svg[name] for name in svg if name not in ("sparsity", "masks"))
+    no_masks = "What was pruned is cut." if found["shrunk"] else without_masks
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(f"Pruning of {found['model']}"),
@@ -35,7 +39,7 @@ def render(found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> str:
         plans="\n".join(f"<pre>{escape(callback['plan'])}</pre>" for callback in found["callbacks"]),
         history=f'<div class="figures">{history}</div>{_metrics(found["history"]["metrics"])}',
         layers=_layers(found["layers"], bool(found["shrunk"])) + svg.get("sparsity", ""),
-        masks=svg.get("masks", "<p>What was pruned is cut.</p>" if found["shrunk"] else "<p>There are no masks.</p>"),
+        masks=svg.get("masks", f"<p>{no_masks}</p>"),
         config=escape(found["config"]),
         made_by=escape(found["made_by"]),
     )

@@ -17,6 +17,7 @@ from lightning_prune.structure.cut_record import CutRecord, cut_record_of
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
 from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.protocols import averaged_models
+from lightning_prune.training.run_length import warn_if_few_updates
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.updates.budget import Measure
@@ -142,6 +143,8 @@ class Pruning(ScheduledTraining):
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_start(trainer, pl_module)
         self._warn_of_zeros()
+        if self.schedule != "one_shot" and self.state.window is not None and self.state.applied < 0:
+            warn_if_few_updates(self, self.horizon, self.state.window)
 
     def _shrink(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self.state

@@ -5,6 +5,9 @@ import math
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_prune.models.summary import counted_as
+from lightning_prune.schedules import Horizon
+
 
 def length(trainer: Trainer, interval: str, set_epochs: int | None) -> float:
     """Return the length of the run in steps or epochs; infinite where it is unknown.
@@ -43,4 +46,16 @@ def warn_if_too_short(owner: object, interval: str, last: int, duration: float) 
         rank_zero_warn(
             f"{type(owner).__name__} will not reach its target: the last update is due at {interval} {last}, and the "
             f"run ends after {duration:g} {interval}s: train longer, or give a smaller end"
+        )
+
+
+def warn_if_few_updates(owner: object, horizon: Horizon, window: tuple[int, int]) -> None:
+    """Warn if fractions of a short run leave a gradual schedule fewer than three positions for updates."""
+    first, last = window
+    if last - first < 3 and isinstance(horizon.start + horizon.end, float):
+        every = horizon.interval
+        rank_zero_warn(
+            f"{type(owner).__name__} has {counted_as(max(1, last - first), 'update')} for its schedule, which prunes a "
+            f"large part at once: start={horizon.start} and end={horizon.end} are the {every}s {first} and {last} of "
+            f"this run: train longer{', count steps' * (every == 'epoch')}, or move start and end apart"
         )

@@ -80,6 +80,27 @@ def test_a_sparsity_that_is_not_borne_gets_time_and_the_best_is_validated_once_m
     assert callback.reached
 
 
+def test_every_verdict_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    callback = GuardedPruning("score", max_drop=0.0, patience=2, precision=0.1)
+    with caplog.at_level("INFO"):
+        fit(Limited(), callback, max_epochs=50)
+    prefix, bound = "GuardedPruning: sparsity", "(bound: at least 0.9)"
+    assert [record.message for record in caplog.records if record.message.startswith(prefix)] == [
+        f"{prefix} 0.0%, score 0.9 is the reference {bound}: kept, 20.0% is next",
+        f"{prefix} 20.0%, score 0.9 {bound}: kept, 40.0% is next",
+        f"{prefix} 40.0%, score 0.9 {bound}: kept, 60.0% is next",
+        f"{prefix} 60.0%, score 0.848734 {bound}: outside, it is trained further, 1 of 2 validations",
+        f"{prefix} 60.0%, score 0.848734 {bound}: outside, back to 40.0%, 50.0% is next",
+        f"{prefix} 50.0%, score 0.9 {bound}: kept, the search is over",
+    ]
+
+
+def test_names_that_end_with_loss_are_to_fall() -> None:
+    assert GuardedPruning("valloss").mode == "min"
+    assert GuardedPruning("val_nllloss").mode == "min"
+    assert GuardedPruning("val_acc").mode == GuardedPruning("neg_loss").mode == "max"
+
+
 def test_the_ceiling_is_tried_and_not_passed() -> None:
     model, callback = Limited(), GuardedPruning("score", max_drop=1.0, sparsity=0.7, step=0.4)
     fit(model, callback, max_epochs=50)
@@ -159,7 +180,7 @@ def test_a_loss_is_held_from_above() -> None:
 def test_the_plan_says_what_the_search_does(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.lightning_prune"):
         fit(Limited(), GuardedPruning("score", patience=1, step=0.4, precision=0.3), max_epochs=1)
-    [text] = [record.getMessage() for record in caplog.records if "GuardedPruning" in record.getMessage()]
+    [text] = [record.getMessage() for record in caplog.records if "GuardedPruning to" in record.getMessage()]
     assert "no updates planned" not in text
     assert text.splitlines()[-1] == (
         "search up to 99.0%, in steps of 40.0% down to 30.0%, each fine-tuned for up to 1 validation; "

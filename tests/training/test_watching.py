@@ -212,3 +212,29 @@ def test_a_model_for_inference_can_be_summed_up() -> None:
     assert sparsity(model) == 0.5
     with torch.inference_mode():
         assert summary(model).total.zeros == 79
+
+
+# ------------------------------------------------------------------------------------------------ short runs
+
+
+def test_fractions_that_leave_fewer_than_three_updates_are_a_warning() -> None:
+    said = (
+        "MagnitudePruning has 2 updates for its schedule, which prunes a large part at once: start=0.1 and end=0.7 are "
+        "the epochs 0 and 2 of this run: train longer, count steps, or move start and end apart"
+    )
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        fit(MLP(), MagnitudePruning(0.5, interval="epoch"), max_epochs=3)
+    with pytest.warns(UserWarning, match="RandomPruning has 1 update for its schedule"):
+        fit(MLP(), RandomPruning(0.5, start=0.5, end=0.5), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"schedule": "one_shot", "start": 0.5}, {"start": 1, "end": 2}],
+    ids=["enough", "one_shot", "counted"],
+)
+def test_no_warning_where_updates_are_enough_or_counted_by_hand(
+    arguments: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    fit(MLP(), MagnitudePruning(0.5, **arguments), max_epochs=2)
+    assert not [warning for warning in recwarn if "for its schedule" in str(warning.message)]
