@@ -36,7 +36,12 @@ MODELS: dict[str, Model] = {
     "camembert": ("text", "Camembert", {**SIZES, "pad_token_id": 0}),
     "layoutlm": ("text", "LayoutLM", SIZES),
     "squeezebert": ("text", "SqueezeBert", {**SIZES, "embedding_size": 32}),
-    "funnel": ("text", "Funnel", {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "vocab_size": 100}),
+    "funnel": (
+        "text",
+        "Funnel",
+        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "vocab_size": 100}
+        | {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1, "architectures": ["FunnelModel"]},
+    ),
     "xlnet": ("text", "XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 100}),
     "roformer": ("text", "RoFormer", {**SIZES, "embedding_size": 32}),
     "fnet": ("text", "FNet", SIZES),

@@ -37,7 +37,8 @@ def difference(one: nn.Module, other: nn.Module, inputs: Any) -> float:
     pairs = list(zip(outputs(one, inputs), outputs(other, inputs), strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    return max(float((a - b).abs().max()) / max(1e-300, float(a.abs().max())) for a, b in pairs if a.numel())
+    found = [float((a - b).abs().max()) / max(1e-300, float(a.abs().max())) for a, b in pairs if a.numel()]
+    return max(found, default=float("inf"))
 
 
 def weights(model: nn.Module) -> bool:
@@ -62,7 +63,8 @@ def peer(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Return what Torch-Pruning's own pruner leaves of the channels, with the layer of the classes left out."""
     import torch_pruning
 
-    before, begin, shapes = size(model), time.process_time(), [x.shape for x in outputs(model, inputs)]
+    shapes = [x.shape for x in outputs(model, inputs)]
+    before, begin = size(model), time.process_time()
     classes = {shape[1] for shape in shapes if len(shape) > 1} | {shape[-1] for shape in shapes}
     ignored = [
         layer

@@ -22,7 +22,9 @@ def torchvision_model(name: str) -> tuple[nn.Module, Any]:
     """Return a model and its inputs."""
     from torchvision import models
 
-    arguments = {"weights_backbone": None} if name.startswith((*SEGMENTERS, "fasterrcnn")) or _detects(name) else {}
+    arguments: dict[str, Any] = {"weights_backbone": None} if name.startswith(SEGMENTERS) or _detects(name) else {}
+    if _detects(name):  # random weights are sure of nothing
+        arguments["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
     model = models.get_model(name, weights=None, **arguments)
     if _detects(name):
         return model, ([torch.rand(3, 96, 96).double()],)
