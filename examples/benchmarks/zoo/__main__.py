@@ -2,8 +2,9 @@
 
 Every family of transformers, and the models of torchvision and timm where these are installed, with random weights:
 pruned by single weights, by channels, by heads, by channels to 80 % of the FLOPs, and shrunk; beside them the pruner of
-Torch-Pruning. Each model has a process of its own and a time limit. Results are kept in results/zoo.jsonl, and models
-that are there are not run again. With names of zoos or of models as arguments, these alone, again; -v shows errors.
+Torch-Pruning. Each model has a process of its own and a time limit. Results are kept in results/zoo.jsonl, from which
+the table in docs/strategies/structured.md is written; models that are there are not run again. With names of zoos or of
+models as arguments, these alone, again; -v shows errors.
 """
 
 import json
@@ -13,10 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from marked import replace, table
 from models import ZOOS
 from trial import run
 
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
+PAGE = Path(__file__).parents[3] / "docs" / "strategies" / "structured.md"
+HEADER = ["", "models", "weights", "`Channel`", "`Head`", '`of="flops"`', "Torch-Pruning", "wrong", "slowest"]
 LIMIT = 300  # seconds
 EXACT = 1e-10
 PARTS = ("weights", "channels", "heads", "flops", "peer")
@@ -68,13 +73,15 @@ def show(found: dict[str, Any]) -> None:
     print(f"{found['model']:26}{cells[0]:8}{cells[1]:16}{cells[2]:16}{cells[3]:28}{cells[4]:16}{told}", flush=True)
 
 
-def summed(zoo: str, found: list[dict[str, Any]]) -> str:
-    """Return how many models of a zoo work, as a row of a Markdown table."""
+def summed(zoo: str, found: list[dict[str, Any]]) -> list[str]:
+    """Return how many models of a zoo work, as a row of a table."""
     tested = [model for model in found if model["zoo"] == zoo and "parameters" in model]
+    attend = [model for model in tested if "no attention" not in str(model.get("heads"))]
     counts = [str(sum(works(model.get(word)) for model in tested)) for word in PARTS]
+    counts[2] += f" of {len(attend)}"
     wrong = sum(isinstance(m.get(w), dict) and m[w].get("difference", 0.0) > EXACT for m in tested for w in PARTS)
     times = [model["channels"]["seconds"] for model in tested if isinstance(model.get("channels"), dict)]
-    return f"| {zoo} | {len(tested)} | {' | '.join(counts)} | {wrong} | {max(times, default=0.0):.0f} s |"
+    return [zoo, str(len(tested)), *counts, str(wrong), f"{max(times, default=0.0):.0f} s"]
 
 
 def main() -> None:
@@ -93,13 +100,8 @@ def main() -> None:
                 RESULTS.write_text("".join(f"{json.dumps(found)}\n" for found in known.values()))
             if asked or not wanted:
                 show(known[zoo, name])
-    print(
-        "\n| | models | weights | channels | heads | FLOPs | Torch-Pruning | wrong | slowest |\n|---"
-        + 8 * "|---:"
-        + "|"
-    )
-    for zoo in ZOOS:
-        print(summed(zoo, list(known.values())))
+    rows = [summed(zoo, list(known.values())) for zoo in ZOOS]
+    replace(PAGE, "zoo", table(HEADER, [row for row in rows if row[1] != "0"]))
 
 
 if __name__ == "__main__":
