@@ -56,12 +56,13 @@ docs: $(BIN)/.dev ## build the documentation; open site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # An example with a YAML file of the same name is a command line, and runs with that file.
-examples: $(BIN)/.dev ## run every file in examples/
+examples: $(BIN)/.dev ## run every file and notebook in examples/
 	@set -e; for file in examples/*.py; do \
 	    arguments=; if [ -f "$${file%.py}.yaml" ]; then arguments="fit --config $${file%.py}.yaml"; fi; \
 	    echo "== $$file $$arguments"; \
 	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \
 	done
+	@$(BIN)/python examples/notebooks/run.py
 
 wheel: $(BIN)/.dev ## build the wheel into dist/, and use it in an empty environment
 	@PIPFLAGS="$(PIPFLAGS)" .ci/wheel
