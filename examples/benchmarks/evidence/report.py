@@ -2,16 +2,46 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from claims import CLAIMS, PEERS
 from marked import replace, spread, table
 from running import Results, Setting
 from tasks import TASKS
 
+STRATEGIES = {  # what the README says of each: the setting that was measured, what is pruned first, when to use it
+    "`MagnitudePruning`": (Setting("mnist", "gradual", 0.98), "small weights, gradually", "by default"),
+    "the same, one-shot": (Setting("mnist", "one-shot", 0.98), "small weights, at once", "trained models, short runs"),
+    '`LotteryTicket`, `rewind="learning_rate"`': (
+        Setting("rounds", "LotteryTicket, learning rate", 0.98),
+        "small weights, in rounds",
+        "accuracy first; six times the training",
+    ),
+    "`RigL`": (Setting("mnist", "RigL", 0.98), "small weights; others grow", "sparse from the first step"),
+    "`PruningAtInit`": (Setting("mnist", "SNIP", 0.98), "by SNIP, before training", "the same, with fixed masks"),
+    "`MagnitudePruning`, `Channel()`": (
+        Setting("mnist", "neurons, L2", 0.9),
+        "small neurons",
+        "smaller and faster models",
+    ),
+    "`SensitivityPruning`": (
+        Setting("mnist", "neurons, Taylor", 0.9),
+        "neurons that matter least to the loss",
+        "the same, with batch norms",
+    ),
+    "`RandomPruning`": (Setting("mnist", "neurons, random", 0.9), "neurons at random", "the baseline"),
+    "`EntropyPruning`": (
+        Setting("mnist", "neurons, entropy, high first", 0.9),
+        "neurons with noisy outputs",
+        "to find them",
+    ),
+}
+
 
 def write(results: Results, seeds: range, root: Path, shaped: Sequence[str], levels: Sequence[float]) -> None:
     """Write the tables into the pages of the project at a root folder; one of them is of these methods and levels."""
-    replace(root / "README.md", "claims", claims(results, seeds))
+    replace(root / "README.md", "strategies", strategies(results, seeds))
+    replace(root / "docs" / "evidence.md", "claims", claims(results, seeds))
     replace(root / "docs" / "evidence.md", "peers", peers(results, seeds))
     replace(root / "docs" / "evidence.md", "grid", grid(results, seeds))
     replace(root / "docs" / "speed.md", "accuracy", shapes(results, seeds, shaped, levels))
@@ -21,6 +51,17 @@ def claims(results: Results, seeds: range) -> str:
     """Return the claims with both accuracies, their paired difference, and the verdict."""
     rows = [row for claim in CLAIMS if (row := claim.judge(results, seeds))]
     return table(["claim", "source", "left", "right", "difference", "verdict"], rows)
+
+
+def strategies(results: Results, seeds: range) -> str:
+    """Return the strategies in short, with their accuracy; neurons have a star, since fewer of them are pruned."""
+    rows = []
+    for name, (setting, first, when) in STRATEGIES.items():
+        found = results.accuracies(setting, seeds)
+        star = r"\*" if setting.method.startswith("neurons") else ""
+        rows.append([name, first, when, f"{mean(found):.1f}{star}" if found else ""])
+    dense = results.accuracies(Setting("mnist", "dense", 0.0), seeds)
+    return table(["strategy", "prunes first", "use it for", f"accuracy (dense {mean(dense or [0]):.1f})"], rows)
 
 
 def peers(results: Results, seeds: range) -> str:
