@@ -270,5 +270,5 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_without_safetensors_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (lambda: save_compressed({}, tmp_path / "a"), lambda: load_compressed(tmp_path / "a")):
-        with pytest.raises(ImportError, match=r"lightning-prune\[export\]"):
+        with pytest.raises(ImportError, match=r"pip install '.\[export\]'"):
             call()

@@ -64,9 +64,8 @@ def test_a_second_fit_keeps_the_zeros() -> None:
 
 
 def random_masks(own: bool) -> list[Tensor]:
-    torch.manual_seed(0)
-    torch.rand(distributed.rank())  # as where one rank has drawn more for its own images
     model = distributed.build("ddp")
+    torch.manual_seed(distributed.rank())  # as where the ranks have drawn different numbers for their own images
     pruning: Any
     if own:
         pruning = RandomPruning(0.5, granularity=Weight(), schedule="one_shot", start=0)

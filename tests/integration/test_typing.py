@@ -1,4 +1,4 @@
-"""Typing: a user's code that type checks with mypy's strict settings is what the README and the pages show."""
+"""Typing: a user's code that type checks with mypy's strict settings is what the README shows."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from mypy import api
 from pages import needs
-from test_docs import PAGES, blocks
 
 import lightning_prune
 
@@ -22,13 +21,6 @@ module = [
     "torch.testing.*",
 ]
 """
-# the code of the pages is written as in a notebook
-UNTYPED = """
-[[tool.mypy.overrides]]
-disallow_untyped_calls = false
-disallow_untyped_defs = false
-module = [{}]
-"""
 MISTAKES = """
 from lightning_prune import MagnitudePruning, Pruning, RigL
 
@@ -43,23 +35,18 @@ Pruning(0.9, targets=[1])
 @pytest.mark.timeout(600)  # without a cache mypy reads all of PyTorch
 def test_the_readme_passes_mypy_and_mistakes_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(code) > 3
     for number, block in enumerate(code):
         if not needs(block):
             (tmp_path / f"readme_{number}.py").write_text(block)
-    pages = []
-    for name, path in PAGES.items():
-        page = [text for language, text in blocks(path) if language == "python"]
-        if page and not any(map(needs, page)):
-            pages.append(f"page_{re.sub(r'[^a-z]', '_', name.removesuffix('.md'))}")
-            (tmp_path / f"{pages[-1]}.py").write_text("\n".join(page))
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     settings = tmp_path / "pyproject.toml"
-    settings.write_text((ROOT / "pyproject.toml").read_text() + UNREAD + UNTYPED.format(str(pages)[1:-1]))
+    settings.write_text((ROOT / "pyproject.toml").read_text() + UNREAD)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MYPYPATH", str(ROOT))
     files = map(str, sorted(tmp_path.glob("*.py")))
     cache = ROOT / ".mypy_cache" / "readme"
     found, errors, _ = api.run(["--config-file", str(settings), "--cache-dir", str(cache), *files])
     assert not errors
-    wrong = re.findall(r"\b(readme_\d+|page_\w+|mistakes)\.py:(\d+): error:", found)
+    wrong = re.findall(r"\b(readme_\d+|mistakes)\.py:(\d+): error:", found)
     assert wrong == [("mistakes", line) for line in "45678"], found
