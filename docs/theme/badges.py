@@ -1,4 +1,4 @@
-"""Draws the badges of the README from the project's own files, so that they are true without a host: run it after a release."""
+"""Draws the badges of the README from the project's own files: run it after a release."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 LeNet-300-100 on 5,000 digits. The accuracies are those of `evidence` (five seeds, recorded in results/evidence.jsonl),
 the times CPU time of one core for a batch of 64, medians of rounds in which all take turns, of networks pruned in the
-same shape. Each form runs with torch and, where it can be exported, ONNX Runtime, and counts with the faster of the two.
+same shape. Each form runs with torch and, where it can be exported, ONNX Runtime; the faster of the two counts.
 Without `--measure` the picture is drawn again from results/tradeoff.json.
 """
 
