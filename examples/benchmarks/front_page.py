@@ -43,6 +43,6 @@ def resnet() -> str:
     half = rows["50%"]
     return (
         f"With half of its FLOPs, such a network takes {half['onnx_ratio_1']:.2f} of the time in ONNX Runtime on one "
-        f"core, and\n{half['onnx_ratio_32']:.2f} in batches of 32 "
-        "([measured](docs/speed.md#shrunk-networks), 64 x 64 pixels)."
+        f"core, and\n{half['onnx_ratio_32']:.2f} in batches of 32 ([measured](docs/speed.md#shrunk-networks), "
+        f"64 x 64 pixels)."
     )

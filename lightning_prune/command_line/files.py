@@ -123,7 +123,7 @@ def _safetensors(path: str) -> Contents:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise ImportError(f"{path} needs safetensors: pip install 'lightning-prune[export]'") from error
+        raise ImportError(f"{path} needs safetensors: pip install '.[export]' in the repository") from error
     try:
         with safe_open(path, framework="pt") as opened:
             compressed = _COMPRESSED in (opened.metadata() or {})

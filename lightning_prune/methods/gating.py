@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_prune.training.checks import warn_without_pruning
 from lightning_prune.training.compat import EarlyStopping, ModelCheckpoint
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.representation import call_text
@@ -35,6 +36,12 @@ class SparseModelCheckpoint(ModelCheckpoint):
         steps, epochs = (vars(self).get(f"_every_n_{unit}") for unit in ("train_steps", "epochs"))
         epochs = None if epochs in (0, 1) else epochs  # what Lightning makes of None: 1, or 0 with a number of steps
         return call_text(self, every_n_train_steps=steps or None, every_n_epochs=epochs, **kept)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            warn_without_pruning(self, trainer, "it judges every model, like ModelCheckpoint")
 
     @override
     def on_train_batch_end(
@@ -68,6 +75,12 @@ class SparseEarlyStopping(EarlyStopping):
     @override
     def __repr__(self) -> str:
         return call_text(self, min_delta=abs(vars(self).get("min_delta", 0.0)))  # its sign is that of the mode
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            warn_without_pruning(self, trainer, "it judges every model, like EarlyStopping")
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

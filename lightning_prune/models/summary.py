@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -52,6 +53,19 @@ class Summary:
         lines = table(cells)
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def scarcity(row: Row, total: Row) -> Literal["", "nearly empty", "empty"]:
+    """Return whether a layer is empty, or keeps at most 2 % of its weights and less than half of what others keep.
+
+    >>> total = Row("total", (), 1000, 500)
+    >>> [scarcity(Row("layer", (10, 10), 100, zeros), total) for zeros in (50, 99, 100)]
+    ['', 'nearly empty', 'empty']
+    """
+    if row.weights and row.zeros == row.weights:
+        return "empty"
+    kept = 1.0 - row.sparsity
+    return "nearly empty" if kept <= 0.02 and kept < (1.0 - total.sparsity) / 2 else ""
 
 
 def table(cells: Sequence[tuple[str, ...]]) -> list[str]:

@@ -30,8 +30,10 @@ from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import instance
+from lightning_prune.validation.renamed import explain_renamed
 
 
+@explain_renamed
 def prune(
     model: nn.Module,
     sparsity: Sparsity | None = None,

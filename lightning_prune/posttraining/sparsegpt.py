@@ -26,9 +26,11 @@ from lightning_prune.updates.target_sparsity import Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import fractions as fractions_in
 from lightning_prune.validation.arguments import integer, number, text
 from lightning_prune.validation.instances import batches, instance
+from lightning_prune.validation.renamed import explain_renamed
 from lightning_prune.validation.values import optional
 
 
+@explain_renamed
 def sparsegpt(
     model: nn.Module,
     sparsity: Sparsity,

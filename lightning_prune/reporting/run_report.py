@@ -18,10 +18,12 @@ from lightning_prune.models import summary as report
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.sizes import changed_channels, channels
 from lightning_prune.reporting.contents import configuration, figures_of, masks_of, sizes
+from lightning_prune.reporting.figure_logging import log_figures
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
 from lightning_prune.reporting.yaml_config import plain
 from lightning_prune.tensors.distributed import reshard
+from lightning_prune.training.checks import warn_without_pruning
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.masked import MaskedTraining
@@ -54,7 +56,8 @@ class PruningReport(Callback):
     Args:
         path: Where to write the page; None is ``pruning_report.html`` in the Trainer's ``log_dir``, or in its
             ``default_root_dir`` without a logger. The JSON file has the suffix .json.
-        log_figures: Whether to log the figures to every logger that supports figures, such as TensorBoard's.
+        log_figures: Whether to log the figures to every logger that takes figures: TensorBoard's, Weights & Biases',
+            MLflow's.
 
     Attributes:
         history: Sparsity and metrics so far, for ``plot_history``.
@@ -99,6 +102,7 @@ class PruningReport(Callback):
             return
         if find_spec("matplotlib") is None:
             raise ModuleNotFoundError("PruningReport needs matplotlib: pip install '.[plots]' in the repository")
+        warn_without_pruning(self, trainer, "it reports the zeros that the model has")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[callbacks.index(self) :]:
             if isinstance(callback, MaskedTraining):
@@ -167,7 +171,7 @@ class PruningReport(Callback):
             path = Path(self.path or Path(folder) / "pruning_report.html")
             _write(path, found, figures_of(self.history, found, masks, STYLE))
             if self.log_figures:
-                _log(trainer, figures_of(self.history, found, masks, {}))
+                log_figures(trainer.loggers, figures_of(self.history, found, masks, {}), trainer.global_step)
 
     def _found(self, trainer: Trainer, model: LightningModule) -> dict[str, Any]:
         """Return the data of the page, as JSON."""
@@ -208,13 +212,3 @@ def _write(path: Path, found: Mapping[str, Any], figures: "Mapping[str, Figure]"
     path.write_text(render(found, figures), encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
     rank_zero_info(f"PruningReport: {path}")
-
-
-def _log(trainer: Trainer, figures: "Mapping[str, Figure]") -> None:
-    found = (getattr(logger, "experiment", None) for logger in trainer.loggers)
-    experiments: list[Any] = [experiment for experiment in found if hasattr(experiment, "add_figure")]
-    if not experiments:
-        rank_zero_warn("log_figures needs a logger whose experiment has add_figure, such as TensorBoard's, got none")
-    for experiment in experiments:
-        for name, figure in figures.items():
-            experiment.add_figure(f"pruning/{name}", figure, trainer.global_step)

@@ -75,7 +75,7 @@ def load_shrunk(
         checkpoint = as_path("checkpoint", checkpoint)
     load = getattr(model, "load_from_checkpoint", None) if isinstance(model, type) else None
     if load is not None and isinstance(checkpoint, Path) and not _is_ours(checkpoint):
-        return cast(Model, load(checkpoint, map_location="cpu", **kwargs))
+        return cast(Model, _by_lightning(load, checkpoint, kwargs))
     state = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
     if isinstance(model, nn.Module) and kwargs:
         raise ValueError(f"arguments must be given for a class only, got {sorted(kwargs)} for a model")
@@ -84,6 +84,18 @@ def load_shrunk(
         _cut_and_load(copied(model), state)  # a failure halfway must leave the model as it was
     _cut_and_load(loaded, state)
     return loaded
+
+
+def _by_lightning(load: Callable[..., Any], checkpoint: Path, kwargs: Mapping[str, Any]) -> Any:
+    """Return the model that Lightning loads from a file of a Trainer."""
+    try:
+        return load(checkpoint, map_location="cpu", **kwargs)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint must be a file by save_shrunk or a Trainer that loads with weights_only=True, got "
+            f"{str(checkpoint)!r}, which holds other objects, such as a pickled model: if you trust it, load it with "
+            f"torch.load(path, weights_only=False), and give load_shrunk what that returns"
+        ) from error
 
 
 def _cut_and_load(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -106,12 +118,22 @@ def _is_ours(path: Path) -> bool:
         ValueError: If it is not a checkpoint.
     """
     try:
-        return set(_read(path, mmap=zipfile.is_zipfile(path))) == {"state_dict", KEY}
+        saved = _read(path, mmap=zipfile.is_zipfile(path))
+        _check_shrunk(saved)
+        return set(saved) == {"state_dict", KEY}
     except ValueError as error:
         # only a Trainer saves hyperparameters of any type
         if zipfile.is_zipfile(path) and isinstance(error.__cause__, UnpicklingError):
             return False
         raise
+
+
+def is_shrunk(path: str | Path) -> bool:
+    """Return whether a file is a checkpoint of a shrunk model."""
+    try:
+        return KEY in _read(Path(path))
+    except (ValueError, OSError):
+        return False
 
 
 def _read(path: Path, mmap: bool = False) -> Mapping[str, Any]:
@@ -125,7 +147,7 @@ def _read(path: Path, mmap: bool = False) -> Mapping[str, Any]:
         raise FileNotFoundError(f"checkpoint must be an existing file of a shrunk model, got {str(path)!r}")
     try:
         return _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
-    except (UnpicklingError, EOFError, RuntimeError) as error:
+    except (UnpicklingError, EOFError, RuntimeError, KeyError, IndexError, AttributeError) as error:  # of any bytes
         raise ValueError(f"checkpoint must be the file of a shrunk model, got {str(path)!r}: {error}") from error
 
 
@@ -195,16 +217,21 @@ def _cut_to_fit(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the checkpoint is not one of a shrunk model, or of another model, which is left as it was.
     """
-    missing = {KEY, "state_dict"}.difference(checkpoint)
-    if missing:
-        raise ValueError(
-            f"the checkpoint must be one of a shrunk model, with {sorted(missing)}, got {list(checkpoint)}"
-        )
+    _check_shrunk(checkpoint)
     kept = CutRecord.from_state_dict(checkpoint[KEY])
     cut(model, kept)
     tell_configs(model, kept)
     record_cut(model, kept)
     travel_along(model)
+
+
+def _check_shrunk(checkpoint: Mapping[str, Any]) -> None:
+    missing = {KEY, "state_dict"}.difference(checkpoint)
+    if missing:
+        whole = ": it is of a whole model, which load_from_checkpoint or load_state_dict loads" * (missing == {KEY})
+        raise ValueError(
+            f"the checkpoint must be one of a shrunk model, with {sorted(missing)}, got {list(checkpoint)[:9]}{whole}"
+        )
 
 
 def _path(function: Callable[..., Any]) -> str:

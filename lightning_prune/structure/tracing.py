@@ -106,12 +106,26 @@ def _traced(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]
     try:
         return _of_copy(_dependencies, model, inputs)
     except Exception as error:
-        recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-        unknown = {type(module).__name__ for module in recurrent if module.mode != "LSTM" or module.proj_size}
-        why = f"{error!r}, perhaps because it does not support {sorted(unknown)}" if unknown else repr(error)
-        raise ValueError(
-            f"the model must run on example_inputs and be traceable by torch-pruning, got {why} for {shown(inputs)}"
-        ) from error
+        raise ValueError(_untraceable(model, inputs, error)) from error
+
+
+def _untraceable(model: nn.Module, inputs: Inputs, error: Exception) -> str:
+    """Return what a model that cannot be traced is, and what to do."""
+    said = f"the model must run on example_inputs and be traceable by torch-pruning, got {error!r}"
+    unknown = {
+        f"{type(module).__name__} {plain_name(name)!r}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase) and (module.mode != "LSTM" or module.proj_size)
+    }
+    if unknown:
+        return (
+            f"{said} for {shown(inputs)}: channels cannot be followed through {', '.join(sorted(unknown))}: prune "
+            f"single weights (granularity=Weight()), or channels without coupled=True, which zeroes and does not cut"
+        )
+    return (
+        f"{said} for {shown(inputs)}: call model(example_inputs) to see whether it runs; if it does, its forward "
+        f"leaves autograd or depends on values: prune single weights, or channels without coupled=True"
+    )
 
 
 def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]]:

@@ -4,7 +4,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
+from lightning_prune.structure.checkpoints import is_shrunk
+from lightning_prune.structure.cut_record import cut_record_of
 from lightning_prune.training.hooks import TrainingMethod, training_methods
 
 _FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
@@ -31,6 +34,17 @@ def check_strategy(callback: TrainingMethod, trainer: Trainer) -> None:
         )
 
 
+def explain_mismatch(trainer: Trainer, model: nn.Module, exception: BaseException) -> None:
+    """Say so where the model of a run is whole, and the checkpoint that it is loaded from is of a shrunk one."""
+    path = trainer.ckpt_path
+    mismatch = "size mismatch for" in str(exception) and cut_record_of(model) is None
+    if mismatch and path is not None and is_shrunk(path):
+        exception.args = (
+            f"ckpt_path must be a checkpoint of a whole model, got one of a shrunk model: fit "
+            f"load_shrunk({type(model).__name__}, ckpt_path) instead. {exception}",
+        )
+
+
 def check_targets(callback: TrainingMethod, trainer: Trainer) -> None:
     """Reject targets that another callback prunes, too.
 
@@ -42,6 +56,12 @@ def check_targets(callback: TrainingMethod, trainer: Trainer) -> None:
         if both:
             names = f"{type(callback).__name__} and in {type(other).__name__}"
             raise ValueError(f"pruning callbacks must have disjoint targets, got {sorted(both)[:5]} in {names}")
+
+
+def warn_without_pruning(callback: object, trainer: Trainer, what: str) -> None:
+    """Warn, once a run begins, that nothing prunes, and what a callback that watches pruning does then."""
+    if not training_methods(trainer):
+        rank_zero_warn(f"{type(callback).__name__} finds no pruning callback in this run: {what}")
 
 
 def warn_of_judges(callback: TrainingMethod, trainer: Trainer) -> None:

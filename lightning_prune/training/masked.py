@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_prune.masks import Masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.tensors.distributed import reshard
-from lightning_prune.training.checks import check_strategy, check_targets, warn_of_judges
+from lightning_prune.training.checks import check_strategy, check_targets, explain_mismatch, warn_of_judges
 from lightning_prune.training.consistency import drop_missing, place, restore
 from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise, reset_changed
 from lightning_prune.training.gradient_readers import GradientReaders
@@ -22,6 +22,7 @@ from lightning_prune.training.hooks import TrainingMethod
 from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, mask_averages
 from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
+from lightning_prune.validation.renamed import explain_renamed
 
 
 class MaskedTraining(TrainingMethod):
@@ -38,6 +39,11 @@ class MaskedTraining(TrainingMethod):
 
     _running: "weakref.ref[nn.Module] | None" = None  # the model of the run that a trainer is in, of any kind
     _readers = GradientReaders()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):  # of every method, so that none has to remember it
+            cls.__init__ = explain_renamed(cls.__init__)  # type: ignore[method-assign]
 
     @override
     def set_masks(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
@@ -153,6 +159,7 @@ class MaskedTraining(TrainingMethod):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.release(pl_module)
         self._running = None
+        explain_mismatch(trainer, pl_module, exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -295,6 +295,7 @@ def test_what_was_judged_is_known_after_a_resume(epoch: int, tmp_path: Path) -> 
     assert best.best_model_score == stop.best_score == 2
 
 
+@pytest.mark.filterwarnings("ignore:SparseModelCheckpoint finds no pruning callback")
 def test_a_sparse_model_is_judged_without_a_pruning_callback(tmp_path: Path) -> None:
     saver = SparseModelCheckpoint(tmp_path, "{epoch}", monitor="val_metric")
     fit(Worse(), saver, enable_checkpointing=True)

@@ -20,7 +20,7 @@ FORMS = [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if p
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 TEXTS = [
-    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "examples/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")),
     *chain.from_iterable((ROOT / name).rglob("*.md") for name in ("docs", ".github")),
     *chain.from_iterable((ROOT / name).rglob("*.py") for name in ("lightning_prune", "examples")),
 ]

@@ -144,6 +144,37 @@ def test_masks_are_pictures_of_themselves() -> None:
         plot_masks(masks, plt.subplots()[1])
 
 
+def test_the_metric_has_its_dense_value_and_an_axis_that_does_not_dramatise() -> None:
+    history = History([(0, 0.0), (10, 0.5)], {"acc": [(5, 0.900), (9, 0.901), (15, 0.899)]})
+    fig, ax = plot_history(history, "acc")
+    [beside] = [other for other in fig.axes if other is not ax]
+    assert list(beside.lines[1].get_ydata()) == [0.901, 0.901]
+    low, high = beside.get_ylim()
+    assert high - low >= 0.09
+    assert ax.get_title(loc="left") == "acc and sparsity"
+
+
+def test_empty_layers_stand_out_and_noise_stays_pale() -> None:
+    model = deep(3)
+    nn.init.zeros_(model[1].weight)
+    _, ax = plot_sparsity(model)
+    colours = [bar.get_facecolor() for bar in ax.patches[:3]]
+    assert colours[0] == colours[2] != colours[1]
+    assert "empty" in [text.get_text() for text in ax.get_legend().get_texts()]
+    _, ax = plot_sensitivity(SensitivityAnalysis("acc", "max", 0.9, {"a": {0.5: 0.8999}}))
+    assert ax.images[0].get_clim() == pytest.approx((-0.009, 0.009))
+
+
+def test_masks_fit_a_page_with_a_scale() -> None:
+    fig, axes = plot_masks({f"layer{i}": torch.eye(4).bool() for i in range(90)})
+    assert len(axes) == 80
+    assert fig.get_suptitle() == "Masks: the first 80 of 90"
+    width, height = fig.get_size_inches()
+    assert width <= 8
+    assert height <= 10.5
+    assert len(fig.axes) == 81  # the scale
+
+
 # ------------------------------------------------------------------------------------------------ readable
 
 

@@ -37,8 +37,10 @@ from lightning_prune import (
     Pruning,
     PruningReport,
     Random,
+    SparseModelCheckpoint,
 )
 from lightning_prune.reporting import html_page
+from lightning_prune.reporting.figure_logging import log_figures
 from lightning_prune.reporting.yaml_config import arguments_of, as_yaml, plain
 
 LINEAR: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 8, "frequency": 4}
@@ -320,8 +322,38 @@ def test_figures_are_logged_only_if_asked_for(tensorboard: TensorBoardLogger, tm
     fit(Example(), MagnitudePruning(0.5, **LINEAR), PruningReport(), logger=tensorboard, max_epochs=3)
     assert Path(tensorboard.log_dir, "pruning_report.html").exists()
     assert not images(tensorboard)
-    with pytest.warns(UserWarning, match="log_figures needs a logger whose experiment has add_figure"):
-        fit(MLP(), PruningReport(str(tmp_path / "other.html"), log_figures=True), max_epochs=1)
+    report = PruningReport(str(tmp_path / "other.html"), log_figures=True)
+    with pytest.warns(UserWarning, match="log_figures needs a logger that takes figures"):
+        fit(MLP(), MagnitudePruning(0.5, start=0, end=1), report, max_epochs=1)
+
+
+def test_weights_and_biases_and_mlflow_are_called_by_their_own_names() -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Wandb:
+        def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+            calls.append((key, images, step))
+
+    class Client:
+        def log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
+            calls.append((run_id, figure, artifact_file))
+
+    class MLFlow:
+        experiment, run_id = Client(), "run"
+
+    figure = plt.figure()
+    log_figures([Wandb(), MLFlow()], {"acc<b>": figure}, 12)
+    assert calls == [("pruning/acc<b>", [figure], 12), ("run", figure, "pruning/acc_b_.png")]
+
+
+@undrawn
+def test_a_report_and_a_checkpoint_without_a_pruning_callback_say_so(tmp_path: Path) -> None:
+    said = "finds no pruning callback in this run"
+    with pytest.warns(UserWarning, match=f"PruningReport {said}: it reports the zeros that the model has"):
+        fit(MLP(), PruningReport(str(tmp_path / "report.html")), max_epochs=1)
+    saver = SparseModelCheckpoint(tmp_path, monitor="val_loss")
+    with pytest.warns(UserWarning, match=f"SparseModelCheckpoint {said}: it judges every model"):
+        fit(MLP(), saver, enable_checkpointing=True, max_epochs=1)
 
 
 # ------------------------------------------------------------------------------------------------ several ranks

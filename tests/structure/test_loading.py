@@ -13,7 +13,7 @@ from damage import damaged, places, refusal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
-from models import QUIET, Attention, ConvNet, fit
+from models import MLP, QUIET, Attention, ConvNet, fit
 from torch import Tensor, nn
 
 from lightning_prune import Channel, Head, Pruning, load_shrunk, prune, save_shrunk, shrink
@@ -256,10 +256,30 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was() -> None:
     assert str(model) == str(before)
 
 
+def test_a_run_of_the_whole_model_from_a_checkpoint_of_a_shrunk_one_says_so(tmp_path: Path) -> None:
+    first = Pruning(0.5, granularity=Channel(), scope="local", schedule="one_shot", start=1, shrink_at_end=True)
+    path = tmp_path / "small.ckpt"
+    fit(ConvNet(), first, max_epochs=1).save_checkpoint(path)
+    with pytest.raises(RuntimeError, match=r"got one of a shrunk model: fit load_shrunk\(ConvNet, ckpt_path\)"):
+        fit(ConvNet(), Pruning(0.5), ckpt_path=str(path), max_epochs=2)
+
+
 def test_only_shrunk_models_are_saved_and_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model must have been shrunk, got a Linear"):
         save_shrunk(nn.Linear(2, 2), tmp_path / "no.pt")
     with pytest.raises(ValueError, match=r"must be one of a shrunk model, with \['lightning_prune'\]"):
         load_shrunk(nn.Linear(2, 2), {"state_dict": nn.Linear(2, 2).state_dict()})
+    # files that are something else: a Trainer's of a whole model, text, a pickled model
+    whole, text, pickled = (tmp_path / name for name in ("whole.ckpt", "text.ckpt", "pickled.ckpt"))
+    trainer = fit(MLP(), max_epochs=1)
+    trainer.save_checkpoint(whole)
+    with pytest.raises(ValueError, match="it is of a whole model, which load_from_checkpoint or load_state_dict loads"):
+        load_shrunk(MLP, whole)
+    text.write_text("hello")
+    with pytest.raises(ValueError, match=r"must be the file of a shrunk model, got '.*text.ckpt'"):
+        load_shrunk(MLP, text)
+    torch.save({"state_dict": {}, "model": nn.Linear(2, 2)}, pickled)
+    with pytest.raises(ValueError, match="holds other objects, such as a pickled model: if you trust it"):
+        load_shrunk(MLP, pickled)
     with pytest.raises(ValueError, match="the kept channels, must be of version 1"):
         load_shrunk(nn.Linear(2, 2), {"state_dict": {}, "lightning_prune": {"version": 2}})

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from lightning.pytorch import Callback
+from torch import nn
 from variants import square_root
 
 import lightning_prune as lp
@@ -109,6 +110,19 @@ def test_nothing_takes_arguments_of_any_name(name: str) -> None:
 def test_a_misspelt_argument_is_an_error_of_the_class_that_was_called(name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'sechedule'"):
         CALLBACKS[name](**REQUIRED.get(name, {}), sechedule="linear")
+
+
+@pytest.mark.parametrize("name", [name for name in CALLBACKS if "sparsity" in parameters(CALLBACKS[name])])
+def test_amount_is_called_sparsity(name: str) -> None:
+    said = rf"^{name}\.__init__\(\) got an unexpected keyword argument 'amount': it is called sparsity here$"
+    with pytest.raises(TypeError, match=said):
+        CALLBACKS[name](amount=0.5)
+
+
+@pytest.mark.parametrize("function", [lp.prune, lp.sparsegpt])
+def test_amount_is_called_sparsity_in_functions(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'amount': it is called sparsity here$"):
+        function(nn.Linear(2, 2), amount=0.5)
 
 
 def test_the_names_of_scopes_and_schedules_are_those_of_the_tables() -> None:

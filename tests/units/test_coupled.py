@@ -315,13 +315,16 @@ def test_channels_that_are_shuffled_into_places_stay() -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.GRU(6, 8, batch_first=True), r"traceable by torch-pruning, got .* it does not support \['GRU'\]"),
+        (
+            nn.GRU(6, 8, batch_first=True),
+            r"channels cannot be followed through GRU 'layer': prune single weights \(granularity=Weight\(\)\)",
+        ),
         (
             nn.RNN(6, 8, batch_first=True),
             "must find units to prune, got none .*inner.weight: a layer reads some channels more",
         ),
         (nn.LSTM(6, 8, bidirectional=True, batch_first=True), "they go through an LSTM with two directions"),
-        (nn.LSTM(6, 8, proj_size=3, batch_first=True), r"traceable by torch-pruning, got .* not support \['LSTM'\]"),
+        (nn.LSTM(6, 8, proj_size=3, batch_first=True), r"traceable by torch-pruning, got .* through LSTM 'layer'"),
     ],
     ids=["GRU", "RNN", "bidirectional", "projection"],
 )
