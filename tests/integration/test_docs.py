@@ -57,7 +57,7 @@ def test_python_runs_from_top_to_bottom_and_prints_what_stands_below_it(
         if language == "python" and not any(name in text for name in MISSING):
             code = text
             if missing := needs(code):
-                pytest.skip(f"{missing} is not installed: make clients runs this page to its end")
+                pytest.skip(f"{missing} is not installed: make cookbook runs this page to its end")
             run_block(code, module)
             printed = capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, WeightAveraging
-from models import MLP, fit, size, zeros
+from models import MLP, On, fit, size, zeros
 from ranks import run
 from torch import Tensor
 
@@ -64,18 +64,18 @@ def test_a_second_fit_keeps_the_zeros() -> None:
 
 
 def random_masks(own: bool) -> list[Tensor]:
+    drawing = On(on_train_start=lambda *_: torch.rand(distributed.rank()))  # as one rank does for its own images
     model = distributed.build("ddp")
-    torch.manual_seed(distributed.rank())  # as where the ranks have drawn different numbers for their own images
     pruning: Any
     if own:
         pruning = RandomPruning(0.5, granularity=Weight(), schedule="one_shot", start=0)
-        distributed.fit(model, pruning)
+        distributed.fit(model, drawing, pruning)
         return list(pruning.masks.values())
     pairs = [(module, "weight") for module in model.net if isinstance(module, torch.nn.Linear)]
     pruning = ModelPruning(
         "random_unstructured", pairs, amount=0.5, use_lottery_ticket_hypothesis=False, make_pruning_permanent=False
     )
-    distributed.fit(model, pruning)
+    distributed.fit(model, drawing, pruning)
     return [module.weight_mask.clone() for module, _ in pairs]
 
 

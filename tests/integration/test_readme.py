@@ -45,7 +45,7 @@ def test_python_runs_and_prints_what_stands_below_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if missing := needs(block):
-        pytest.skip(f"{missing} is not installed: make clients runs this block")
+        pytest.skip(f"{missing} is not installed: make cookbook runs this block")
     run_block(block, new_module(f"readme_{PYTHON.index(block)}"))
     printed = capsys.readouterr().out
     below = TEXT[TEXT.index(block) + len(block) :]
