@@ -111,7 +111,7 @@ def draw(content: dict[str, Any], accuracies: Callable[[str, float], list[float]
             color=color,
             marker=marker,
             capsize=2,
-            linewidth=1.5,
+            linewidth=0 if form == MASKED else 1.5,
             elinewidth=0.8,
             label=LABELS[form],
         )
@@ -121,12 +121,13 @@ def draw(content: dict[str, Any], accuracies: Callable[[str, float], list[float]
                 ax.annotate(
                     f"{level:.0%}",
                     (x, mean(values)),
-                    (0, -16 if below else 9),
+                    (-6, -12) if below else (6, 5),
                     textcoords="offset points",
-                    ha="center",
+                    ha="right" if below else "left",
                     color=color,
                 )
     ax.set_xscale("log", base=2)
+    ax.set_xlim(0.6, 13)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     ax.set_xlabel("speed on one core, over the fastest dense run (batch of 64)")
     ax.set_ylabel("test accuracy, %")

@@ -19,7 +19,7 @@ STRATEGIES = {  # what the README says of each: the setting that was measured, w
     ),
     "`RigL`": (Setting("mnist", "RigL", 0.98), "small weights; others grow", "sparse from the first step"),
     "`PruningAtInit`": (Setting("mnist", "SNIP", 0.98), "by SNIP, before training", "the same, with fixed masks"),
-    "`MagnitudePruning`, `Channel()`": (
+    "`Magnitude(p=2)`, `Channel()`": (
         Setting("mnist", "neurons, L2", 0.9),
         "small neurons",
         "smaller and faster models",
