@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_prune.export.compressed import load_compressed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.tensors.packing import unpack_all
+from lightning_prune.validation.values import install
 
 _WEIGHTS = ("state_dict", "model_state_dict", "model")  # keys under which checkpoints have the weights
 _COMPRESSED = "lightning_prune"  # a key in the metadata of compressed files
@@ -123,7 +124,7 @@ def _safetensors(path: str) -> Contents:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise ImportError(f"{path} needs safetensors: pip install '.[export]' in the repository") from error
+        raise ImportError(f"{path} needs safetensors: {install('export')}") from error
     try:
         with safe_open(path, framework="pt") as opened:
             compressed = _COMPRESSED in (opened.metadata() or {})

@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from lightning_prune._version import __version__
 from lightning_prune.command_line import commands
 
 _FILE = "a Lightning checkpoint, a state_dict, a safetensors file or a compressed one"
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         prog="lightning-prune",
         description="Look into pruned checkpoints, and convert them. Files are loaded safely: no code in them runs.",
     )
-    made.add_argument("--version", action="version", version=f"lightning_prune {version('lightning-prune')}")
+    made.add_argument("--version", action="version", version=f"lightning_prune {__version__}")
     subcommands = made.add_subparsers(dest="command", required=True, metavar="command")
 
     summary = subcommands.add_parser("summary", help="zeros per layer, masks, and where the schedule stands")

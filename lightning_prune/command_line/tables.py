@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune.command_line.files import Contents, Method
-from lightning_prune.models.summary import counted_as, table
+from lightning_prune.models.summary import counted_as, ruled, shape_text
 
 
 def summary_text(path: str, contents: Contents) -> str:
@@ -30,13 +30,13 @@ def summary_text(path: str, contents: Contents) -> str:
         zeros, pruned = _zeros(weight), _pruned(masks[name]) if name in masks else 0
         totals = [total + count for total, count in zip(totals, (weight.numel(), zeros, pruned), strict=True)]
         masked = [_part(pruned, weight.numel()) if name in masks else ""]
-        cells.append((name, _shape(weight), *_counts(weight.numel(), zeros), *(masked if masks else [])))
+        cells.append((name, shape_text(weight.shape), *_counts(weight.numel(), zeros), *(masked if masks else [])))
     end = ("total", "", *_counts(*totals[:2]), *([_part(totals[2], totals[0])] if masks else []))
     size = counted_as(sum(tensor.numel() for tensor in contents.tensors.values()), "value")
     where = [f"{name.replace('global_', '')} {value:,}" for name, value in contents.where.items()]
     title = ", ".join([f"{path}: {contents.kind}", *where, f"{size} in {counted_as(len(contents.tensors), 'tensor')}"])
     methods = [line for method in contents.methods for line in _method(method, contents.tensors)]
-    return "\n".join([title, *_ruled([head, *cells, end]), *(methods or ["no masks of a pruning callback"])])
+    return "\n".join([title, *ruled([head, *cells, end]), *(methods or ["no masks of a pruning callback"])])
 
 
 def diff_text(first: Contents, second: Contents) -> str:
@@ -60,18 +60,18 @@ def diff_text(first: Contents, second: Contents) -> str:
     notes = []
     for name in kept.keys() & others.keys():
         if kept[name].shape != others[name].shape:
-            notes.append(f"{name}: {_shape(kept[name])} in a, {_shape(others[name])} in b")
+            notes.append(f"{name}: {shape_text(kept[name].shape)} in a, {shape_text(others[name].shape)} in b")
     for name in kept:
         if name in others and kept[name].shape == others[name].shape:
             counts = _compared(kept[name], others[name])
             totals = [total + count for total, count in zip(totals, counts, strict=True)]
-            cells.append((name, _shape(kept[name]), *_overlap(*counts)))
+            cells.append((name, shape_text(kept[name].shape), *_overlap(*counts)))
     for label, one, other in (("a", kept, others), ("b", others, kept)):
         if alone := [name for name in one if name not in other]:
             notes.append(f"only in {label}: {', '.join(alone[:5])}{', ...' * (len(alone) > 5)}")
     if len(cells) == 1:
         raise ValueError("; ".join(["a and b must have weights of the same names and shapes, got none", *notes[:3]]))
-    lines = _ruled([*cells, ("total", "", *_overlap(*totals))])
+    lines = ruled([*cells, ("total", "", *_overlap(*totals))])
     return "\n".join([*lines, "overlap: the weights that both keep, of those that either keeps", *sorted(notes)])
 
 
@@ -79,7 +79,7 @@ def report_text(found: Mapping[str, Any]) -> str:
     """Return the tables of a report as text, from the data that ``PruningReport`` writes as JSON."""
     cells = [("name", "shape", "weights", "zeros", "sparsity")]
     for row in found["layers"]:
-        cells.append((row["name"], " x ".join(map(str, row["shape"])), *_counts(row["weights"], row["zeros"])))
+        cells.append((row["name"], shape_text(row["shape"]), *_counts(row["weights"], row["zeros"])))
     totals = [sum(row[key] for row in found["layers"]) for key in ("weights", "zeros")]
     plans = [callback["plan"] for callback in found["callbacks"]]
     return "\n".join(
@@ -87,7 +87,7 @@ def report_text(found: Mapping[str, Any]) -> str:
             f"Pruning of {found['model']}: {found['sparsity']:.2%} of the targets are pruned after {found['steps']:,} "
             f"optimizer steps",
             *plans,
-            *_ruled([*cells, ("total", "", *_counts(*totals))]),
+            *ruled([*cells, ("total", "", *_counts(*totals))]),
             *(_metric(name, points) for name, points in found["history"]["metrics"].items()),
         ]
     )
@@ -159,10 +159,6 @@ def _part(part: int, whole: int) -> str:
     return f"{part / max(1, whole):.2%}"
 
 
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape))
-
-
 def _zeros(tensor: Tensor) -> int:
     dense = tensor.to_dense()
     return dense.numel() - int(dense.count_nonzero())
@@ -170,9 +166,3 @@ def _zeros(tensor: Tensor) -> int:
 
 def _pruned(mask: Tensor) -> int:
     return mask.numel() - int(mask.count_nonzero())
-
-
-def _ruled(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    lines = table(cells)
-    rule = "-" * len(lines[0])
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

@@ -15,7 +15,7 @@ from lightning_prune.models.parameters import plain_name
 from lightning_prune.tensors.masking import INTEGERS
 from lightning_prune.tensors.packing import pack, unpack
 from lightning_prune.validation.instances import path as as_path
-from lightning_prune.validation.values import shown
+from lightning_prune.validation.values import install, shown
 
 VALUES, MASK = ".compressed", ".bitmask"  # suffixes of a tensor's name in the file
 _INDEX = "lightning_prune"  # a key in the file's metadata
@@ -135,7 +135,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("compressed files need safetensors: pip install '.[export]' in the repository") from error
+        raise ImportError(f"compressed files need safetensors: {install('export')}") from error
     return safetensors
 
 

@@ -17,7 +17,7 @@ from lightning_prune.export.sparse_layers import CSRLinear, linear_layers, repla
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, call, difference, fitting, needed_example_of
 from lightning_prune.models.preserving import eager, evaluating
-from lightning_prune.models.summary import table
+from lightning_prune.models.summary import shape_text, table
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.values import shown
 
@@ -70,7 +70,7 @@ class SpeedUp:
     def __str__(self) -> str:
         cells = [("name", "shape", "zeros", "form", "dense ms", "ms", "speed-up")]
         for row in self.layers:
-            shape, times = " x ".join(map(str, row.shape)), (row.dense, row.fastest)
+            shape, times = shape_text(row.shape), (row.dense, row.fastest)
             cells.append((row.name, shape, f"{row.sparsity:.1%}", row.form, *_times(*times)))
         cells.append(("whole model", "", "", "", *_times(self.dense, self.fast)))
         lines = table(cells)

@@ -16,7 +16,7 @@ from lightning_prune.models.preserving import eager, evaluating
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
-from lightning_prune.validation.values import optional, shown
+from lightning_prune.validation.values import install, optional, shown
 
 _INLINE = 2**31 - 2**24  # bytes of weights: from 2 GiB on, ONNX requires a separate file
 
@@ -68,7 +68,7 @@ def _check_installed() -> None:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_module(package)
     except ImportError as error:
-        raise ImportError(f"export_onnx needs {package}: pip install '.[export]' in the repository") from error
+        raise ImportError(f"export_onnx needs {package}: {install('export')}") from error
 
 
 def _batch(inputs: Inputs, axis: int) -> Sizes:

@@ -35,6 +35,7 @@ class Granularity:
         round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
         even: Whether units are compared within groups, all of which lose as many as the others.
         measures: Whether units can be counted as parameters and FLOPs of a smaller model.
+        within_blocks: Whether units lie within blocks of a model, which ``prune(sequential=)`` takes one by one.
         default_scope: The scope where none is given.
         default_min_density: The fraction of every target that stays where none is given, as far as there is room.
     """
@@ -44,6 +45,7 @@ class Granularity:
     crosses: ClassVar[bool] = False
     even: ClassVar[bool] = False
     measures: ClassVar[bool] = True
+    within_blocks: ClassVar[bool] = True
     default_scope: ClassVar[Literal["global", "local"]] = "global"
     default_min_density: ClassVar[float] = 0.0
     group: int | None = None

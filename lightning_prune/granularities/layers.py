@@ -37,6 +37,7 @@ class Layer(Granularity):
     True
     """
 
+    within_blocks = False
     coupled = True
 
     minimum: int = 1

@@ -48,11 +48,8 @@ class Summary:
     def __str__(self) -> str:
         cells = [("name", "shape", "weights", "zeros", "sparsity")]
         for row in (*self.rows, self.total):
-            shape = " x ".join(map(str, row.shape))
-            cells.append((row.name, shape, f"{row.weights:,}", f"{row.zeros:,}", f"{row.sparsity:.2%}"))
-        lines = table(cells)
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+            cells.append((row.name, shape_text(row.shape), f"{row.weights:,}", f"{row.zeros:,}", f"{row.sparsity:.2%}"))
+        return "\n".join(ruled(cells))
 
 
 def scarcity(row: Row, total: Row) -> Literal["", "nearly empty", "empty"]:
@@ -75,6 +72,22 @@ def table(cells: Sequence[tuple[str, ...]]) -> list[str]:
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in cells
     ]
+
+
+def ruled(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return a table with a line below its header and one above its last row."""
+    lines = table(cells)
+    rule = "-" * len(lines[0])
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as tables show it.
+
+    >>> shape_text((3, 4))
+    '3 x 4'
+    """
+    return " x ".join(map(str, shape))
 
 
 def shortened(lines: Sequence[str], most: int) -> list[str]:

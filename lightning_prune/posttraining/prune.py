@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_prune import scopes
 from lightning_prune.criteria import Criterion, Loss, Magnitude
-from lightning_prune.granularities import Granularity, Layer, Weight
+from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import named_parameters
@@ -85,7 +85,7 @@ def prune(
             block, but for ``OWL``, which compares blocks: it takes one more pass over the data, before a round.
         example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
             dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
-        recalibrate: From how many batches of ``data`` the statistics of batch norms are measured anew afterwards.
+        recalibrate: From how many batches of ``data`` the statistics of batch norms are measured again afterwards.
         distributed: Whether all ranks call it, each with as many batches of its own, for the masks of all batches.
 
     Raises:
@@ -121,7 +121,7 @@ def prune(
     units = units if named else _without_outputs(units, model, granularity)
     units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
-    if sequential is not None and (budget is not None or isinstance(granularity, Layer)):
+    if sequential is not None and (budget is not None or not granularity.within_blocks):
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
 
     rounds_of = (target.round(number / rounds) for number in range(1, rounds + 1))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.validation.instances import instance
+from lightning_prune.validation.values import install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install '.[plots]' in the repository") from error
+        raise ModuleNotFoundError(f"plots need matplotlib: {install('plots')}") from error
     return plt
 
 

@@ -7,6 +7,8 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.models.summary import shape_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -89,7 +91,7 @@ def _layers(layers: Sequence[Mapping[str, Any]], shrunk: bool) -> str:
     body = [
         (
             row["name"],
-            (" x ".join(map(str, row["shape"])), row["weights"]),
+            (shape_text(row["shape"]), row["weights"]),
             (f"{row['weights']:,}", row["weights"]),
             (f"{row['zeros']:,}", row["zeros"]),
             (f"{row['sparsity']:.2%}", row["sparsity"]),

@@ -33,6 +33,7 @@ from lightning_prune.validation.arguments import flag
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.states import FRACTION, NUMBER, TEXT, items, row, table
 from lightning_prune.validation.states import whole as whole_number
+from lightning_prune.validation.values import install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ class PruningReport(Callback):
         if stage != "fit":
             return
         if find_spec("matplotlib") is None:
-            raise ModuleNotFoundError("PruningReport needs matplotlib: pip install '.[plots]' in the repository")
+            raise ModuleNotFoundError(f"PruningReport needs matplotlib: {install('plots')}")
         warn_without_pruning(self, trainer, "it reports the zeros that the model has")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[callbacks.index(self) :]:

@@ -1,4 +1,4 @@
-"""Block names: what tensors are called once blocks of a container are taken out, and the others are numbered anew."""
+"""Block names: what tensors are called once blocks of a container are taken out, and the others move up."""
 
 from collections.abc import Callable, Collection
 

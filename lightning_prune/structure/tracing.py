@@ -18,7 +18,7 @@ from lightning_prune.structure.channel_flow import ChannelFlow
 from lightning_prune.structure.grouping import ROOTS, GroupBuilder, packed_heads
 from lightning_prune.structure.groups import Direction, Graph
 from lightning_prune.structure.layer_slices import UnsupportedError
-from lightning_prune.validation.values import shown
+from lightning_prune.validation.values import install, shown
 
 Found = TypeVar("Found")
 
@@ -153,7 +153,7 @@ def require_torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError("coupled channels need torch-pruning: pip install '.[shrink]' in the repository") from error
+        raise ImportError(f"coupled channels need torch-pruning: {install('shrink')}") from error
     return torch_pruning
 
 

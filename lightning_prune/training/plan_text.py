@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lightning_prune.models.summary import counted_as, shortened, table
+from lightning_prune.models.summary import counted_as, shape_text, shortened, table
 from lightning_prune.training.representation import value_text
 from lightning_prune.updates.target_sparsity import SparsityTarget
 
@@ -91,7 +91,7 @@ def listing(
 
 
 def _cells(name: str, parameter: Tensor, levels: Mapping[str, float] | None) -> tuple[str, ...]:
-    cells = f"  {name}", " x ".join(map(str, parameter.shape)), f"{parameter.numel():,}"
+    cells = f"  {name}", shape_text(parameter.shape), f"{parameter.numel():,}"
     if not levels:
         return cells
     return (*cells, f"{levels[name]:.1%}" if name in levels else "")

@@ -97,7 +97,7 @@ def coupled_units(
         ValueError: If the units cannot be coupled.
         ImportError: If torch-pruning is not installed.
     """
-    _check_complete(model, coupling)
+    check_whole(model, coupling, "use Channel(coupled=False)")
     inputs = fitting(inputs, model)
     graph = _graph(model, coupling, inputs)
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
@@ -122,11 +122,12 @@ def coupled_units(
     return list(units), left_out
 
 
-def _check_complete(model: nn.Module, coupling: Coupling) -> None:
+def check_whole(model: nn.Module, granularity: object, instead: str) -> None:
+    """Reject a model whose parameters are not initialised, or sharded, where there is something to do instead."""
     if any(map(is_lazy, model.parameters())):
-        raise ValueError(f"{coupling} needs whole parameters, got uninitialised ones: run a batch through the model")
+        raise ValueError(f"{granularity} needs whole parameters, got uninitialised ones: run a batch through the model")
     if any(map(is_sharded, model.parameters())):
-        raise ValueError(f"{coupling} needs whole parameters, got sharded ones: use Channel(coupled=False)")
+        raise ValueError(f"{granularity} needs whole parameters, got sharded ones: {instead}")
 
 
 def _graph(model: nn.Module, coupling: Coupling, inputs: Inputs) -> Graph:

@@ -5,13 +5,13 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.parameters import Target, find, named_parameters, plain_name
 from lightning_prune.structure.block_names import is_inside
 from lightning_prune.structure.blocks import find_blocks
-from lightning_prune.tensors.distributed import is_sharded, over_ranks
+from lightning_prune.tensors.distributed import over_ranks
+from lightning_prune.units.finding import check_whole
 from lightning_prune.units.layers import Block, LayerUnits
 from lightning_prune.units.units import Units
 
@@ -41,7 +41,9 @@ def layer_units(
     Raises:
         ValueError: If there are none, or the model cannot be run.
     """
-    _check(model, granularity, inputs)
+    if inputs is None:
+        raise ValueError(f"{granularity} needs example inputs: example_input_array, or example_inputs of prune()")
+    check_whole(model, granularity, "prune before the model is sharded")
     blocks, reasons = find_blocks(model, fitting(inputs, model))
     blocks = _agreed(model, blocks) if distributed else blocks
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
@@ -55,17 +57,7 @@ def layer_units(
     if not members:
         raise ValueError(f"{granularity} must find residual blocks to prune, got none ({_summed_up(left_out)})")
     modules = {plain_name(name): module for name, module in model.named_modules()}
-    units = [_units_of(stack, modules, members, targets, granularity) for stack in _stacks(members) if len(stack) > 0]
-    return list(units), left_out
-
-
-def _check(model: nn.Module, granularity: Stacks, inputs: Inputs) -> None:
-    if inputs is None:
-        raise ValueError(f"{granularity} needs example inputs: example_input_array, or example_inputs of prune()")
-    if any(map(is_lazy, model.parameters())):
-        raise ValueError(f"{granularity} needs whole parameters, got uninitialised ones: run a batch through the model")
-    if any(map(is_sharded, model.parameters())):
-        raise ValueError(f"{granularity} needs whole parameters, got sharded ones: prune before the model is sharded")
+    return [_units_of(stack, modules, members, targets, granularity) for stack in _stacks(members)], left_out
 
 
 def _agreed(model: nn.Module, blocks: Sequence[str]) -> list[str]:

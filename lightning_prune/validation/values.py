@@ -51,6 +51,15 @@ def optional(
     return None if value is None else check(argument, value, *rest, **also)
 
 
+def install(extra: str) -> str:
+    """Return how an extra of this package is installed, for the errors of what needs it.
+
+    >>> install("export")
+    "pip install '.[export]' in the repository"
+    """
+    return f"pip install '.[{extra}]' in the repository"
+
+
 def shown(value: Any) -> str:
     """Return a value as error messages show it: its repr, or what it is if the repr is unclear or too long.
 
