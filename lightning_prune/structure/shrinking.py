@@ -22,8 +22,8 @@ from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_re
 from lightning_prune.structure.groups import Graph
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
-from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import by_name, instance, sequence_of
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import by_name, flag, instance, sequence_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
