@@ -46,7 +46,7 @@ class ADMM(ScheduledTraining):
         start: First projection: an int counts intervals, a float in [0, 1] is a fraction of the run.
         end: When the masks are set; likewise.
         interval: What an int counts: optimizer "step"s or "epoch"s.
-        frequency: Intervals from projection to projection; None divides the window into 15. It takes many optimizer
+        frequency: Intervals from projection to projection; None divides the window into 30. It takes many optimizer
             steps to follow a projection: with too few between them the dual variable grows without bound.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out, in the same form.
@@ -94,7 +94,7 @@ class ADMM(ScheduledTraining):
 
     @override
     def plan(self, first: int, last: int) -> list[tuple[int, float]]:
-        every = self.frequency or max(1, round((last - first) / 15))
+        every = self.frequency or max(1, round((last - first) / 30))
         projections = [(at, (at - first) / max(1, last - first)) for at in positions(first, last, every) if at < last]
         due = [(at, schedules.value_at("schedule", self._schedule, progress)) for at, progress in projections]
         return [*due, (last, 1.0)]
@@ -126,7 +126,9 @@ class ADMM(ScheduledTraining):
         held = {name: weight.clone() for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.add_(state.dual(name))
+        warned, state.scarce = state.scarce, {unit.name: 0 for unit in state.units}  # nothing is pruned for good yet
         chosen = super().choose_masks(model, position, amount)
+        state.scarce = warned
         state.pulled = {name: parameters[name] for name in chosen}
         state.chosen = chosen
         # what is kept is z, and what is not, u

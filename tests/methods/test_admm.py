@@ -89,6 +89,14 @@ def test_the_penalty_takes_the_weights_to_a_sparse_copy() -> None:
     assert lost[1] < 0.5 * lost[0], lost
 
 
+def test_what_a_projection_leaves_is_no_reason_to_warn(recwarn: pytest.WarningsRecorder) -> None:
+    told = "leaves no unit|leaves one unit"
+    write(ADMM({"net.0.*": 0.99, "*": 0.5}, start=0, end=50, frequency=3))  # the run ends before
+    assert not [warning for warning in recwarn if re.search(told, str(warning.message))]
+    with pytest.warns(UserWarning, match=told):
+        write(ADMM({"net.0.*": 0.99, "*": 0.5}, start=0, end=8, frequency=3))
+
+
 def test_channels_are_projected_with_all_that_goes_with_them() -> None:
     callback, model = ADMM(0.5, 0.5, granularity=Channel(), start=0, end=8, frequency=2), ConvNet()
     seen: list[set[str]] = []
