@@ -19,7 +19,7 @@ from running import Results, Setting
 SEEDS = range(5)
 ROOT, RESULTS = Path(__file__).parents[3], Path(__file__).parents[1] / "results"
 LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
-DENSE_FIRST = ("gradual", "one-shot", "ACDC", "gradual, ERK", "one-shot, random")
+DENSE_FIRST = ("gradual", "one-shot", "ACDC", "ADMM", "gradual, ERK", "one-shot, random")
 NEURON_LEVELS = {"mnist": (0.5, 0.75, 0.9, 0.95), "cnn": (0.3, 0.5, 0.7)}
 NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
 SHAPED = ("weights", *(f"groups of {rows} rows" for rows in SHARED), "blocks of 16 x 16")
