@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
-from methods import GROUPS, SHARED
+from methods import GROUPS, SHAPED
 from report import write
 from running import Results, Setting
 
@@ -22,7 +22,6 @@ LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
 DENSE_FIRST = ("gradual", "one-shot", "ACDC", "ADMM", "gradual, ERK", "one-shot, random")
 NEURON_LEVELS = {"mnist": (0.5, 0.75, 0.9, 0.95), "cnn": (0.3, 0.5, 0.7)}
 NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
-SHAPED = ("weights", *(f"groups of {rows} rows" for rows in SHARED), "blocks of 16 x 16")
 SHAPED_LEVELS = (0.8, 0.9, 0.95)
 FINE_TUNED = ("one-shot at start", "one-shot at start, uniform", "one-shot at start, random", "gradual", "gradual, ERK")
 

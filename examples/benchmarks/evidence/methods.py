@@ -51,6 +51,7 @@ NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore":
 
 
 SHARED = (4, 8, 16, 32)  # rows in a group
+SHAPED = ("weights", *(f"groups of {rows} rows" for rows in SHARED), "blocks of 16 x 16")
 HIDDEN: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",)}
 
 
