@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_by_weight, takes_statistics
 from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
@@ -57,6 +58,22 @@ def zero_units(model: nn.Module, decisions: Iterable[Decision]) -> None:
             parameters[name].index_fill_(dim, (~kept).nonzero().squeeze(1).to(parameters[name].device), 0.0)
 
 
+def follow_norms(norms: Mapping[str, nn.Module], group: Group, keep: Tensor) -> None:
+    """Let the norms over a group take their statistics over the units that are kept (bool).
+
+    Args:
+        norms: The norms of the model, by the name of their weight.
+        group: The group.
+        keep: Which of its units are kept.
+    """
+    for member in group.members:
+        if member.name in group.norms:
+            weight = norms[member.name].get_parameter("weight")
+            kept = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+            kept[member.index[~keep.cpu()].flatten().to(weight.device)] = False
+            keep_channels(norms[member.name], kept)
+
+
 @torch.no_grad()
 def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ()) -> None:
     """Cut a model down, in place, to what is kept of it.
@@ -80,6 +97,7 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
         grad, tensor.grad = tensor.grad, None  # a gradient must always have the shape of the data
         tensor.data = select(tensor.data, dim, places)
         tensor.grad = None if grad is None else select(grad, dim, places)
+    _cut_norms(model, kept)
     for module in model.modules():
         update_sizes(module)
     for name, module in model.named_modules():  # from the sizes of their layers
@@ -87,6 +105,14 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
             _update_heads(module, *kept.heads[plain_name(name)])
     if kept.removed:
         remove_blocks(model, kept.removed, optimizers)
+
+
+def _cut_norms(model: nn.Module, kept: CutRecord) -> None:
+    """Let norms that take their statistics over some channels find these where they are now."""
+    norms = norms_by_weight(model)
+    for name, over in kept_channels(model).items():
+        if (name, 0) in kept.places:
+            keep_channels(norms[name], select(over, 0, kept.places[name, 0]))
 
 
 def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
@@ -123,13 +149,22 @@ def update_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = module.running_mean if module.running_mean is not None else module.weight
         module.num_features = module.num_features if sized is None else len(sized)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = module.weight.numel()
     elif isinstance(module, nn.LSTM):
         weights = dict(module.named_parameters())
         module.input_size = weights["weight_ih_l0"].shape[1]
         module.hidden_size = weights["weight_hh_l0"].shape[1]
         module.flatten_parameters()
+    else:
+        _update_others(module)
+
+
+def _update_others(module: Any) -> None:
+    if isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif takes_statistics(module) and hasattr(module, "normalized_shape"):
+        module.normalized_shape = tuple(module.weight.shape)
 
 
 def _update_convolution(module: nn.modules.conv._ConvNd) -> None:

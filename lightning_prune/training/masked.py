@@ -22,6 +22,7 @@ from lightning_prune.training.hooks import TrainingMethod
 from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, mask_averages
 from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
+from lightning_prune.units.finding_streams import follow
 from lightning_prune.validation.renamed import explain_renamed
 
 
@@ -57,6 +58,8 @@ class MaskedTraining(TrainingMethod):
         if masks is not before:
             reset_changed(trainer.optimizers, parameters, before, masks)
         self.state.masks = masks
+        if self.state.normalized:
+            follow(self.state.normalized, pl_module, masks)
         if averaging := [callback for callback in callbacks if isinstance(callback, KeepsAverage)]:
             mask_averages(averaging, masks)
         self.state.levels, self.state.sparsity = counted(masks, parameters, self.target_names())

@@ -11,7 +11,7 @@ from typing_extensions import Self, override
 
 from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.surgery import unit_weights
+from lightning_prune.structure.surgery import follow_norms, unit_weights
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.scored import Norms, Values
@@ -54,6 +54,9 @@ class CoupledUnits(Units):
         counted: The names of the weights whose zeros count as sparsity.
         norms: Finds the norm behind every layer of the model that has one.
         owners: The module of every parameter of the model.
+
+    Attributes:
+        over: The norms that take statistics over the units, by the name of their weight.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CoupledUnits(Units):
         self.weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
         self.minimum = min(coupling.minimum, self.size)
         self.round_to = coupling.round_to
+        self.over = {name: owners[parameters[name]] for name in group.norms}
         self._owners = owners
 
     @property
@@ -138,6 +142,12 @@ class CoupledUnits(Units):
             mask = masks.setdefault(member.name, torch.ones_like(parameter, dtype=torch.bool))
             mask.index_fill_(member.dim, member.index[pruned].flatten().to(mask.device), False)
         return masks
+
+    @override
+    def follow(self, masks: Mapping[str, Tensor]) -> None:
+        kept = self.kept(masks)
+        if kept is not None:
+            follow_norms(self.over, self.group, kept)
 
     @property
     @abstractmethod
