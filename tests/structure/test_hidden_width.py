@@ -31,7 +31,7 @@ from lightning_prune import (
 from lightning_prune.models.forward import difference, run
 from lightning_prune.models.kept_norms import KeptChannels, kept_channels
 from lightning_prune.models.parameters import find
-from lightning_prune.structure.cut_record import CutRecord, cut_record_of
+from lightning_prune.structure.cut_record import CutRecord
 
 TOKENS = torch.randn(2, 3, 8, dtype=torch.float64)
 IDS = torch.randint(0, 12, (2, 3))
