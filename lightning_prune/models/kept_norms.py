@@ -1,5 +1,6 @@
 """Kept norms: norms that take their statistics over the channels that are left, as the smaller model will."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,7 +105,17 @@ def kept_channels(model: nn.Module) -> dict[str, Tensor]:
     return {name: hook.kept for name, hook in hooks.items() if hook is not None}
 
 
-def recompile(model: nn.Module) -> None:
-    """Let compiled code be compiled again, since it does not see hooks that have changed."""
+def follow_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Let norms take their statistics over the channels that masks of their weights keep, if they have any.
+
+    >>> model = nn.Sequential(nn.LayerNorm(2))
+    >>> follow_masks(model, {"0.weight": torch.tensor([True, False])})
+    >>> kept_channels(model)
+    {'0.weight': tensor([ True, False])}
+    """
+    for name, norm in norms_by_weight(model).items():
+        if name in masks:
+            keep_channels(norm, masks[name])
+    # compiled code does not see hooks that have changed
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         torch.compiler.reset()

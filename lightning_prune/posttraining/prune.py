@@ -14,6 +14,7 @@ from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
+from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
 from lightning_prune.posttraining.calibration import Stage, undisturbed
@@ -21,7 +22,6 @@ from lightning_prune.posttraining.observing import batches_of, check_data, obser
 from lightning_prune.scopes import Scope
 from lightning_prune.tensors.distributed import local
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.units.finding_streams import follow
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide, score
@@ -137,7 +137,7 @@ def prune(
     for now, allocate in ready:  # all units, or those of one block after another
         decision = decide(now, criterion, allocate, masks)
         keep.update(decision.keep)
-        _enforce(model, masks, decision.masks, now if granularity.normalized else ())
+        _enforce(model, masks, decision.masks, granularity.normalized)
     if recalibrate and data is not None:
         recalibrate_norms(model, data, recalibrate)
     if few := Decision(masks, keep).scarce(units):
@@ -201,8 +201,15 @@ def _check_types(model: Any, criterion: Any) -> None:
 
 
 @torch.no_grad()
-def _enforce(model: nn.Module, masks: Masks, new: Masks, normalized: Sequence[Units]) -> None:
-    """Zero what new masks prune, and add them to those until now; units may share a parameter, or follow the masks."""
+def _enforce(model: nn.Module, masks: Masks, new: Masks, normalized: bool) -> None:
+    """Zero what new masks prune, and add them to those until now; units may share a parameter.
+
+    Args:
+        model: The model.
+        masks: The masks until now.
+        new: What is pruned in addition.
+        normalized: Whether norms take statistics over the units.
+    """
     parameters = named_parameters(model)
     for name, mask in new.items():
         masks[name] = masks[name] & mask if name in masks else mask
@@ -210,7 +217,7 @@ def _enforce(model: nn.Module, masks: Masks, new: Masks, normalized: Sequence[Un
         shard = local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
         shard.masked_fill_(~masks[name], 0.0)
     if normalized:
-        follow(normalized, model, masks)
+        follow_masks(model, masks)
 
 
 def _among(names: tuple[str, ...], allocate: Allocate, scores: Scores) -> Mapping[str, int]:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, convert, device_of, difference, run
-from lightning_prune.models.kept_norms import norms_by_weight
+from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.surgery import Decision, cut, follow_norms, kept_by, zero_units
+from lightning_prune.structure.surgery import Decision, cut, kept_by, zero_units
 
 Part = TypeVar("Part")
 TOLERANCE = 1e-5
@@ -23,9 +23,8 @@ def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) 
     trial = hookless_copy(model)
     _randomize(trial)
     zero_units(trial, decisions)
-    norms = norms_by_weight(trial)
-    for group, keep in decisions:
-        follow_norms(norms, group, keep)
+    places = kept_by(trial, decisions).places
+    follow_masks(trial, {name: places[name, 0] for group, _ in decisions for name in group.norms})
     return {group.name for group, _ in equivalent_cuts(trial, decisions, inputs)}
 
 

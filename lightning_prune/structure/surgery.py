@@ -58,22 +58,6 @@ def zero_units(model: nn.Module, decisions: Iterable[Decision]) -> None:
             parameters[name].index_fill_(dim, (~kept).nonzero().squeeze(1).to(parameters[name].device), 0.0)
 
 
-def follow_norms(norms: Mapping[str, nn.Module], group: Group, keep: Tensor) -> None:
-    """Let the norms over a group take their statistics over the units that are kept (bool).
-
-    Args:
-        norms: The norms of the model, by the name of their weight.
-        group: The group.
-        keep: Which of its units are kept.
-    """
-    for member in group.members:
-        if member.name in group.norms:
-            weight = norms[member.name].get_parameter("weight")
-            kept = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-            kept[member.index[~keep.cpu()].flatten().to(weight.device)] = False
-            keep_channels(norms[member.name], kept)
-
-
 @torch.no_grad()
 def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ()) -> None:
     """Cut a model down, in place, to what is kept of it.

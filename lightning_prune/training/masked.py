@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.masks import Masks
+from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.tensors.distributed import reshard
 from lightning_prune.training.checks import check_strategy, check_targets, explain_mismatch, warn_of_judges
@@ -19,10 +20,9 @@ from lightning_prune.training.consistency import drop_missing, place, restore
 from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise, reset_changed
 from lightning_prune.training.gradient_readers import GradientReaders
 from lightning_prune.training.hooks import TrainingMethod
-from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, mask_averages
+from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, averaged_models, mask_averages
 from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
-from lightning_prune.units.finding_streams import follow
 from lightning_prune.validation.renamed import explain_renamed
 
 
@@ -58,8 +58,9 @@ class MaskedTraining(TrainingMethod):
         if masks is not before:
             reset_changed(trainer.optimizers, parameters, before, masks)
         self.state.masks = masks
-        if self.state.normalized:
-            follow(self.state.normalized, pl_module, masks)
+        if self.normalized:
+            for each in (pl_module, *averaged_models(callbacks)):
+                follow_masks(each, masks)
         if averaging := [callback for callback in callbacks if isinstance(callback, KeepsAverage)]:
             mask_averages(averaging, masks)
         self.state.levels, self.state.sparsity = counted(masks, parameters, self.target_names())

@@ -115,7 +115,6 @@ class ScheduledState(RunState):
         if not named and not self.outputs_too:
             units, outputs, self.outputs_known = without_outputs(units, model, granularity)
         self.units, unscored = scorable(units, criterion, self.unseen)
-        self.normalized = list(self.units) if granularity.normalized else []
         self.targets = found
         self.observation = Observation(criterion, self.units, active, distributed)
         if self.observed is not None:

@@ -17,7 +17,6 @@ from lightning_prune.tensors.boolean import count
 from lightning_prune.tensors.distributed import full_tensor, reshard
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.training.consistency import fitting
-from lightning_prune.units.units import Units
 from lightning_prune.validation import states
 from lightning_prune.validation.states import FRACTION, MASKS, TEXT, Rule, optional, table
 from lightning_prune.validation.states import whole as whole_number
@@ -67,7 +66,6 @@ class RunState:
         metric: The name by which the sparsity is logged in the run.
         model: The model whose masks these are.
         left_out: Why targets are left out, by name.
-        normalized: The units that norms take statistics over, which follow the masks.
     """
 
     steps: int = field(default=0, metadata=saved(whole_number()))
@@ -85,7 +83,6 @@ class RunState:
     metric: str = "pruning/sparsity"
     model: "weakref.ref[nn.Module] | None" = field(default=None, metadata=TRANSIENT)
     left_out: dict[str, str] = field(default_factory=dict)
-    normalized: list[Units] = field(default_factory=list, metadata=TRANSIENT)
 
     def concerns(self, model: nn.Module) -> bool:
         """Return whether it is the state of this model, or of none yet, and not what another run has left behind.

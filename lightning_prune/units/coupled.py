@@ -11,7 +11,7 @@ from typing_extensions import Self, override
 
 from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.surgery import follow_norms, unit_weights
+from lightning_prune.structure.surgery import unit_weights
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.scored import Norms, Values
@@ -142,12 +142,6 @@ class CoupledUnits(Units):
             mask = masks.setdefault(member.name, torch.ones_like(parameter, dtype=torch.bool))
             mask.index_fill_(member.dim, member.index[pruned].flatten().to(mask.device), False)
         return masks
-
-    @override
-    def follow(self, masks: Mapping[str, Tensor]) -> None:
-        kept = self.kept(masks)
-        if kept is not None:
-            follow_norms(self.over, self.group, kept)
 
     @property
     @abstractmethod

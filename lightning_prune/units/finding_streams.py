@@ -1,12 +1,11 @@
 """Finding streams: the channels of residual streams as units."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.models.forward import Inputs, fitting
-from lightning_prune.models.kept_norms import recompile
 from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.groups import Group
@@ -74,10 +73,3 @@ def _unfit(
     if fixed := [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]:
         return f"what depends on it is frozen: {fixed[0]}"
     return None if any(name in targets for name in producers) else "none of what makes its channels is a target"
-
-
-def follow(units: Iterable[Units], model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Let norms take their statistics over the units that the masks keep."""
-    for unit in units:
-        unit.follow(masks)
-    recompile(model)

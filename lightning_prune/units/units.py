@@ -63,9 +63,6 @@ class Units(ScoredUnits):
     def kept(self, masks: Mapping[str, Tensor]) -> Tensor | None:
         """Return which units (bool) the masks keep; None where there is no mask yet."""
 
-    def follow(self, masks: Mapping[str, Tensor]) -> None:
-        """Let what is no parameter follow the masks: norms over the units of a residual stream, and nothing else."""
-
     @abstractmethod
     def masks(self, keep: Tensor) -> dict[str, Tensor]:
         """Return the masks, of this rank's shards, that follow from a decision on units (bool, True = kept)."""

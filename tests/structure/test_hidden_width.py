@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Residual, Tiny, agrees, fit, weights, zeros
+from lightning.pytorch import Trainer
+from models import QUIET, Narrow, Residual, agrees, fit, weights, zeros
 from models import size as count
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -267,25 +268,6 @@ def test_other_units_have_no_such_score() -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
-
-
-class Narrow(Tiny):
-    """Residual blocks over sequences of 3 tokens, whose mean is classified."""
-
-    size = (3, 8)
-
-    def build(self, dropout: float) -> nn.Sequential:
-        blocks = (Residual(8, 2) for _ in range(2))
-        return nn.Sequential(nn.Linear(8, 8), nn.Dropout(dropout), *blocks, nn.LayerNorm(8), Mean(), nn.Linear(8, 3))
-
-    @property
-    def example(self) -> Tensor:
-        return next(iter(self.train_dataloader()))[0]
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("criterion", [ActivationNorm(window=2), Sensitivity(window=2), Random()])
 def test_after_training_masked_and_shrunk_agree(criterion: Any, optimizer: Any) -> None:
@@ -315,6 +297,30 @@ def test_training_is_that_of_the_small_model() -> None:
             optimizer.step()
             # with no masks enforced: what the norms do not see has no gradient
     assert difference(model(data[0]), small(data[0])) < 1e-10
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_what_is_validated_is_the_small_model_also_from_a_checkpoint(example: bool, tmp_path: Path) -> None:
+    def parts() -> tuple[Narrow, Pruning]:
+        model = Narrow(dropout=0.3)
+        model.example_input_array = model.example if example else None
+        return model, Pruning(0.5, ActivationNorm(window=2), ResidualChannel(), start=2, end=5, frequency=1)
+
+    model, callback = parts()
+    trainer = fit(model, callback, limit_val_batches=4)
+    loss = trainer.callback_metrics["val_loss"]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    small = shrink(model, model.example)
+    again, restored = parts()
+    for stage in ("validate", "test"):
+        again.test_step, again.test_dataloader = again.validation_step, again.val_dataloader  # type: ignore[attr-defined]
+        evaluating = Trainer(**{**QUIET, "limit_val_batches": 4}, callbacks=[restored])
+        getattr(evaluating, stage)(again, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+        assert evaluating.callback_metrics["val_loss"] == loss
+    assert difference(run(again, again.example), run(small, again.example)) < 1e-5
+    alone = Trainer(**QUIET, callbacks=[])
+    alone.validate(small, verbose=False)
+    assert alone.callback_metrics["val_loss"].isfinite()
 
 
 def test_a_run_cuts_the_width_when_it_ends() -> None:
