@@ -11,9 +11,7 @@ from typing_extensions import override
 
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
-from lightning_prune.models.kept_norms import follow_masks
-from lightning_prune.models.parameters import left_out, named_parameters
-from lightning_prune.training.consistency import fitting
+from lightning_prune.models.parameters import left_out
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale, may_repair
 from lightning_prune.training.masked import MaskedTraining
@@ -127,27 +125,9 @@ class ObservedTraining(MaskedTraining):
             self.observation.step()
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _follow_restored(self, pl_module)
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _follow_restored(self, pl_module)
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _follow_restored(self, pl_module)
-
-    @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.find_units(trainer, pl_module)
         super().rebuild(trainer, pl_module)
-
-
-def _follow_restored(callback: ObservedTraining, pl_module: LightningModule) -> None:
-    """Let norms follow the masks in a checkpoint that is evaluated, before or without a fit."""
-    if callback.normalized and callback.state.restored:
-        follow_masks(pl_module, fitting(callback.masks, named_parameters(pl_module)))
 
 
 def _count_budget(callback: ObservedTraining, trainer: Trainer, pl_module: LightningModule) -> None:

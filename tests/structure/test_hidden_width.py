@@ -20,12 +20,14 @@ from lightning_prune import (
     Head,
     Layer,
     Pruning,
+    PruningAtInit,
     Random,
     ResidualChannel,
     Sensitivity,
     load_shrunk,
     prune,
     save_shrunk,
+    sensitivity,
     shrink,
     sparsity,
 )
@@ -373,3 +375,18 @@ def test_a_record_says_whether_a_config_states_the_width() -> None:
     assert "hidden" not in CutRecord().state_dict()
     with pytest.raises(ValueError, match="hidden"):
         CutRecord.from_state_dict({**first.state_dict(), "hidden": [8]})
+
+
+def test_what_is_pruned_at_initialisation_is_the_small_model() -> None:
+    model = Narrow()
+    callback = PruningAtInit(0.5, granularity=ResidualChannel())
+    fit(model, callback)
+    assert callback.sparsity_now == 0.5
+    small = shrink(model, model.example)
+    assert small.net[0].weight.shape == (4, 8)
+    assert difference(run(model, model.example), run(small, model.example)) < 1e-5
+
+
+def test_the_width_has_no_sensitivity_of_single_layers() -> None:
+    with pytest.raises(ValueError, match="granularity must have units of single layers, got ResidualChannel"):
+        sensitivity(Narrow(), None, lambda model: 0.0, granularity=ResidualChannel())
