@@ -1,11 +1,12 @@
 """Streams: the residual streams of a model as groups of channels, which norms take statistics over."""
 
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
 from lightning_prune.models.forward import Inputs
-from lightning_prune.models.kept_norms import forget_channels, norms_by_weight
+from lightning_prune.models.kept_norms import norms_by_weight
 from lightning_prune.structure.channel_flow import ChannelFlow
 from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.tracing import of_copy, order_of
@@ -25,7 +26,7 @@ def find_streams(model: nn.Module, inputs: Inputs) -> Graph:
         ValueError: If the model cannot be run.
     """
     try:
-        flow = of_copy(_through_norms, model, inputs)
+        flow = of_copy(partial(ChannelFlow, through_norms=True), model, inputs)
     except Exception as error:  # of any type, from the user's forward
         raise ValueError(f"the model must run on example_inputs, got {error!r} for {shown(inputs)}") from error
     graph, norms = flow.graph(order_of(model)), norms_by_weight(model)
@@ -38,9 +39,3 @@ def find_streams(model: nn.Module, inputs: Inputs) -> Graph:
             reasons.update({member.name: "its channels are no residual stream" for member in group.role("producer")})
     made = {member.name for group in found for member in group.role("producer")}
     return Graph(tuple(found), {name: reason for name, reason in reasons.items() if name not in made})
-
-
-def _through_norms(model: nn.Module, inputs: Inputs) -> ChannelFlow:
-    for module in model.modules():
-        forget_channels(module)
-    return ChannelFlow(model, inputs, through_norms=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.copying import hookless_copy
 from lightning_prune.models.forward import Inputs, call, convert, tensors
+from lightning_prune.models.kept_norms import forget_channels
 from lightning_prune.models.orientation import untransposed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager
@@ -56,9 +57,17 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
 def of_copy(function: Callable[[nn.Module, Inputs], Found], model: nn.Module, inputs: Inputs) -> Found:
     """Return what a function finds of a copy of the model that runs no hooks."""
     try:  # the trace of a recurrent layer differs by device and dtype
-        return function(hookless_copy(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32))
+        return function(_bare(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32))
     except Exception:  # the user's forward may need its own device or dtype
-        return function(hookless_copy(model), inputs)
+        return function(_bare(model), inputs)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return a copy of the model without any hooks, those of norms included."""
+    copy = hookless_copy(model)
+    for module in copy.modules():
+        forget_channels(module)
+    return copy
 
 
 def _flow(model: nn.Module, inputs: Inputs, heads: int | None) -> ChannelFlow | None:
