@@ -1,5 +1,6 @@
 """Kept norms: norms that take their statistics over the channels that are left, as the smaller model will."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,9 +114,13 @@ def follow_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     >>> kept_channels(model)
     {'0.weight': tensor([ True, False])}
     """
+    changed = False
     for name, norm in norms_by_weight(model).items():
         if name in masks:
-            keep_channels(norm, masks[name])
-    # compiled code does not see hooks that have changed
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
-        torch.compiler.reset()
+            hook = KeptChannels.of(norm)
+            before = torch.ones_like(masks[name]) if hook is None else hook.kept.to(masks[name].device)
+            if not masks[name].equal(before):
+                keep_channels(norm, masks[name])
+                changed = True
+    if changed and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code does not see hooks that have changed

@@ -37,7 +37,11 @@ def stated_width(
     tell_configs(trial, replace(kept, hidden=width))
     if any(width[0] in stated_widths(owner.config) for owner in pretrained(trial)):
         return None  # it has stayed as it was
-    return width if difference(expected, run(_remade(trial), inputs)) <= TOLERANCE else None
+    try:
+        remade = run(_remade(trial), inputs)
+    except Exception:  # the class may need other arguments, or the user's forward another dtype
+        return None
+    return width if difference(expected, remade) <= TOLERANCE else None
 
 
 def _remade(model: nn.Module) -> nn.Module:
@@ -45,8 +49,7 @@ def _remade(model: nn.Module) -> nn.Module:
     for owner in list(pretrained(model)):
         with torch.random.fork_rng(devices=[]):
             made = made_from_config(owner)
-        made.load_state_dict(owner.state_dict())
-        made.to(device_of(owner), next(owner.parameters()).dtype)
+        made.to(device_of(owner), next(owner.parameters()).dtype).load_state_dict(owner.state_dict())
         if owner is model:
             return made  # type: ignore[no-any-return]
         for parent in list(model.modules()):
