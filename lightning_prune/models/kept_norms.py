@@ -106,6 +106,19 @@ def kept_channels(model: nn.Module) -> dict[str, Tensor]:
     return {name: hook.kept for name, hook in hooks.items() if hook is not None}
 
 
+def check_weights_suffice(model: nn.Module) -> None:
+    """Reject a model whose weights alone are not all of it.
+
+    Raises:
+        ValueError: If norms take their statistics over some of their channels.
+    """
+    if found := list(kept_channels(model)):
+        raise ValueError(
+            f"the model must be shrunk before its weights are saved alone, since norms take their statistics over the "
+            f"channels that are left, as of {found[:3]}: save shrink(model, example_inputs)"
+        )
+
+
 def follow_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Let norms take their statistics over the channels that masks of their weights keep, if they have any.
 

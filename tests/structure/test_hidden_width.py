@@ -26,6 +26,8 @@ from lightning_prune import (
     Sensitivity,
     load_shrunk,
     prune,
+    save_compressed,
+    save_fast,
     save_shrunk,
     sensitivity,
     shrink,
@@ -167,6 +169,18 @@ def test_weights_alone_are_not_the_model_and_are_not_cut() -> None:
     assert difference(run(model, TOKENS), run(plain, TOKENS)) > 1e-3
     with pytest.warns(UserWarning, match="zero and stay in the model.* as behind a norm over all of them"):
         assert shrink(plain, TOKENS).head.weight.shape == (3, 8)
+
+
+def test_weights_are_not_saved_alone(tmp_path: Path) -> None:
+    model = pruned(build("layer norms"), TOKENS, granularity=Channel())
+    model = pruned(shrink(model, TOKENS), TOKENS)
+    with pytest.raises(ValueError, match=r"must be shrunk before its weights are saved alone.*blocks\.0\.first"):
+        save_shrunk(model, tmp_path / "small.pt")
+    with pytest.raises(ValueError, match="must be shrunk before"):
+        save_compressed(model, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="must be shrunk before"):
+        save_fast(model, tmp_path / "small.pt")
+    save_shrunk(shrink(model, TOKENS), tmp_path / "small.pt")
 
 
 def test_a_second_cut_goes_on_from_the_first_with_other_units(tmp_path: Path) -> None:
