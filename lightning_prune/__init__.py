@@ -40,6 +40,7 @@ from lightning_prune.granularities import (
 )
 from lightning_prune.masks import Masks
 from lightning_prune.methods.acdc import ACDC
+from lightning_prune.methods.admm import ADMM
 from lightning_prune.methods.at_init import PruningAtInit
 from lightning_prune.methods.distillation import Distillation
 from lightning_prune.methods.dynamic_sparse import SET
@@ -79,6 +80,7 @@ del keep_former_paths
 
 __all__ = [
     "ACDC",
+    "ADMM",
     "ERK",
     "FPGM",
     "LAMP",

@@ -15,8 +15,8 @@ from lightning_prune.models.layer_inputs import per_weight, squares, unreadable,
 from lightning_prune.tensors.distributed import local, local_shard, output_rows
 from lightning_prune.tensors.ranking import sum_share
 from lightning_prune.units.units import Units
-from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import settle
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import flag, settle
 
 
 def channel_values(output: Any, units: Units, positions: int) -> Tensor:

@@ -14,8 +14,8 @@ from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import Target
 from lightning_prune.units.finding import coupled_units
 from lightning_prune.units.units import Units
-from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import settle
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import flag, settle
 
 FLOOR = 0.1  # of a layer's units, by default; as in PruningBench (Li et al., 2024, arXiv:2406.12315)
 

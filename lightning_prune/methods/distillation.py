@@ -16,11 +16,11 @@ from lightning_prune.methods.teacher import MANY, Teacher, find_layer, warn_if_i
 from lightning_prune.training.compat import Callback
 from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
-from lightning_prune.validation.arguments import integer, number, text
-from lightning_prune.validation.states import ANY, optional, table
+from lightning_prune.validation.arguments import integer, number
+from lightning_prune.validation.instances import text
 from lightning_prune.validation.values import shown
 
-_RULES = {"teacher": optional(table(ANY))}
+_RULES = {"teacher": states.optional(states.table(states.ANY))}
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:

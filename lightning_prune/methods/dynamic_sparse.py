@@ -20,8 +20,8 @@ from lightning_prune.training.scheduled import ScheduledTraining, decide
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import TRANSIENT, RunState
 from lightning_prune.updates.target_sparsity import SparsityTarget
-from lightning_prune.validation.arguments import choice, flag, integer, number
-from lightning_prune.validation.instances import instance, named
+from lightning_prune.validation.arguments import choice, integer, number
+from lightning_prune.validation.instances import flag, instance, named
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,

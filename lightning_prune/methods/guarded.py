@@ -25,7 +25,8 @@ from lightning_prune.training.scheduled import decide
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.training.state import RunState
 from lightning_prune.updates.target_sparsity import SparsityTarget
-from lightning_prune.validation.arguments import integer, number, text
+from lightning_prune.validation.arguments import integer, number
+from lightning_prune.validation.instances import text
 
 
 class GuardedPruning(rewinding.Rewinding):

@@ -17,9 +17,8 @@ from lightning_prune.posttraining.calibration import Stage, forward, stages, tak
 from lightning_prune.tensors.distributed import average_gradients
 from lightning_prune.units.units import Units
 from lightning_prune.updates.statistics import Observation
-from lightning_prune.validation.arguments import flag, text
 from lightning_prune.validation.instances import batches as iterable
-from lightning_prune.validation.instances import function
+from lightning_prune.validation.instances import flag, function, text
 from lightning_prune.validation.values import optional, shown
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ from lightning_prune.updates.output_neurons import UNKNOWN, without_outputs
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
-from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.arguments import explain_renamed, integer
 from lightning_prune.validation.instances import instance
-from lightning_prune.validation.renamed import explain_renamed
 
 
 @explain_renamed
@@ -131,7 +131,7 @@ def prune(
         for part, due in rounds_of
     ]
     masks, keep = Masks(), dict[str, int]()
-    ready: Iterable[tuple[Sequence[Units], Allocate]] = [(units, allocate) for allocate in allocations]
+    ready: Iterable[tuple[Sequence[Units], Allocate]] = zip(repeat(units), allocations, strict=False)
     if criterion.needs != "weights":
         ready = _observed(model, units, criterion, allocations, data, loss, sequential, distributed, masks)
     for now, allocate in ready:  # all units, or those of one block after another

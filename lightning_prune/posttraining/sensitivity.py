@@ -20,8 +20,8 @@ from lightning_prune.posttraining.evaluation import Metric, evaluation, loader_o
 from lightning_prune.posttraining.observing import observed_units
 from lightning_prune.posttraining.score_cache import Trials, fingerprint, lasting_name
 from lightning_prune.updates.decision import decide
-from lightning_prune.validation.arguments import choice, flag, number, numbers, real, text
-from lightning_prune.validation.instances import batches, function, instance, settle
+from lightning_prune.validation.arguments import choice, number, numbers, real
+from lightning_prune.validation.instances import batches, flag, function, instance, settle, text
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.values import optional, shown
 

@@ -23,10 +23,9 @@ from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.updates.decision import score
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.target_sparsity import Sparsity, SparsityTarget
+from lightning_prune.validation.arguments import explain_renamed, integer, number
 from lightning_prune.validation.arguments import fractions as fractions_in
-from lightning_prune.validation.arguments import integer, number, text
-from lightning_prune.validation.instances import batches, instance
-from lightning_prune.validation.renamed import explain_renamed
+from lightning_prune.validation.instances import batches, instance, text
 from lightning_prune.validation.values import optional
 
 

@@ -18,8 +18,8 @@ from lightning_prune.models.flops import dense_flops, sparse_flops
 from lightning_prune.models.forward import example_of
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.tensors.distributed import counts_here, is_sharded, local, over_ranks
-from lightning_prune.validation.arguments import flag, patterns
-from lightning_prune.validation.instances import by_name, instance
+from lightning_prune.validation.arguments import patterns
+from lightning_prune.validation.instances import by_name, flag, instance
 
 
 class _Ratio(Metric):

@@ -15,8 +15,8 @@ from lightning_prune.posttraining.sensitivity import SensitivityAnalysis
 from lightning_prune.reporting.drawing import ROW, axes_for, calm, columns, label_rows, longest, percent
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.mask_plots import plot_masks as plot_masks
-from lightning_prune.validation.arguments import integer, text
-from lightning_prune.validation.instances import instance
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import instance, text
 from lightning_prune.validation.values import optional
 
 if TYPE_CHECKING:

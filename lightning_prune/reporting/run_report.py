@@ -29,7 +29,7 @@ from lightning_prune.training.hooks import training_methods
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.representation import call_text
 from lightning_prune.validation import states
-from lightning_prune.validation.arguments import flag
+from lightning_prune.validation.instances import flag
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.states import FRACTION, NUMBER, TEXT, items, row, table
 from lightning_prune.validation.states import whole as whole_number

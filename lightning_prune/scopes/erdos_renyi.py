@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from lightning_prune.models.patterns import matches
 from lightning_prune.tensors.selection import Scores
-from lightning_prune.validation.arguments import flag, fractions, number, patterns
-from lightning_prune.validation.instances import settle
+from lightning_prune.validation.arguments import fractions, number, patterns
+from lightning_prune.validation.instances import flag, settle
 from lightning_prune.validation.values import shown
 
 

@@ -27,8 +27,8 @@ from lightning_prune.structure.hidden_width import stated_width
 from lightning_prune.structure.streams import find_streams
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
-from lightning_prune.validation.arguments import flag, integer
-from lightning_prune.validation.instances import by_name, instance, sequence_of
+from lightning_prune.validation.arguments import integer
+from lightning_prune.validation.instances import by_name, flag, instance, sequence_of
 
 Model = TypeVar("Model", bound=nn.Module)
 

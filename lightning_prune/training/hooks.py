@@ -19,7 +19,8 @@ from lightning_prune.training.enforcement import MaskEnforcement
 from lightning_prune.training.representation import call_text
 from lightning_prune.training.resumed_arguments import reject_changes
 from lightning_prune.training.state import RunState
-from lightning_prune.validation.arguments import flag, patterns
+from lightning_prune.validation.arguments import patterns
+from lightning_prune.validation.instances import flag
 
 
 class TrainingMethod(Callback):

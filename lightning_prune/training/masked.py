@@ -23,7 +23,7 @@ from lightning_prune.training.hooks import TrainingMethod
 from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, averaged_models, mask_averages
 from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
-from lightning_prune.validation.renamed import explain_renamed
+from lightning_prune.validation.arguments import explain_renamed
 
 
 class MaskedTraining(TrainingMethod):

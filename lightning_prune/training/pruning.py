@@ -22,7 +22,8 @@ from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.target_sparsity import SparsityTarget
-from lightning_prune.validation.arguments import flag, number, position
+from lightning_prune.validation.arguments import number, position
+from lightning_prune.validation.instances import flag
 
 
 class Pruning(ScheduledTraining):

@@ -1,25 +1,55 @@
-"""Checks of numbers, names and patterns given as arguments; errors name the argument, the rule and the value.
+"""Checks of numbers and patterns given as arguments; errors name the argument, the rule and the value.
 
-Every function takes the name of an argument and its value, and returns the value to use. Scalars of NumPy and PyTorch
+Every check takes the name of an argument and its value, and returns the value to use. Scalars of NumPy and PyTorch
 are accepted as numbers and returned as plain Python ones; bools are not numbers.
 """
 
+import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from lightning_prune.validation.values import plain_number, scalar, shown
 
+Given = ParamSpec("Given")
 Option = TypeVar("Option", bound=str)
+Result = TypeVar("Result")
 
 _TOO_LONG = 2**63
+_ELSEWHERE = {"amount": "sparsity"}  # in torch.nn.utils.prune and Lightning's ModelPruning
 _IN_WORDS = {
     "[0, inf]": "at least 0",
     "(-inf, inf)": "a finite number",
     "[0, inf)": "at least 0",
     "(0, inf)": "above 0",
 }
+
+
+def explain_renamed(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Return a function whose error for an argument that is called otherwise here says so.
+
+    >>> @explain_renamed
+    ... def halve(model, sparsity=0.5):
+    ...     return sparsity
+    >>> halve(None, amount=0.9)
+    Traceback (most recent call last):
+    TypeError: halve() got an unexpected keyword argument 'amount': it is called sparsity here
+    """
+    known = inspect.signature(function).parameters
+    names = {name: here for name, here in _ELSEWHERE.items() if here in known and name not in known}
+    if not names:
+        return function
+
+    @wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        for name in names.keys() & kwargs.keys():
+            unexpected = f"{function.__qualname__}() got an unexpected keyword argument {name!r}"
+            raise TypeError(f"{unexpected}: it is called {names[name]} here")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def integer(argument: str, value: Any, least: int | None = None, most: int | None = None, unit: str = "") -> int:
@@ -143,36 +173,6 @@ def fractions(argument: str, value: Any) -> int | float | dict[str, float]:
     return {
         key: number(f"{argument}[{key!r}]", given, "[0, 1)") for key, given in zip(keys, value.values(), strict=True)
     }
-
-
-def flag(argument: str, value: Any) -> bool:
-    """Return a bool.
-
-    Raises:
-        TypeError: If it is not one.
-
-    >>> flag("log_layers", True)
-    True
-    """
-    found = scalar(value)
-    if not isinstance(found, bool):
-        raise TypeError(f"{argument} must be True or False, got {shown(value)}")
-    return found
-
-
-def text(argument: str, value: Any, what: str) -> str:
-    """Return a string.
-
-    Raises:
-        TypeError: If it is not one.
-
-    >>> text("monitor", 5, "the name of a metric")
-    Traceback (most recent call last):
-    TypeError: monitor must be the name of a metric, a string, got 5
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"{argument} must be {what}, a string, got {shown(value)}")
-    return str(value)
 
 
 def choice(argument: str, value: Any, options: Sequence[Option]) -> Option:

@@ -1,4 +1,4 @@
-"""Checks of objects and functions given as arguments; errors name the argument, the rule and the value."""
+"""Checks of objects, functions, strings and flags as arguments; errors name the argument, the rule and the value."""
 
 import inspect
 import os
@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from lightning_prune.validation.values import article, shown
+from lightning_prune.validation.values import article, scalar, shown
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -110,6 +110,36 @@ def _is_function(value: Any, arguments: int) -> bool:
     except ValueError:  # written in C: the signature is unknown
         return True
     return True
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Return a bool.
+
+    Raises:
+        TypeError: If it is not one.
+
+    >>> flag("log_layers", True)
+    True
+    """
+    found = scalar(value)
+    if not isinstance(found, bool):
+        raise TypeError(f"{argument} must be True or False, got {shown(value)}")
+    return found
+
+
+def text(argument: str, value: Any, what: str) -> str:
+    """Return a string.
+
+    Raises:
+        TypeError: If it is not one.
+
+    >>> text("monitor", 5, "the name of a metric")
+    Traceback (most recent call last):
+    TypeError: monitor must be the name of a metric, a string, got 5
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} must be {what}, a string, got {shown(value)}")
+    return str(value)
 
 
 def path(argument: str, value: Any) -> Path:

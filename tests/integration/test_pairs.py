@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_prune import (
     ACDC,
+    ADMM,
     SET,
     SRSTE,
     Channel,
@@ -41,6 +42,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "sensitivity": partial(Pruning, 0.5, criterion=Sensitivity(window=2), granularity=Channel(), **WINDOW),
     "entropy": partial(Pruning, 0.5, criterion=Entropy(window=2), granularity=Channel(), **WINDOW),
     "ACDC": partial(ACDC, 0.5, start=1, end=8, frequency=2),
+    "ADMM": partial(ADMM, 0.5, start=1, end=8, frequency=2),
     "SET": partial(SET, 0.5, scope="local", frequency=2),
     "RigL": partial(RigL, 0.5, scope="local", frequency=2, grow_init="gradient", regrow=True),
     "SRSTE": partial(SRSTE, 2, 4),
@@ -73,7 +75,8 @@ def possible(case: Case) -> bool:
     again = case.get("optimizer") in ("LBFGS", "SAM")  # they run the model inside their step
     methods = case.get("first"), case.get("second")
     rewinding = all(method in ("ticket", "guarded") for method in methods)  # the whole run, which one can do
-    return not (again and "SRSTE" in methods) and not rewinding
+    searching = case.get("optimizer") == "LBFGS" and "ADMM" in methods  # it compares losses without the penalty
+    return not (again and "SRSTE" in methods) and not searching and not rewinding
 
 
 class Model(Regression):

@@ -104,6 +104,8 @@ class Probe:
         self.forwards = 0
         self.levels: list[float] = []
         self.dense: set[str] = set()
+        self._seen: list[Any] = []  # the masks of all callbacks, and what they prune
+        self._pruned: dict[str, Tensor] = {}
 
     def __enter__(self) -> "Probe":
         self._handle = torch_module.register_module_forward_pre_hook(self._look)
@@ -116,10 +118,17 @@ class Probe:
     @torch.no_grad()
     def _look(self, module: nn.Module, inputs: Any) -> None:
         self.forwards += 1
+        if not self._seen or any(new.masks is not old for new, old in zip(self.callbacks, self._seen, strict=True)):
+            self._masks_changed()
         parameters = plain_parameters(self.model)
-        masks = {name: mask for callback in self.callbacks for name, mask in callback.masks.items()}
-        self.dense |= {name for name, mask in masks.items() if parameters[name][~mask].any()}
-        level = sum(int((~mask).sum()) for mask in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
+        self.dense |= {name for name, pruned in self._pruned.items() if parameters[name][pruned].any()}
+
+    def _masks_changed(self) -> None:
+        self._seen = [callback.masks for callback in self.callbacks]
+        self._pruned = {name: ~mask for masks in self._seen for name, mask in masks.items()}
+        level = sum(map(int, map(torch.sum, self._pruned.values()))) / max(
+            1, sum(map(torch.numel, self._pruned.values()))
+        )
         if not self.levels or level != self.levels[-1]:
             self.levels.append(level)
 

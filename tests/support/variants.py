@@ -6,6 +6,7 @@ from functools import partial
 
 from lightning_prune import (
     ACDC,
+    ADMM,
     FPGM,
     LAMP,
     NM,
@@ -75,6 +76,8 @@ SCHEDULES: tuple[str | Callable, ...] = ("one_shot", "linear", "cubic", "cosine"
 METHODS: dict[str, Callable[[], MaskedTraining]] = {
     "ACDC": partial(ACDC, 0.5, start=1, end=6, frequency=1),
     "ACDC-epochs": partial(ACDC, 0.5, start=0, end=2, frequency=1, interval="epoch"),
+    "ADMM": partial(ADMM, 0.5, penalty=0.3, end=6, frequency=2),
+    "ADMM-epochs": partial(ADMM, 0.5, schedule="cubic", start=0, end=2, frequency=1, interval="epoch"),
     "SET": partial(SET, 0.5, frequency=2),
     "SET-epochs": partial(SET, 0.5, scope="local", interval="epoch", end=1.0),
     "SRSTE": partial(SRSTE, 2, 4),

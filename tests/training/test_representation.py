@@ -19,6 +19,7 @@ CALLBACKS = [
 ]
 CALLS = [
     "ACDC(0.9, frequency=5)",
+    "ADMM(0.9, penalty=0.1, schedule='cubic')",
     "ConstantSparsity()",
     "ConstantSparsity(targets=('a.*', 'b'), log_layers=True)",
     "Distillation()",

@@ -98,7 +98,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "Masks.apply": lambda: {"model": network()},
     "SensitivityAnalysis.recommend": dict,
     "Sparsity.update": lambda: {"model": network()},
-    **dict.fromkeys(("ACDC", "LotteryTicket"), lambda: {"sparsity": 0.5}),
+    **dict.fromkeys(("ACDC", "ADMM", "LotteryTicket"), lambda: {"sparsity": 0.5}),
     **dict.fromkeys(
         (name for name in lp.__all__ if name.endswith("Pruning") and name != "GuardedPruning"),
         lambda: {"sparsity": 0.5},

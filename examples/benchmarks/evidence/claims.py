@@ -93,6 +93,8 @@ CLAIMS = [
     Claim("GraSP > random, uniform", "Wang et al., 2020", _mnist("GraSP"), _mnist("static, uniform")),
     Claim("at 99.5 %, SynFlow > SNIP", "Tanaka et al., 2020", _rest("SynFlow"), _rest("SNIP")),
     Claim("at 99.5 %, LAMP > global, gradual", "Lee et al., 2021", _rest("gradual, LAMP"), _rest("gradual")),
+    Claim("ADMM > gradual", "Lee et al., 2025", _mnist("ADMM"), _mnist("gradual")),
+    Claim("at 99.5 %, ADMM > gradual", "Lee et al., 2025", _rest("ADMM"), _rest("gradual")),
     Claim(
         "in transfer, movement > magnitude", "Sanh et al., 2020", _transfer("gradual, movement"), _transfer("gradual")
     ),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_prune import (
     ACDC,
+    ADMM,
     FPGM,
     NM,
     SET,
@@ -92,6 +93,7 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "one-shot at start, uniform": lambda sparsity, seed: MagnitudePruning(sparsity, scope="local", **AT_START),
     "one-shot at start, random": lambda sparsity, seed: random_weights(sparsity, seed, scope="local", **AT_START),
     "ACDC": lambda sparsity, seed: ACDC(sparsity),
+    "ADMM": lambda sparsity, seed: ADMM(sparsity),
     "RigL": lambda sparsity, seed: RigL(sparsity, seed=seed),
     "RigL, uniform": lambda sparsity, seed: RigL(sparsity, seed=seed, scope="local"),
     "SET": lambda sparsity, seed: SET(sparsity, seed=seed),
