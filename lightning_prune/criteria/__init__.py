@@ -5,6 +5,7 @@ from lightning_prune.criteria.criterion import Criterion, Loss, OverRanks
 from lightning_prune.criteria.depth import BlockInfluence
 from lightning_prune.criteria.entropy import Entropy
 from lightning_prune.criteria.gradients import SNIP, Fisher, Movement, Sensitivity
+from lightning_prune.criteria.hidden import ActivationNorm
 from lightning_prune.criteria.initialization import GraSP, SynFlow
 from lightning_prune.criteria.weights import FPGM, LAMP, BatchNormScale, Magnitude, Random
 
@@ -13,6 +14,7 @@ __all__ = [
     "LAMP",
     "SNIP",
     "APoZ",
+    "ActivationNorm",
     "BatchNormScale",
     "BlockInfluence",
     "Criterion",

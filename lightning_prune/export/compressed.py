@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.models.kept_norms import check_weights_suffice
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.tensors.masking import INTEGERS
 from lightning_prune.tensors.packing import pack, unpack
@@ -38,7 +39,7 @@ def save_compressed(model_or_state: nn.Module | Mapping[str, Tensor], path: str 
         path: The file, usually ``*.safetensors``.
 
     Raises:
-        ValueError: If an entry is not a plain dense tensor, or names clash.
+        ValueError: If an entry is not a plain dense tensor, names clash, or the model has to be shrunk first.
         ImportError: If safetensors is not installed.
 
     Reference: a mask and values is what compressed-tensors by Neural Magic calls "sparse-bitmask".
@@ -53,6 +54,8 @@ def save_compressed(model_or_state: nn.Module | Mapping[str, Tensor], path: str 
     if not isinstance(model_or_state, nn.Module | Mapping):
         raise TypeError(f"model_or_state must be a module or a state_dict, got {shown(model_or_state)}")
     path = as_path("path", path)
+    if isinstance(model_or_state, nn.Module):
+        check_weights_suffice(model_or_state)
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     index: dict[str, dict[str, Any]] = {}  # by name: empty if stored as it is, or how it is compressed, or its alias
     stored: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInL
 from lightning_prune.export.sparse_layers import CSRLinear, replaced
 from lightning_prune.models.building import built, check_builds
 from lightning_prune.models.copying import copied
+from lightning_prune.models.kept_norms import check_weights_suffice
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.values import shown
@@ -30,9 +31,9 @@ def save_fast(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: The file.
 
     Raises:
-        ValueError: If no layer of the model has another form than the dense one.
+        ValueError: If no layer of the model has another form than the dense one, or it has to be shrunk first.
     """
-    instance("model", model, nn.Module)
+    check_weights_suffice(instance("model", model, nn.Module))
     layers = {
         name: (type(module).__name__, {key: vars(module)[key] for key in _ARGUMENTS if key in vars(module)})
         for name, module in model.named_modules()

@@ -4,6 +4,7 @@ from lightning_prune.granularities.base import Granularity
 from lightning_prune.granularities.blocks import Block
 from lightning_prune.granularities.channels import Channel, Head, InputChannel
 from lightning_prune.granularities.layers import Layer
+from lightning_prune.granularities.residual import ResidualChannel
 from lightning_prune.granularities.shared_fan_in import SharedFanIn
 from lightning_prune.granularities.shrinkable import shrinkable
 from lightning_prune.granularities.weights import NM, Weight
@@ -16,6 +17,7 @@ __all__ = [
     "Head",
     "InputChannel",
     "Layer",
+    "ResidualChannel",
     "SharedFanIn",
     "Weight",
     "shrinkable",

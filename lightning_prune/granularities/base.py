@@ -36,6 +36,7 @@ class Granularity:
         even: Whether units are compared within groups, all of which lose as many as the others.
         measures: Whether units can be counted as parameters and FLOPs of a smaller model.
         within_blocks: Whether units lie within blocks of a model, which ``prune(sequential=)`` takes one by one.
+        normalized: Whether norms take statistics over the units, from then on over those that are left.
         default_scope: The scope where none is given.
         default_min_density: The fraction of every target that stays where none is given, as far as there is room.
     """
@@ -46,6 +47,7 @@ class Granularity:
     even: ClassVar[bool] = False
     measures: ClassVar[bool] = True
     within_blocks: ClassVar[bool] = True
+    normalized: ClassVar[bool] = False
     default_scope: ClassVar[Literal["global", "local"]] = "global"
     default_min_density: ClassVar[float] = 0.0
     group: int | None = None

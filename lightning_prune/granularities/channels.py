@@ -26,7 +26,7 @@ class Channel(Granularity):
 
     Coupled channels are those that can be removed from the model together: rows that are added to each other, and all
     that reads them, die together. Channels that cannot be removed are left out: outputs of the model, and those that
-    a LayerNorm, RMSNorm or GroupNorm takes statistics over.
+    a LayerNorm, RMSNorm or GroupNorm takes statistics over: for residual streams there is ``ResidualChannel``.
 
     Args:
         coupled: Whether channels follow the dependency graph of the model. None: if the model has an

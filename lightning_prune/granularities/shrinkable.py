@@ -5,10 +5,11 @@ from dataclasses import replace
 from lightning_prune.granularities.base import Granularity
 from lightning_prune.granularities.channels import Channel, Head
 from lightning_prune.granularities.layers import Layer
+from lightning_prune.granularities.residual import ResidualChannel
 from lightning_prune.validation.instances import instance
 
 
-def shrinkable(granularity: Granularity) -> Channel | Head | Layer:
+def shrinkable(granularity: Granularity) -> Channel | Head | Layer | ResidualChannel:
     """Return a granularity whose units can be taken out of a model: channels are coupled.
 
     Raises:
@@ -18,9 +19,9 @@ def shrinkable(granularity: Granularity) -> Channel | Head | Layer:
     True
     """
     instance("granularity", granularity, Granularity)
-    if not isinstance(granularity, Channel | Head | Layer) or granularity.coupled is False:
+    if not isinstance(granularity, Channel | Head | Layer | ResidualChannel) or granularity.coupled is False:
         raise ValueError(
-            f"granularity must be Channel(), Head() or Layer() to shrink the model, got {granularity} with "
-            f"shrink_at_end=True"
+            f"granularity must be Channel(), Head(), Layer() or ResidualChannel() to shrink the model, got "
+            f"{granularity} with shrink_at_end=True"
         )
     return replace(granularity, coupled=True) if isinstance(granularity, Channel) else granularity

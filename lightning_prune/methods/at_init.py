@@ -112,6 +112,7 @@ class PruningAtInit(MaskedTraining):
         self.sparsity = self.sparsity_target.sparsity
         self.criterion = instance("criterion", criterion, Criterion)
         self.granularity = granularity
+        self.normalized = granularity.normalized
         self.scope = granularity.default_scope if scope is None else scope
         scopes.resolve(self.scope)
         self.not_given = tuple(n for n, value in (("scope", scope), ("min_density", min_density)) if value is None)

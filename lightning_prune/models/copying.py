@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_prune.models.kept_norms import KeptChannels
+
 Module = TypeVar("Module", bound=nn.Module)
 _LEFT_OUT = ("_trainer", "_fabric")  # references of a LightningModule that its copy does not need
 
@@ -55,8 +57,14 @@ def _parts(value: Any) -> list[Any]:
 
 
 def hookless_copy(model: Module) -> Module:
-    """Return a copy of a model without its forward hooks, for trials that hooks must not see."""
+    """Return a copy of a model without its forward hooks, for trials that hooks must not see.
+
+    Norms keep what they take their statistics over, which is part of what the model computes.
+    """
     copy = copied(model)
     for module in copy.modules():
+        own = KeptChannels.of(module)
         module._forward_hooks.clear()
+        if own is not None:
+            module.register_forward_hook(own)
     return copy

@@ -15,6 +15,7 @@ from lightning_prune.criteria import Criterion, Loss, Magnitude
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
+from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
 from lightning_prune.posttraining.calibration import Stage, undisturbed
@@ -136,7 +137,7 @@ def prune(
     for now, allocate in ready:  # all units, or those of one block after another
         decision = decide(now, criterion, allocate, masks)
         keep.update(decision.keep)
-        _enforce(model, masks, decision.masks)
+        _enforce(model, masks, decision.masks, granularity.normalized)
     if recalibrate and data is not None:
         recalibrate_norms(model, data, recalibrate)
     if few := Decision(masks, keep).scarce(units):
@@ -200,14 +201,23 @@ def _check_types(model: Any, criterion: Any) -> None:
 
 
 @torch.no_grad()
-def _enforce(model: nn.Module, masks: Masks, new: Masks) -> None:
-    """Zero what new masks prune, and add them to those until now; units may share a parameter."""
+def _enforce(model: nn.Module, masks: Masks, new: Masks, normalized: bool) -> None:
+    """Zero what new masks prune, and add them to those until now; units may share a parameter.
+
+    Args:
+        model: The model.
+        masks: The masks until now.
+        new: What is pruned in addition.
+        normalized: Whether norms take statistics over the units.
+    """
     parameters = named_parameters(model)
     for name, mask in new.items():
         masks[name] = masks[name] & mask if name in masks else mask
         parameter = parameters[name]
         shard = local(parameter) if isinstance(parameter, DTensor) else parameter.detach()
         shard.masked_fill_(~masks[name], 0.0)
+    if normalized:
+        follow_masks(model, masks)
 
 
 def _among(names: tuple[str, ...], allocate: Allocate, scores: Scores) -> Mapping[str, int]:

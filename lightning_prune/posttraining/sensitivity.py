@@ -153,7 +153,10 @@ def sensitivity(
     """
     instance("model", model, nn.Module)
     instance("criterion", criterion, Criterion)
-    instance("granularity", granularity, Granularity)
+    if instance("granularity", granularity, Granularity).normalized:
+        raise ValueError(
+            f"granularity must have units of single layers, got {granularity}, whose units lie in all of them"
+        )
     levels = numbers("levels", levels, "(0, 1)")
     mode = choice("mode", mode, ("max", "min"))
     flag("progress", progress)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_prune.models.forward import Inputs, call, tensors
+from lightning_prune.models.kept_norms import takes_statistics
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager, evaluating
 from lightning_prune.structure.following import Following, Place, Step
@@ -23,9 +25,10 @@ class ChannelFlow:
         model: A copy of the model without hooks, which is given random numbers.
         inputs: Its example inputs.
         heads: The number of heads of every attention; None to find it.
+        through_norms: Whether channels are followed through norms that take statistics over them.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, heads: int | None = None) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, heads: int | None = None, through_norms: bool = False) -> None:
         self.heads = heads
         self.links: list[Link] = []
         self.mixed: dict[Key, list[Mixed]] = {}
@@ -34,6 +37,8 @@ class ChannelFlow:
         self.parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         self.names = list(self.parameters)
         self.buffers = _statistics(model)
+        if through_norms:
+            _scale_alone(model)
         following = Following(model)
         undisturbed = torch.random.fork_rng(devices=[])
         with torch.enable_grad(), undisturbed, eager(), cacheless(model), evaluating(model), following:
@@ -50,20 +55,27 @@ class ChannelFlow:
         sources = [step.leaf for step in self.steps] + list(self.parameters.values())
         if self.outputs:
             self._mix(touched(self.outputs, sources), "its channels are outputs of the model")
-        for step in self.steps:
-            if step.values is not None:
-                self._link(step, sources)
+        before: Step | None = None
+        link: Link | None = None
+        for step in (step for step in self.steps if step.values is not None):
+            alike = before is not None and step.values is before.values and step.read == before.read
+            if not alike or step.attention is not None:
+                link = self._link(step, sources)
+            if link is not None:  # several weights may read the same, such as queries, keys and values
+                self._consume(link, step)
+            before = step
         graph = linked(self.links, self.mixed, order, dict.fromkeys(step.produced.name for step in self.steps))
         return replace(graph, attentions=self.attentions)
 
-    def _link(self, step: Step, sources: Sequence[Tensor]) -> None:
+    def _link(self, step: Step, sources: Sequence[Tensor]) -> Link | None:
+        """Return, and note, the units of what a weight reads; None if there are none."""
         assert step.values is not None
         assert step.consumed is not None
         hits = touched([step.values], sources)
         live = [number for number, hit in enumerate(hits) if hit is not None]
         made = sum(number < len(self.steps) for number in live)
         if not made:
-            return
+            return None
         dims = [self._dims(number) for number in live]
         count = step.values.shape[step.read]
         heads = self.heads if self.heads is not None and step.attention is not None else count
@@ -72,18 +84,23 @@ class ChannelFlow:
                 f"the {count} channels that {step.consumed.name} reads cannot be divided evenly among {heads} heads"
             )
             self._mix(hits, f"the channels that {step.consumed.name} reads are those of heads")
-            return
+            return None
         found = reach(step.values, step.read, [sources[n] for n in live], dims, made, count // heads)
         if found is None:
             self._mix(hits, f"{step.consumed.name} reads a mixture of its channels, as behind a norm over all of them")
-            return
+            return None
         link = Link(count // found.size, found.size, step.attention)
-        units = torch.arange(count) // found.size
-        link.add(step.consumed, units, self.parameters[step.consumed.name].shape[step.consumed.dim], "consumer")
         for (place, dim), unit in found.units.items():
             self._add(link, live[place], dim, unit)
             self._mix_index(live[place], dim, unit == -2, f"all units that {step.consumed.name} reads depend on it")
         self.links.append(link)
+        return link
+
+    def _consume(self, link: Link, step: Step) -> None:
+        """Add to the units the columns of a weight that reads them."""
+        assert step.consumed is not None
+        units = torch.arange(link.count * link.size) // link.size
+        link.add(step.consumed, units, self.parameters[step.consumed.name].shape[step.consumed.dim], "consumer")
 
     def _dims(self, number: int) -> list[int]:
         """Return the dimensions in which a source may hold channels."""
@@ -140,6 +157,21 @@ def _prepare(model: nn.Module) -> None:
                 parameter.requires_grad_()
                 if parameter.ndim < 2:
                     parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+
+
+def _scale_alone(model: nn.Module) -> None:
+    """Let norms pass the gradients of their factors and shifts alone, and not those of their statistics."""
+    for module in model.modules():
+        if takes_statistics(module):
+            module.register_forward_hook(_scaled)
+
+
+def _scaled(norm: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Return the output of a norm with the gradients of a product."""
+    if not args or not isinstance(output, Tensor) or args[0].shape[-1] != len(norm.weight):
+        return output
+    product = args[0] * norm.weight if getattr(norm, "bias", None) is None else args[0] * norm.weight + norm.bias
+    return output.detach() + (product - product.detach())
 
 
 def _statistics(model: nn.Module) -> Mapping[str, tuple[str, ...]]:

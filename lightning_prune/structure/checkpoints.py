@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_prune.models.building import built, check_builds
 from lightning_prune.models.copying import copied
+from lightning_prune.models.kept_norms import check_weights_suffice
 from lightning_prune.structure.configs import tell_configs
 from lightning_prune.structure.cut_record import CutRecord, cut_record_of, record_cut
 from lightning_prune.structure.surgery import cut
@@ -35,11 +36,10 @@ def save_shrunk(model: nn.Module, path: str | Path) -> None:
     For a ``LightningModule``, ``Trainer.save_checkpoint`` saves both as well.
 
     Raises:
-        ValueError: If the model has never been shrunk.
+        ValueError: If the model has never been shrunk, or has been pruned by ``ResidualChannel`` since.
     """
-    instance("model", model, nn.Module)
-    file = as_path("path", path)
-    kept = cut_record_of(model)
+    file, kept = as_path("path", path), cut_record_of(instance("model", model, nn.Module))
+    check_weights_suffice(model)
     if kept is None:
         raise ValueError(f"the model must have been shrunk, got a {type(model).__name__} that has not")
     torch.save({"state_dict": model.state_dict(), KEY: kept.state_dict()}, file)

@@ -1,6 +1,5 @@
 """Configs of Hugging Face models: what they say of the sizes of a model that was cut, where they can say it."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ _WIDTHS = (
     *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"),
     *("hidden_dim", "moe_intermediate_size"),
 )
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "word_embed_proj_dim")
 
 
 def tell_configs(model: nn.Module, kept: CutRecord) -> None:
@@ -28,7 +28,7 @@ def tell_configs(model: nn.Module, kept: CutRecord) -> None:
         model: A model that has been cut.
         kept: What was kept of it in this cut.
     """
-    for owner in list(_pretrained(model)) if kept.places else []:
+    for owner in list(pretrained(model)) if kept.places else []:
         own_configs(owner)
         # attentions may have got copies of their own, with the heads that they have now
         attentions = [m for n, m in model.named_modules() if plain_name(n) in kept.heads and "config" in vars(m)]
@@ -53,7 +53,7 @@ def _config_around(owner: nn.Module, inner: nn.Module) -> Any:
     return next(vars(module)["config"] for module in reversed(around) if "config" in vars(module))
 
 
-def _pretrained(model: nn.Module) -> Iterator[Any]:
+def pretrained(model: nn.Module) -> Iterator[Any]:
     """Yield the outermost models that know how to save themselves with a config."""
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -87,25 +87,53 @@ def _state(config: Any, kept: CutRecord) -> None:
             setattr(config, name, next(iter(lengths[before])))
     if len(set(kept.heads.values())) == 1:
         _state_heads(config, *next(iter(kept.heads.values())))
+    if kept.hidden is not None:
+        _state_hidden(config, *kept.hidden)
 
 
 def _state_heads(config: Any, before: int, now: int) -> None:
     stated = {name: getattr(config, name, None) for name in HEADS}
     numbers = {n: count for n, count in stated.items() if type(count) is int and count % before == 0}
-    if "num_attention_heads" in numbers and getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // numbers["num_attention_heads"]  # no longer the quotient of the two
+    if "num_attention_heads" in numbers:
+        _state_head_dim(config, numbers["num_attention_heads"])
     for name, count in numbers.items():
         setattr(config, name, count // before * now)
+
+
+def _state_head_dim(config: Any, heads: int) -> None:
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = config.hidden_size // heads  # no longer the quotient of the two
+
+
+def _state_hidden(config: Any, before: int, now: int) -> None:
+    heads = getattr(config, "num_attention_heads", None)
+    if type(heads) is int and getattr(config, "hidden_size", None) == before:
+        _state_head_dim(config, heads)
+    for name in _HIDDEN:
+        if getattr(config, name, None) == before:
+            setattr(config, name, now)
 
 
 def _makes(owner: Any) -> bool:
     """Return whether a model that is made from the config has the shapes of this one."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            made = type(owner)(copy.deepcopy(owner.config))
+            made = made_from_config(owner)
     except Exception:  # a config may have no such combination of sizes
         return False
     return _shapes(made) == _shapes(owner)
+
+
+def stated_widths(config: Any) -> set[int]:
+    """Return the hidden widths that a config and its parts state."""
+    found = [getattr(part, name, None) for part in _parts(config) for name in _HIDDEN]
+    return {width for width in found if type(width) is int}
+
+
+def made_from_config(owner: Any) -> Any:
+    """Return a model that is made from the config of another one, as if that had been read from a file."""
+    config = type(owner.config).from_dict(owner.config.to_dict())  # which some check only then
+    return type(owner)(config)
 
 
 def _shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:

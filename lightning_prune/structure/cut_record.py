@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from lightning_prune.structure.block_names import is_inside, name_after, name_before
 from lightning_prune.tensors.packing import pack_all, unpack_all
-from lightning_prune.validation.states import MASKS, TEXT, every, items, one, record, row, table, whole
+from lightning_prune.validation.states import MASKS, TEXT, every, items, one, optional, record, row, table, whole
 
 _ATTRIBUTE = "_kept_channels"  # of a shrunk model; pickled models and users rely on it
 _KEY = one("names of a dimension and a tensor", lambda value: all(map(re.compile(r"\d+:").match, value)))
 _HEADS = one("at least one head, and no more than there were", lambda value: 1 <= value[1] <= value[0])
 _VECTOR = one("a mask of one dimension", lambda value: len(value) == 1)
 _NAMES = items(TEXT)
+_WIDTH = optional(row(whole(1), whole(1)))
 _STATE = record(
     places=every(MASKS, record(shapes=every(_KEY, table(_VECTOR)))),
     heads=table(every(row(whole(), whole()), _HEADS)),
@@ -31,11 +32,13 @@ class CutRecord:
         places: Which indices are kept, by name and dimension of a tensor: bool, of the length before the cut.
         heads: The number of heads before and after the cut, by name of the attention.
         removed: The names of the blocks that are taken out as a whole, after that.
+        hidden: The hidden width before and after the cut, if the config of the model says so.
     """
 
     places: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    hidden: tuple[int, int] | None = None
 
     def then(self, later: "CutRecord") -> "CutRecord":
         """Return the record of both cuts, this one and a later one.
@@ -54,7 +57,9 @@ class CutRecord:
             heads[name] = (self.heads.get(name, counts)[0], counts[1])
         removed = (*self.removed, *(name_before(name, self.removed) for name in later.removed))
         places = {(name, dim): kept for (name, dim), kept in places.items() if not is_inside(name, removed)}
-        return CutRecord(places, {n: counts for n, counts in heads.items() if not is_inside(n, removed)}, removed)
+        heads = {n: counts for n, counts in heads.items() if not is_inside(n, removed)}
+        hidden = self.hidden and later.hidden and (self.hidden[0], later.hidden[1])
+        return CutRecord(places, heads, removed, hidden or later.hidden or self.hidden)
 
     def of_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parts of masks that are kept, by the names that parameters have after the cut.
@@ -95,7 +100,8 @@ class CutRecord:
         places = pack_all({f"{dim}:{name}": kept for (name, dim), kept in self.places.items()})
         heads = {name: list(counts) for name, counts in self.heads.items()}
         removed = {"removed": list(self.removed)} if self.removed else {}
-        return {"version": 1, "places": places, "heads": heads, **removed}
+        hidden = {} if self.hidden is None else {"hidden": list(self.hidden)}
+        return {"version": 1, "places": places, "heads": heads, **removed, **hidden}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "CutRecord":
@@ -117,6 +123,7 @@ class CutRecord:
         try:
             _STATE("lightning_prune", state)
             _NAMES("lightning_prune.removed", state.get("removed", ()))
+            _WIDTH("lightning_prune.hidden", state.get("hidden"))
         except ValueError as error:
             raise ValueError(f"the kept channels must have {error}") from error
         places = {}
@@ -124,7 +131,8 @@ class CutRecord:
             dim, _, plain = name.partition(":")
             places[plain, int(dim)] = kept
         heads = {name: (before, now) for name, (before, now) in state["heads"].items()}
-        return cls(places, heads, tuple(state.get("removed", ())))
+        hidden = state.get("hidden")
+        return cls(places, heads, tuple(state.get("removed", ())), None if hidden is None else (hidden[0], hidden[1]))
 
 
 Kept = CutRecord  # the name in models that version 0.1 pickled

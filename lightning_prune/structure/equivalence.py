@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, convert, device_of, difference, run
+from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.surgery import Decision, cut, kept_by, zero_units
@@ -22,6 +23,8 @@ def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) 
     trial = hookless_copy(model)
     _randomize(trial)
     zero_units(trial, decisions)
+    places = kept_by(trial, decisions).places
+    follow_masks(trial, {name: places[name, 0] for group, _ in decisions for name in group.norms})
     return {group.name for group, _ in equivalent_cuts(trial, decisions, inputs)}
 
 

@@ -1,7 +1,7 @@
 """Groups: units of a model that must be removed together, and where each of them lies."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -46,11 +46,13 @@ class Group:
         name: The first weight that produces the units, by its qualified name.
         members: Where they lie.
         owners: The attention modules whose heads they are, several if these are tied; () for channels.
+        norms: The weights of the norms that take statistics over the units, if these are a residual stream.
     """
 
     name: str
     members: tuple[Member, ...]
     owners: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -75,3 +77,9 @@ class Graph:
     groups: tuple[Group, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     attentions: Mapping[str, str] = field(default_factory=dict)
+
+    def with_streams(self, streams: "Graph") -> "Graph":
+        """Return the graph with the groups of another one, that of residual streams, added."""
+        made = {member.name for group in streams.groups for member in group.role("producer")}
+        left_out = {name: reason for name, reason in self.left_out.items() if name not in made}
+        return replace(self, groups=(*self.groups, *streams.groups), left_out=left_out)

@@ -134,14 +134,29 @@ class _Union:
         self.parent[two] = one
 
 
-def _rows(links: Sequence[Link]) -> dict[Key, Tensor]:
-    """Return the indices of every unit in every dimension, a row a unit; nothing if units differ in their number."""
+def _joined(links: Sequence[Link]) -> tuple[_Union, dict[tuple[Key, int], tuple[int, int]]]:
+    """Return the units of all links, joined where they share an index, and the first unit that has each index."""
     sets, first = _Union(), dict[tuple[Key, int], tuple[int, int]]()
+    known = dict[Key, tuple[int, Tensor]]()
     for number, link in enumerate(links):
+        alike = dict[int, set[int]]()  # which units have been joined with those of an earlier link, one by one
         for key, units in link.units.items():
+            earlier, same = known.setdefault(key, (number, units))
+            if earlier != number and same.equal(units):  # as in all layers of a residual stream
+                done = alike.setdefault(earlier, {-1})
+                for unit in set(units.tolist()) - done:
+                    sets.join((number, unit), (earlier, unit))
+                    done.add(unit)
+                continue
             for index, unit in enumerate(units.tolist()):
                 if unit >= 0:
                     sets.join((number, unit), first.setdefault((key, index), (number, unit)))
+    return sets, first
+
+
+def _rows(links: Sequence[Link]) -> dict[Key, Tensor]:
+    """Return the indices of every unit in every dimension, a row a unit; nothing if units differ in their number."""
+    sets, first = _joined(links)
     names = {root: place for place, root in enumerate(sorted({sets.find(unit) for unit in list(sets.parent)}))}
     rows: dict[Key, list[list[int]]] = {key: [[] for _ in names] for key in dict.fromkeys(key for key, _ in first)}
     for (key, index), unit in first.items():

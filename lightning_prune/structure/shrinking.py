@@ -3,8 +3,10 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -12,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.masks import Masks
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
+from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_by_weight
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.models.sizes import Size, outputs_second
 from lightning_prune.structure.blocks import children_of_containers, find_blocks, is_zero
@@ -19,7 +22,9 @@ from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.configs import tell_configs
 from lightning_prune.structure.cut_record import CutRecord, record_cut
 from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_removals
-from lightning_prune.structure.groups import Graph
+from lightning_prune.structure.groups import Graph, Group
+from lightning_prune.structure.hidden_width import stated_width
+from lightning_prune.structure.streams import find_streams
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import integer
@@ -120,17 +125,38 @@ def what_to_keep(
     blocks = CutRecord(removed=tuple(_removable_blocks(copies, inputs)))
     for copy in copies if blocks.removed else ():
         cut(copy, blocks)
-    try:
-        graph = trace(first, inputs)
-    except (ImportError, ValueError):
-        if not blocks.removed:
-            raise
-        return blocks
+    graph = _graph(first, others, inputs, bool(blocks.removed))
     done = _removable(first, graph, inputs, round_to, others)
     for other in (*others, first) if others else ():
         done = equivalent_cuts(other, done, inputs)
     _warn_of_remaining(first, graph, done, bool(blocks.removed))
-    return blocks.then(kept_by(first, done))
+    kept = kept_by(first, done)
+    if streams := [decision for decision in done if decision[0].norms]:
+        kept = replace(kept, hidden=stated_width(first, kept, streams, inputs))
+    return blocks.then(kept)
+
+
+def _graph(model: nn.Module, averages: Sequence[nn.Module], inputs: Inputs, otherwise: bool) -> Graph:
+    """Return what can be cut: with residual streams, if norms take their statistics over what is left of them.
+
+    Args:
+        model: A copy of the model.
+        averages: Copies of its averages, whose norms are told the same.
+        inputs: Example inputs.
+        otherwise: Whether there is something else to cut, so that a model that cannot be traced is no error.
+    """
+    over = kept_channels(model)
+    for average in averages if over else ():
+        norms = norms_by_weight(average)
+        for name, kept in over.items():
+            keep_channels(norms[name], kept)
+    try:
+        graph = trace(model, inputs)
+    except (ImportError, ValueError):
+        if not otherwise and not over:
+            raise
+        graph = Graph(())
+    return graph.with_streams(find_streams(model, inputs)) if over else graph
 
 
 def cut_all(
@@ -167,17 +193,27 @@ def _removable(
     """Return what can be removed: units with no producer or no consumer left; where that fails, only the latter."""
     parameters = [named_parameters(each) for each in (model, *others)]
     unread = {group.name: dead_units(parameters, group.role("consumer")) for group in graph.groups}
-    dead = {}
+    dead, over = {}, kept_channels(model)
     for group in graph.groups:
         produced = [m for m in (*group.role("producer"), *group.role("dependent")) if m.name in parameters[0]]
         dead[group.name] = dead_units(parameters, produced) | unread[group.name]
-    first = [(group, _rounded(~dead[group.name], round_to)) for group in graph.groups]
+        if group.norms:  # those that they take their statistics over have an effect, even if they are zero
+            dead[group.name] = unread[group.name] = dead[group.name] & ~_normalized(group, over)
+    first = [(group, _rounded(~dead[group.name], 1 if group.norms else round_to)) for group in graph.groups]
     first = [decision for decision in first if not decision[1].all()]
     done = equivalent_cuts(model, first, inputs)
     kept = {group.name for group, _ in done}
     again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
     again = [decision for decision in again if not decision[1].all()]
     return equivalent_cuts(model, [*done, *again], inputs) if again else done
+
+
+def _normalized(group: Group, over: Mapping[str, Tensor]) -> Tensor:
+    """Return over which units (bool) of a stream any norm takes its statistics."""
+    everything = torch.ones(group.size, dtype=torch.bool)
+    norms = [member for member in group.members if member.name in group.norms]
+    seen = [over[norm.name].cpu()[norm.index].any(1) if norm.name in over else everything for norm in norms]
+    return torch.stack(seen).any(0)
 
 
 def _rounded(keep: Tensor, round_to: int) -> Tensor:
@@ -206,6 +242,7 @@ def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision],
         warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)
     elif not done and not otherwise:
         warnings.warn(
-            "nothing was removed: no channel is all zero; prune with Channel(), Head() or Layer() first",
+            "nothing was removed: no channel is all zero; prune with Channel(), Head(), Layer() or ResidualChannel() "
+            "first",
             stacklevel=3,
         )

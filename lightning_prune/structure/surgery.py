@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_by_weight, takes_statistics
 from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
@@ -80,6 +81,7 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
         grad, tensor.grad = tensor.grad, None  # a gradient must always have the shape of the data
         tensor.data = select(tensor.data, dim, places)
         tensor.grad = None if grad is None else select(grad, dim, places)
+    _cut_norms(model, kept)
     for module in model.modules():
         update_sizes(module)
     for name, module in model.named_modules():  # from the sizes of their layers
@@ -87,6 +89,14 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
             _update_heads(module, *kept.heads[plain_name(name)])
     if kept.removed:
         remove_blocks(model, kept.removed, optimizers)
+
+
+def _cut_norms(model: nn.Module, kept: CutRecord) -> None:
+    """Let norms that take their statistics over some channels find these where they are now."""
+    norms = norms_by_weight(model)
+    for name, over in kept_channels(model).items():
+        if (name, 0) in kept.places:
+            keep_channels(norms[name], select(over, 0, kept.places[name, 0]))
 
 
 def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:
@@ -123,13 +133,22 @@ def update_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = module.running_mean if module.running_mean is not None else module.weight
         module.num_features = module.num_features if sized is None else len(sized)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = module.weight.numel()
     elif isinstance(module, nn.LSTM):
         weights = dict(module.named_parameters())
         module.input_size = weights["weight_ih_l0"].shape[1]
         module.hidden_size = weights["weight_hh_l0"].shape[1]
         module.flatten_parameters()
+    else:
+        _update_others(module)
+
+
+def _update_others(module: Any) -> None:
+    if isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif takes_statistics(module) and hasattr(module, "normalized_shape"):
+        module.normalized_shape = tuple(module.weight.shape)
 
 
 def _update_convolution(module: nn.modules.conv._ConvNd) -> None:

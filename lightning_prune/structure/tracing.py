@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.copying import hookless_copy
 from lightning_prune.models.forward import Inputs, call, convert, tensors
+from lightning_prune.models.kept_norms import forget_channels
 from lightning_prune.models.orientation import untransposed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager
@@ -53,28 +54,45 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
         raise
 
 
-def _of_copy(function: Callable[[nn.Module, Inputs], Found], model: nn.Module, inputs: Inputs) -> Found:
+def of_copy(function: Callable[[nn.Module, Inputs], Found], model: nn.Module, inputs: Inputs) -> Found:
     """Return what a function finds of a copy of the model that runs no hooks."""
     try:  # the trace of a recurrent layer differs by device and dtype
-        return function(hookless_copy(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32))
+        return function(_bare(model).cpu().float(), convert(inputs, torch.device("cpu"), torch.float32))
     except Exception:  # the user's forward may need its own device or dtype
-        return function(hookless_copy(model), inputs)
+        return function(_bare(model), inputs)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return a copy of the model without any hooks, those of norms included."""
+    copy = hookless_copy(model)
+    for module in copy.modules():
+        forget_channels(module)
+    return copy
 
 
 def _flow(model: nn.Module, inputs: Inputs, heads: int | None) -> ChannelFlow | None:
     """Return the forward pass of a copy of the model, to follow its channels; None if it does not run."""
     try:
-        return _of_copy(partial(ChannelFlow, heads=heads), model, inputs)
+        return of_copy(partial(ChannelFlow, heads=heads), model, inputs)
     except Exception:  # the user's forward may need the numbers that it has
         return None
 
 
 def _followed(flow: ChannelFlow, model: nn.Module) -> Graph:
     """Return the groups that a forward pass shows."""
-    order = {plain_name(n): at for at, (n, _) in enumerate([*model.named_parameters(), *model.named_buffers()])}
+    order = order_of(model)
     graph, packed = flow.graph(order), packed_heads(model)
     groups = sorted((*packed, *graph.groups), key=lambda group: order[group.name])
     return replace(graph, groups=tuple(groups))
+
+
+def order_of(model: nn.Module) -> dict[str, int]:
+    """Return the position of every parameter and buffer in a model, by name.
+
+    >>> order_of(nn.Linear(2, 2))
+    {'weight': 0, 'bias': 1}
+    """
+    return {plain_name(n): at for at, (n, _) in enumerate([*model.named_parameters(), *model.named_buffers()])}
 
 
 def _depending(model: nn.Module, inputs: Inputs, heads: int | None) -> Graph:
@@ -104,7 +122,7 @@ def _traced(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]
         ValueError: If the model cannot be run or traced.
     """
     try:
-        return _of_copy(_dependencies, model, inputs)
+        return of_copy(_dependencies, model, inputs)
     except Exception as error:
         raise ValueError(_untraceable(model, inputs, error)) from error
 

@@ -38,6 +38,7 @@ class TrainingMethod(Callback):
         max_epochs: That of the Trainer as the user has set it; other callbacks may raise it later.
         mask_arguments: The names of the arguments that masks follow from: they are part of checkpoints.
         not_given: The arguments of which the granularity has the default, and that were not given.
+        normalized: Whether norms take their statistics over what the masks keep.
         trains_pruned: Whether pruned weights are trained behind the masks, so that their gradients are never masked.
     """
 
@@ -47,6 +48,7 @@ class TrainingMethod(Callback):
     state: RunState
     max_epochs: int | None = None
     not_given: tuple[str, ...] = ()
+    normalized: bool = False
 
     def __init__(self, targets: Sequence[str] = (), ignore: Sequence[str] = (), log_layers: bool = False) -> None:
         super().__init__()

@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.masks import Masks
+from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.tensors.distributed import reshard
 from lightning_prune.training.checks import check_strategy, check_targets, explain_mismatch, warn_of_judges
-from lightning_prune.training.consistency import drop_missing, place, restore
+from lightning_prune.training.consistency import drop_missing, fitting, place, restore
 from lightning_prune.training.enforcement import MaskEnforcement, is_elementwise, reset_changed
 from lightning_prune.training.gradient_readers import GradientReaders
 from lightning_prune.training.hooks import TrainingMethod
-from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, mask_averages
+from lightning_prune.training.protocols import KeepsAverage, SeesDenseModel, averaged_models, mask_averages
 from lightning_prune.training.resumed_arguments import changes, texts
 from lightning_prune.training.sparsity_log import counted, log_sparsity, metric_name
 from lightning_prune.validation.arguments import explain_renamed
@@ -57,6 +58,9 @@ class MaskedTraining(TrainingMethod):
         if masks is not before:
             reset_changed(trainer.optimizers, parameters, before, masks)
         self.state.masks = masks
+        if self.normalized:
+            for each in (pl_module, *averaged_models(callbacks)):
+                follow_masks(each, masks)
         if averaging := [callback for callback in callbacks if isinstance(callback, KeepsAverage)]:
             mask_averages(averaging, masks)
         self.state.levels, self.state.sparsity = counted(masks, parameters, self.target_names())
@@ -168,6 +172,18 @@ class MaskedTraining(TrainingMethod):
             restore(self, pl_module, self.masks, "after training")
         self._running = None
 
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _follow_restored(self, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _follow_restored(self, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _follow_restored(self, pl_module)
+
     # ------------------------------------------------------------------------------------------------ state
 
     @override
@@ -190,3 +206,9 @@ class MaskedTraining(TrainingMethod):
         # a copy keeps what was decided, and nothing that is tied to this process or to the model
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict", "_running")}
         return {**kept, "state": copy.copy(self.state), "enforcement": MaskEnforcement()}
+
+
+def _follow_restored(callback: MaskedTraining, pl_module: LightningModule) -> None:
+    """Let norms follow the masks in a checkpoint that is evaluated, before or without a fit."""
+    if callback.normalized and callback.state.restored:
+        follow_masks(pl_module, fitting(callback.masks, named_parameters(pl_module)))

@@ -59,6 +59,7 @@ class ObservedTraining(MaskedTraining):
         self.of = sparsity_target.of
         self.criterion = criterion
         self.granularity = instance("granularity", granularity, Granularity)
+        self.normalized = granularity.normalized
         super().__init__(targets, ignore, log_layers)
 
     def observing(self, trainer: Trainer) -> bool:

@@ -54,6 +54,9 @@ class CoupledUnits(Units):
         counted: The names of the weights whose zeros count as sparsity.
         norms: Finds the norm behind every layer of the model that has one.
         owners: The module of every parameter of the model.
+
+    Attributes:
+        over: The norms that take statistics over the units, by the name of their weight.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class CoupledUnits(Units):
         self.weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
         self.minimum = min(coupling.minimum, self.size)
         self.round_to = coupling.round_to
+        self.over = {name: owners[parameters[name]] for name in group.norms}
         self._owners = owners
 
     @property

@@ -102,13 +102,13 @@ def coupled_units(
     graph = _graph(model, coupling, inputs)
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
     candidates, reasons = _candidates(graph, coupling, targets, parameters)
-    proven = _proven(model, candidates, inputs, distributed)
-    made = {member.name for group in proven for member in group.role("producer")}
+    kept = proven(model, candidates, inputs, distributed)
+    made = {member.name for group in kept for member in group.role("producer")}
     for group in candidates:
         reason = "the outputs of the model change without some of its units"
         reasons.update({member.name: reason for member in group.role("producer")})
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}
-    if not proven:
+    if not kept:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         if coupling.by_head and not why:
             why = "; ".join(f"{name}: {reason}" for name, reason in graph.attentions.items())
@@ -118,7 +118,7 @@ def coupled_units(
     norms = cache(partial(following_norms, model))
     owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
     names = list(targets)
-    units = [_units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in proven]
+    units = [_units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in kept]
     return list(units), left_out
 
 
@@ -170,7 +170,7 @@ def _unfit(
     return f"what depends on it is frozen: {fixed[0]}" if fixed else None
 
 
-def _proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, distributed: bool) -> list[Group]:
+def proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, distributed: bool) -> list[Group]:
     """Return the groups of which units can be removed.
 
     ``nn.MultiheadAttention`` computes with all of its heads whatever happens, so there is nothing to try.

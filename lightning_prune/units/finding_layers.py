@@ -47,7 +47,7 @@ def layer_units(
     blocks, reasons = find_blocks(model, fitting(inputs, model))
     blocks = _agreed(model, blocks) if distributed else blocks
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
-    needed = _wanted(model)
+    needed = wanted(model)
     members = {block: {n: p for n, p in parameters.items() if is_inside(n, [block])} for block in blocks}
     for block, own in list(members.items()):
         if reason := _unfit(own, targets, needed):
@@ -67,7 +67,7 @@ def _agreed(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     return [name for name, vote in zip(names, votes, strict=True) if vote]
 
 
-def _wanted(model: nn.Module) -> set[str]:
+def wanted(model: nn.Module) -> set[str]:
     """Return the names of the weights that are pruned unless they are ignored."""
     try:
         return {target.name for target in find(model)}

@@ -405,5 +405,5 @@ def test_a_run_prunes_input_channels_and_does_not_shrink() -> None:
     fit(model, callback)
     assert callback.sparsity_now == pytest.approx(0.5, abs=0.05)
     assert not model.net[4].weight.any(0).all()
-    with pytest.raises(ValueError, match=r"Head\(\) or Layer\(\) to shrink the model, got InputChannel"):
+    with pytest.raises(ValueError, match=r"Layer\(\) or ResidualChannel\(\) to shrink the model, got InputChannel"):
         Pruning(0.5, granularity=InputChannel(), shrink_at_end=True)

@@ -175,7 +175,7 @@ def test_a_run_ends_with_a_smaller_model_that_goes_on_training(model: Any, granu
 
 @pytest.mark.parametrize("granularity", [Weight(), Channel(coupled=False)])
 def test_only_channels_and_heads_can_be_removed(granularity: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be Channel\(\), Head\(\) or Layer\(\) to shrink the model, got"):
+    with pytest.raises(ValueError, match=r"Layer\(\) or ResidualChannel\(\) to shrink the model, got"):
         Pruning(0.5, granularity=granularity, shrink_at_end=True)
 
 

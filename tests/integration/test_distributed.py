@@ -15,7 +15,7 @@ from distributed import BATCH, Layout, Net, build, fit, rank, ranks, reshard, re
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from models import QUIET, On, Residual
+from models import QUIET, Mean, On, Residual
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import CRITERIA as VARIANTS
-from variants import METHODS, OF_LAYERS, label
+from variants import METHODS, OF_LAYERS, OF_STREAMS, label
 
 from lightning_prune import (
     NM,
@@ -43,6 +43,7 @@ from lightning_prune import (
     Pruning,
     PruningAtInit,
     Random,
+    ResidualChannel,
     Sensitivity,
     SensitivityPruning,
     Wanda,
@@ -185,6 +186,35 @@ def test_with_ddp_layers_are_those_of_one_process() -> None:
     found, expected = run(train_deep, 2, "ddp"), train_deep("one")
     for number, one in enumerate(expected):
         assert sum(not mask.any() for name, mask in one["masks"].items() if name.endswith("up.weight")) == 3
+        assert_masked_alike([outcomes[number] for outcomes in found], one)
+
+
+class Narrow(Net):
+    """Two residual blocks over two tokens, whose mean is classified."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                blocks = [Residual(4, 2) for _ in range(2)]
+                first, last = nn.Linear(4, 4), [nn.LayerNorm(4), Mean(), nn.Linear(4, 4)]
+                self.net = nn.Sequential(nn.Unflatten(1, (2, 4)), first, *blocks, *last)
+
+
+def train_narrow(layout: Layout) -> list[dict[str, Any]]:
+    outcomes = []
+    for criterion in OF_STREAMS:
+        model, callback = Narrow(layout), Pruning(0.5, criterion, ResidualChannel(), **GRADUAL)
+        fit(model, callback)
+        outcomes.append(outcome(model, callback))
+    return outcomes
+
+
+@distributed
+def test_with_ddp_the_hidden_width_is_that_of_one_process() -> None:
+    found, expected = run(train_narrow, 2, "ddp"), train_narrow("one")
+    for number, one in enumerate(expected):
+        assert one["masks"]["net.4.weight"].sum() == 2
         assert_masked_alike([outcomes[number] for outcomes in found], one)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import Attending, ConvNet, Deep, MaskRecorder, Tiny, fit, size, weights, zeros
+from models import Attending, ConvNet, Deep, MaskRecorder, Narrow, Tiny, fit, size, weights, zeros
 from pairwise import covering
 from torch import Tensor
-from variants import COUPLED, CRITERIA, GRANULARITIES, OF_LAYERS, SCHEDULES, SCOPES, at_least, label
+from variants import COUPLED, CRITERIA, GRANULARITIES, OF_LAYERS, OF_STREAMS, SCHEDULES, SCOPES, at_least, label
 
 from lightning_prune import (
     FPGM,
@@ -21,9 +21,11 @@ from lightning_prune import (
     Layer,
     Magnitude,
     Pruning,
+    ResidualChannel,
     Sensitivity,
     SharedFanIn,
 )
+from lightning_prune.models.kept_norms import kept_channels
 
 SPARSITY = 0.6
 # bias and norm entries that die with a channel of the weight
@@ -195,6 +197,20 @@ def test_coupled_units_die_with_all_that_belongs_to_them(
     weights = [mask for name, mask in masks.items() if parameters[name].ndim >= 2]
     zeros = sum(int((~mask).sum()) for mask in weights)
     assert callback.sparsity_now == pytest.approx(zeros / sum(mask.numel() for mask in weights), abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
+@pytest.mark.parametrize("criterion", OF_STREAMS, ids=label)
+def test_the_hidden_width_shrinks_by_whole_channels(criterion: Criterion, schedule: str | Callable) -> None:
+    model, callback, recorder = trained(Narrow(), criterion, ResidualChannel(), "global", schedule)
+    kept = callback.masks["net.4.weight"]
+    assert int((~kept).sum()) == round(SPARSITY * 8)
+    assert kept_channels(model)["net.4.weight"].equal(kept)
+    for name, mask in callback.masks.items():
+        ways = [mask.movedim(dim, 0).reshape(8, -1).any(1) for dim, length in enumerate(mask.shape) if length == 8]
+        assert any(way.equal(kept) for way in ways), name
+    assert_only_fewer(recorder)
+    assert callback.sparsity_now == round(SPARSITY * 8) / 8
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=label)

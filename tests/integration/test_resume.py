@@ -16,10 +16,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from models import Attention, Residual, agrees, fit
+from models import Attention, Mean, Residual, agrees, fit
 from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_pruned, leftovers, mlp
 from torch import Tensor, nn
-from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, OF_LAYERS, label
+from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, OF_LAYERS, OF_STREAMS, label
 
 from lightning_prune import (
     BatchNormScale,
@@ -30,6 +30,7 @@ from lightning_prune import (
     Layer,
     MagnitudePruning,
     Pruning,
+    ResidualChannel,
     Weight,
     prune,
 )
@@ -242,6 +243,21 @@ def test_layers_resume_exactly(criterion: Criterion, turn: int, tmp_path: Path) 
     arguments = {"criterion": criterion, "granularity": Layer(), **REGIMES[list(REGIMES)[turn % 3]]}
     taken = slice(turn, None, 5)  # to find the blocks again takes a few forward passes of the model under the probe
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), Deep, taken=taken, check=assert_zero)
+
+
+class Narrow(Attending):
+    """Two residual blocks over sequences of 3 tokens, whose mean is classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (Residual(8, 2) for _ in range(2))
+        self.net = nn.Sequential(nn.Linear(8, 8), *blocks, nn.LayerNorm(8), Mean(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(("turn", "criterion"), list(enumerate(OF_STREAMS)), ids=label)
+def test_the_hidden_width_resumes_exactly(criterion: Criterion, turn: int, tmp_path: Path) -> None:
+    arguments = {"criterion": criterion, "granularity": ResidualChannel(), **REGIMES[list(REGIMES)[turn % 3]]}
+    assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), Narrow, taken=third(turn), check=assert_zero)
 
 
 @pytest.mark.parametrize("method", METHODS)

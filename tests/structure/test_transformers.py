@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Granularity, Head, Layer, Random, load_shrunk, prune, save_shrunk, shrink
+from lightning_prune import (
+    ActivationNorm,
+    Channel,
+    Granularity,
+    Head,
+    Layer,
+    Random,
+    ResidualChannel,
+    load_shrunk,
+    prune,
+    save_shrunk,
+    shrink,
+)
 from lightning_prune.structure.tracing import trace
 
 transformers = pytest.importorskip("transformers")
@@ -203,6 +215,11 @@ SAYING: dict[str, tuple[str, dict[str, Any], Granularity, dict[str, int]]] = {
     ),
     "no name for the size of a head": ("BertModel", WIDE, Channel(), {"intermediate_size": 24}),
     "four times the width": ("GPT2LMHeadModel", {**SHORT, "n_layer": 2, "n_inner": None}, Channel(), {"n_inner": 64}),
+    "hidden width": (
+        *("LlamaForCausalLM", GROUPED, ResidualChannel(round_to=4)),
+        {"hidden_size": 16, "head_dim": 8, "num_attention_heads": 4, "intermediate_size": 48},
+    ),
+    "hidden width of fused layers": ("Phi3ForCausalLM", GROUPED, ResidualChannel(), {"hidden_size": 16, "head_dim": 8}),
     "configs of two stacks": ("T5ForConditionalGeneration", T5, Channel(), {"d_ff": 24}),
 }
 
@@ -242,6 +259,10 @@ def test_configs_say_the_new_sizes(kind: str, tmp_path: Path) -> None:
         ("LlamaForCausalLM", GROUPED, Channel(), {"scope": "global"}),  # layers of different widths
         ("LlamaForCausalLM", GROUPED, Channel(), {"targets": ["model.layers.0.*"]}),
         ("BertModel", WIDE, Head(), {}),  # whose config takes heads for parts of the hidden width
+        ("BertForMaskedLM", WIDE, ResidualChannel(), {}),
+        ("GPT2LMHeadModel", SHORT, ResidualChannel(), {}),
+        ("GemmaForCausalLM", {**GROUPED, "head_dim": 8}, ResidualChannel(), {}),  # a factor follows from the width
+        ("LlamaForCausalLM", GROUPED, ResidualChannel(minimum=18), {}),  # has to be a multiple of the heads
     ],
 )
 def test_configs_stay_where_they_cannot_say_it(
@@ -252,3 +273,58 @@ def test_configs_stay_where_they_cannot_say_it(
     save_shrunk(small, tmp_path / "small.pt")
     again = load_shrunk(type(model)(model.config), tmp_path / "small.pt").eval()
     assert torch.allclose(output(again, batch), output(small, batch), atol=1e-6)
+
+
+def stream(name: str, sizes: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model in double precision, with norms and biases that do something, and a batch."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**sizes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.rand_like(parameter))
+    if "image_size" in sizes:
+        return model, {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}
+    return model, {"input_ids": torch.randint(3, 30, (2, 5))}
+
+
+IMAGES = {**SIZES, "image_size": 8, "patch_size": 4}
+STREAMS = {
+    "rms norms, grouped queries": ("LlamaForCausalLM", GROUPED),
+    "tied embeddings": ("LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "factors of one and the weight": ("GemmaForCausalLM", {**GROUPED, "head_dim": 8}),
+    "norms of queries and keys": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
+    "transposed, learned positions": ("GPT2LMHeadModel", {**SHORT, "n_layer": 2}),
+    "norms of sums": ("BertForSequenceClassification", WIDE),
+    "a head of its own": ("BertForMaskedLM", WIDE),
+    "images": ("ViTForImageClassification", IMAGES),
+    "branches side by side": ("GPTNeoXForCausalLM", WIDE),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_half_of_the_hidden_width_goes_and_the_outputs_stay(kind: str, tmp_path: Path) -> None:
+    model, batch = stream(*STREAMS[kind])
+    given = {"criterion": ActivationNorm(), "data": [batch], "example_inputs": batch}
+    prune(model, 0.5, granularity=ResidualChannel(), **given)
+    small = shrink(model, batch)
+    assert torch.allclose(output(small, batch), output(model, batch), rtol=0.0, atol=1e-10)
+    norms = [module for module in small.modules() if "norm" in type(module).__name__.lower()]
+    assert {len(norm.weight) for norm in norms} <= {16, 8}  # those of heads have 8
+    save_shrunk(small, tmp_path / "small.pt")
+    again = load_shrunk(stream(*STREAMS[kind])[0], tmp_path / "small.pt").eval()
+    assert torch.equal(output(again, batch), output(small.eval(), batch))
+
+
+def test_a_decoder_with_less_hidden_width_generates() -> None:
+    model, batch = stream(*STREAMS["tied embeddings"])
+    prune(model, 0.25, granularity=ResidualChannel(), example_inputs=batch)
+    small = shrink(model, batch)
+    written = [each.generate(**batch, max_new_tokens=4, do_sample=False) for each in (model, small)]
+    assert torch.equal(*written)
+
+
+def test_a_stream_that_is_an_output_stays() -> None:
+    model, batch = stream("BertModel", WIDE)
+    with pytest.raises(ValueError, match="its channels are outputs of the model"):
+        prune(model, 0.25, granularity=ResidualChannel(), example_inputs=batch)

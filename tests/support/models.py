@@ -155,6 +155,28 @@ class Deep(Tiny):
         )
 
 
+class Mean(nn.Module):
+    """The mean over the positions of a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Narrow(Tiny):
+    """Two residual blocks over sequences of 3 tokens, whose mean is classified."""
+
+    size = (3, 8)
+
+    def build(self, dropout: float) -> nn.Sequential:
+        blocks = (Residual(8, 2) for _ in range(2))
+        return nn.Sequential(nn.Linear(8, 8), nn.Dropout(dropout), *blocks, nn.LayerNorm(8), Mean(), nn.Linear(8, 3))
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of inputs."""
+        return next(iter(self.train_dataloader()))[0]
+
+
 class TwoOptimizers(MLP):
     """Manual optimization: one optimizer for the first layers, one for the last, both stepped in every batch."""
 

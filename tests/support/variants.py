@@ -14,6 +14,7 @@ from lightning_prune import (
     SET,
     SNIP,
     SRSTE,
+    ActivationNorm,
     APoZ,
     Block,
     BlockInfluence,
@@ -58,6 +59,9 @@ GRANULARITIES: tuple[Granularity, ...] = (Weight(), Channel(), NM(7, 10), Block(
 COUPLED: tuple[Granularity, ...] = (Channel(coupled=True), Head())  # units that lie in several parameters
 # criteria that score whole blocks, for granularity=Layer()
 OF_LAYERS: tuple[Criterion, ...] = (BlockInfluence(window=2), Magnitude(), Random(seed=3), Sensitivity(window=2))
+# criteria that score the channels of a residual stream, for granularity=ResidualChannel()
+OF_STREAMS: tuple[Criterion, ...] = (ActivationNorm(window=2), Magnitude(), Random(seed=3), Sensitivity(window=2))
+
 SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "global",
     "local",

@@ -1,0 +1,139 @@
+"""Kept norms: norms that take their statistics over the channels that are left, as the smaller model will."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_prune.models.parameters import plain_name
+
+_OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # which normalise channels apart, or by groups
+
+
+class KeptChannels:
+    """The forward hook of a norm that lets it see the channels that are left alone; the others come out as zeros.
+
+    The norm itself runs, with the entries of its parameters for these channels: whatever its class, this is what it
+    computes once the others are cut. Copies of the module have the hook, too.
+
+    Args:
+        kept: Which channels (bool) are left.
+
+    >>> norm = nn.LayerNorm(3)
+    >>> keep_channels(norm, torch.tensor([True, False, True]))
+    >>> norm(torch.tensor([2.0, 7.0, 4.0])).detach().round(decimals=2)
+    tensor([-1.,  0.,  1.])
+    """
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept = kept
+        self.index = kept.nonzero().squeeze(1)
+
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Return what the norm makes of the channels that are left, among zeros."""
+        values, *others = args
+        if self.index.device != values.device:  # the model has moved
+            self.index = self.index.to(values.device)
+        made: Tensor = self._small(norm).forward(values.index_select(-1, self.index), *others)
+        return output.new_zeros(output.shape).index_copy(-1, self.index, made.to(output.dtype))
+
+    def _small(self, norm: nn.Module) -> Any:
+        """Return the norm as it is for the channels that are left; its parameters are parts of those of the norm."""
+        small = object.__new__(type(norm))
+        attributes = vars(small)
+        attributes.update(vars(norm), _parameters={})
+        for name, parameter in norm._parameters.items():
+            attributes[name] = None if parameter is None else parameter.index_select(0, self.index)
+        if "normalized_shape" in attributes:
+            attributes["normalized_shape"] = (len(self.index),)
+        return small
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> Self | None:
+        """Return the hook of a norm, if it has one."""
+        return next((hook for hook in norm._forward_hooks.values() if isinstance(hook, cls)), None)
+
+
+def takes_statistics(module: nn.Module) -> bool:
+    """Return whether a module looks like a norm over all channels: a LayerNorm or RMSNorm of any library.
+
+    >>> takes_statistics(nn.LayerNorm(4)), takes_statistics(nn.LayerNorm((3, 4))), takes_statistics(nn.BatchNorm1d(4))
+    (True, False, False)
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 1 or isinstance(module, _OTHERS) or any(True for _ in module.children()):
+        return False
+    alike = all(p is None or p.shape == weight.shape for p in module._parameters.values())
+    return "norm" in type(module).__name__.lower() and alike
+
+
+def keep_channels(norm: nn.Module, kept: Tensor) -> None:
+    """Let a norm take its statistics over the channels that are kept (bool), instead of those of before."""
+    forget_channels(norm)
+    if not kept.all():
+        norm.register_forward_hook(KeptChannels(kept), prepend=True)  # whoever looks at the output sees this one
+
+
+def forget_channels(norm: nn.Module) -> None:
+    """Let a norm take its statistics over all channels again."""
+    for key, hook in list(norm._forward_hooks.items()):
+        if isinstance(hook, KeptChannels):
+            del norm._forward_hooks[key]
+
+
+def norms_by_weight(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the norms over all channels of a model, by the name of their weight.
+
+    >>> list(norms_by_weight(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
+    ['1.weight']
+    """
+    found = ((f"{name}.weight" if name else "weight", module) for name, module in model.named_modules())
+    return {plain_name(name): module for name, module in found if takes_statistics(module)}
+
+
+def kept_channels(model: nn.Module) -> dict[str, Tensor]:
+    """Return which channels (bool) norms take their statistics over, where these are not all, by names of weights.
+
+    >>> model = nn.Sequential(nn.LayerNorm(2), nn.LayerNorm(2))
+    >>> keep_channels(model[0], torch.tensor([True, False]))
+    >>> kept_channels(model)
+    {'0.weight': tensor([ True, False])}
+    """
+    hooks = {name: KeptChannels.of(norm) for name, norm in norms_by_weight(model).items()}
+    return {name: hook.kept for name, hook in hooks.items() if hook is not None}
+
+
+def check_weights_suffice(model: nn.Module) -> None:
+    """Reject a model whose weights alone are not all of it.
+
+    Raises:
+        ValueError: If norms take their statistics over some of their channels.
+    """
+    if found := list(kept_channels(model)):
+        raise ValueError(
+            f"the model must be shrunk before its weights are saved alone, since norms take their statistics over the "
+            f"channels that are left, as of {found[:3]}: save shrink(model, example_inputs)"
+        )
+
+
+def follow_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Let norms take their statistics over the channels that masks of their weights keep, if they have any.
+
+    >>> model = nn.Sequential(nn.LayerNorm(2))
+    >>> follow_masks(model, {"0.weight": torch.tensor([True, False])})
+    >>> kept_channels(model)
+    {'0.weight': tensor([ True, False])}
+    """
+    changed = False
+    for name, norm in norms_by_weight(model).items():
+        if name in masks:
+            hook = KeptChannels.of(norm)
+            before = torch.ones_like(masks[name]) if hook is None else hook.kept.to(masks[name].device)
+            if not masks[name].equal(before):
+                keep_channels(norm, masks[name])
+                changed = True
+    if changed and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code does not see hooks that have changed

@@ -1,0 +1,75 @@
+"""Finding streams: the channels of residual streams as units."""
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache, partial
+
+from torch import nn
+
+from lightning_prune.models.forward import Inputs, fitting
+from lightning_prune.models.norms import following_norms
+from lightning_prune.models.parameters import Target, named_parameters
+from lightning_prune.structure.groups import Group
+from lightning_prune.structure.streams import find_streams
+from lightning_prune.units.coupled import Coupling, JoinedUnits
+from lightning_prune.units.finding import check_whole, proven
+from lightning_prune.units.finding_layers import wanted
+from lightning_prune.units.units import Units
+
+NO_STREAM = "its channels are no residual stream that norms take statistics over"
+
+
+def stream_units(
+    found: Sequence[Target], model: nn.Module, granularity: Coupling, inputs: Inputs, distributed: bool
+) -> tuple[list[Units], dict[str, str]]:
+    """Return the channels of the residual streams that the targets add to as units, and why other targets have none.
+
+    Embeddings go along with what is added to them, though they are no targets by default.
+
+    Args:
+        found: The targets.
+        model: The model that they are of; it is left as it is.
+        granularity: Says how many channels stay.
+        inputs: Example inputs of the model.
+        distributed: Whether other ranks look at the same model, perhaps with other inputs.
+
+    Raises:
+        ValueError: If there are none, or the model cannot be run.
+    """
+    if inputs is None:
+        raise ValueError(f"{granularity} needs example inputs: example_input_array, or example_inputs of prune()")
+    check_whole(model, granularity, "prune before the model is sharded")
+    inputs = fitting(inputs, model)
+    graph = find_streams(model, inputs)
+    targets, parameters = {target.name: target for target in found}, named_parameters(model)
+    needed, candidates = wanted(model), list[Group]()
+    reasons: dict[str, str] = {**dict.fromkeys(targets, NO_STREAM), **graph.left_out}
+    for group in graph.groups:
+        reason = _unfit(group, targets, needed, parameters)
+        if reason is None:
+            candidates.append(group)
+        reasons.update({m.name: reason or "the outputs of the model change" for m in group.role("producer")})
+    kept = proven(model, candidates, inputs, distributed)
+    touched = {member.name for group in kept for member in group.members}
+    left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in touched}
+    if not kept:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5])
+        raise ValueError(f"{granularity} must find a residual stream to prune, got none ({why})")
+    norms = cache(partial(following_norms, model))
+    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
+    units = list[Units]()
+    for group in kept:
+        first = next(targets[member.name] for member in group.role("producer") if member.name in targets)
+        units.append(JoinedUnits(first, group, parameters, granularity, list(targets), norms, owners))
+    return units, left_out
+
+
+def _unfit(
+    group: Group, targets: Mapping[str, Target], needed: Collection[str], parameters: Mapping[str, nn.Parameter]
+) -> str | None:
+    """Return why the channels of a stream cannot be pruned."""
+    producers = [member.name for member in group.role("producer")]
+    if others := [name for name in producers if name in needed and name not in targets]:
+        return f"its channels are those of {others[0]} too, which is not among the targets"
+    if fixed := [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]:
+        return f"what depends on it is frozen: {fixed[0]}"
+    return None if any(name in targets for name in producers) else "none of what makes its channels is a target"
