@@ -37,11 +37,11 @@ class Reconstruction:
         arXiv:2510.14444.
 
     >>> Reconstruction(steps=200)
-    Reconstruction(steps=200, lr=0.001)
+    Reconstruction(steps=200, lr=0.003)
     """
 
     steps: int = 40
-    lr: float = 1e-3
+    lr: float = 3e-3
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -62,8 +62,8 @@ def reconstruction_of(reconstruct: Any) -> Reconstruction | None:
     return instance("reconstruct", reconstruct, Reconstruction)
 
 
-def fit(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], settings: Reconstruction) -> tuple[float, float]:
-    """Fit parameters of a part to its dense outputs, and return the mean squared errors before and after.
+def fit(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], settings: Reconstruction) -> None:
+    """Fit parameters of a part to its dense outputs, unless that does not lower its error.
 
     The statistics of batch norms are measured again first, if that lowers the error.
 
@@ -74,8 +74,7 @@ def fit(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], settings: Re
     """
     norms = with_statistics(stage.part)
     state = [*fitted, *(buffer for norm in norms for buffer in norm.buffers())]
-    first = best = _error(stage)
-    kept = _copies(state)
+    best, kept = _error(stage), _copies(state)
     if norms:
         with suppress(ValueError), averaging(stage.part, norms):  # one value a channel has no variance
             for run in stage.runs:
@@ -85,11 +84,9 @@ def fit(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], settings: Re
     for part in _RATES:
         _set(state, kept)
         _train(stage, fitted, part * settings.lr, settings.steps)
-        error = _error(stage)
-        if error < best:
-            return first, error
+        if _error(stage) < best:
+            return
     _set(state, kept)
-    return first, best
 
 
 def _train(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], lr: float, steps: int) -> None:

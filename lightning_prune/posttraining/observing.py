@@ -83,12 +83,13 @@ def check_data(
         raise ValueError(f"data must be given to recalibrate batch norms, got recalibrate={recalibrate} and data=None")
     name, needs = type(criterion).__name__, criterion.needs
     if data is None and recovers:
-        raise ValueError("data must be given to reconstruct, got None")
+        raise ValueError("data must be given to refine masks or to reconstruct, got None")
     if data is None and needs != "weights":
         raise ValueError(f"data must be given: {name} needs {needs}, got None")
     if recovers and (recalibrate or distributed):
         raise ValueError(
-            f"recalibrate and distributed must be left out with reconstruct, got {recalibrate} and {distributed}"
+            f"recalibrate and distributed must be left out with refine and reconstruct, got {recalibrate} and "
+            f"{distributed}"
         )
     if sequential is not None and needs != "forwards" and not recovers:
         raise ValueError(f"sequential must go with a criterion that needs forwards, got {name}, which needs {needs}")

@@ -16,8 +16,9 @@ from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
-from lightning_prune.posttraining.fitting import Reconstruction, reconstruction_of
+from lightning_prune.posttraining.fitting import Reconstruction
 from lightning_prune.posttraining.observing import check_data
+from lightning_prune.posttraining.recovery import recipe_of
 from lightning_prune.posttraining.rounds import rounds_of
 from lightning_prune.scopes import Scope
 from lightning_prune.tensors.distributed import local
@@ -50,6 +51,7 @@ def prune(
     loss: Loss | None = None,
     rounds: int = 1,
     sequential: str | None = None,
+    refine: int = 0,
     reconstruct: bool | Reconstruction = False,
     example_inputs: Inputs = None,
     recalibrate: int = 0,
@@ -84,7 +86,10 @@ def prune(
             forward passes. Each block is observed behind the pruned ones, and pruned, before the next one; what is
             outside of the blocks comes last. No more than one block's input is held. The scope shares out inside each
             block, but for ``OWL``, which compares blocks: it takes one more pass over the data, before a round. With
-            ``reconstruct`` any criterion will do.
+            ``refine`` or ``reconstruct`` any criterion will do.
+        refine: How many swaps at most refine the mask of each row, or of each group of ``SharedFanIn``: a pruned weight
+            takes the place of a kept one of its row, with ``NM`` of its group, if that lowers the error of the layer's
+            outputs on the data. 0 leaves the masks as the criterion chose them.
         reconstruct: Whether the weights that are left, biases and norms are fitted to the outputs of the dense model on
             the data, block by block with ``sequential``, otherwise through the whole model. No block's error on these
             data is larger afterwards. How many steps it takes is up to ``Reconstruction(steps=...)``.
@@ -106,16 +111,18 @@ def prune(
     target = SparsityTarget(sparsity, threshold, min_density, of).for_granularity(granularity)
     rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
     recalibrate = integer("recalibrate", recalibrate, 0)
-    settings = None
+    refine = integer("refine", refine, 0)
+    recipe = None
     if (
         distributed is not False
+        or refine
         or reconstruct is not False
         or criterion.needs != "weights"
         or any(given is not None for given in (data, loss, sequential))
         or recalibrate
     ):
-        settings = reconstruction_of(reconstruct)
-        check_data(criterion, data, loss, sequential, recalibrate, distributed, settings is not None)
+        recipe = recipe_of(granularity, refine, reconstruct)
+        check_data(criterion, data, loss, sequential, recalibrate, distributed, recipe is not None)
     share_out = scopes.resolve(granularity.default_scope if scope is None else scope)
 
     found = target.find(model, targets, ignore)
@@ -140,8 +147,8 @@ def prune(
     ]
     masks, keep = Masks(), dict[str, int]()
     ready: Iterable[tuple[Sequence[Units], Allocate]] = [(units, allocate) for allocate in allocations]
-    if criterion.needs != "weights" or settings is not None:
-        ready = rounds_of(model, units, criterion, allocations, data, loss, sequential, distributed, masks, settings)
+    if criterion.needs != "weights" or recipe is not None:
+        ready = rounds_of(model, units, criterion, allocations, data, loss, sequential, distributed, masks, recipe)
     for now, allocate in ready:  # all units, or those of one block after another
         decision = decide(now, criterion, allocate, masks)
         keep.update(decision.keep)

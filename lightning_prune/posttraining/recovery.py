@@ -3,39 +3,36 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.granularities import Granularity, SharedFanIn
 from lightning_prune.masks import Masks
+from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.calibration import Stage
-from lightning_prune.posttraining.fitting import Reconstruction, fit
+from lightning_prune.posttraining.fitting import Reconstruction, fit, reconstruction_of
+from lightning_prune.posttraining.layer_moments import check_layers, moments_of
+from lightning_prune.posttraining.swaps import refined
 from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.units.units import Units
 
 
-@dataclass
-class Recovery:
-    """Fits what is left of each part of a model to the outputs of the dense part.
+@dataclass(frozen=True)
+class Recipe:
+    """What is done: masks are refined by so many swaps at most, and the weights that are left are fitted."""
 
-    Args:
-        model: The model, whose masks are chosen.
-        units: The units of all targets.
-        masks: The masks, which are complete for a part once it is pruned.
-        reconstruct: How to fit.
-        done: Parameters of parts that are finished.
-    """
+    granularity: Granularity
+    refine: int
+    reconstruct: Reconstruction | None
 
-    model: nn.Module
-    units: Sequence[Units]
-    masks: Masks
-    reconstruct: Reconstruction
-    done: set[nn.Parameter] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        """Reject targets that cannot be fitted."""
-        for unit in self.units:
+    def check(self, units: Sequence[Units]) -> None:
+        """Reject targets that this cannot be done for."""
+        if self.refine:
+            check_layers(units)
+        for unit in units if self.reconstruct is not None else ():
             if is_sharded(unit.parameter):
                 raise ValueError(f"targets must not be sharded over ranks to be reconstructed, got {unit.name!r}")
             if unit.parameter.dtype not in (torch.float32, torch.float64):
@@ -43,6 +40,44 @@ class Recovery:
                     f"targets must be of float32 or float64 to be reconstructed, got {unit.parameter.dtype} of "
                     f"{unit.name!r}: call model.float() first"
                 )
+
+
+def recipe_of(granularity: Granularity, refine: int, reconstruct: Any) -> Recipe | None:
+    """Return what is to be done after pruning; None for nothing.
+
+    Raises:
+        ValueError: If masks of that granularity cannot be refined.
+        TypeError: If ``reconstruct`` is neither a bool nor settings.
+    """
+    settings = reconstruction_of(reconstruct)
+    if refine and not (granularity.single or isinstance(granularity, SharedFanIn)):
+        raise ValueError(
+            f"granularity must be Weight(), NM(n, m) or SharedFanIn(rows) for masks to be refined, got {granularity}"
+        )
+    return Recipe(granularity, refine, settings) if refine or settings is not None else None
+
+
+@dataclass
+class Recovery:
+    """Refines the masks of each part of a model, and fits what is left of it to the outputs of the dense part.
+
+    Args:
+        model: The model, whose masks are chosen.
+        units: The units of all targets.
+        masks: The masks, which are complete for a part once it is pruned.
+        recipe: What is done.
+        done: Parameters of parts that are finished.
+    """
+
+    model: nn.Module
+    units: Sequence[Units]
+    masks: Masks
+    recipe: Recipe
+    done: set[nn.Parameter] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Check the targets."""
+        self.recipe.check(self.units)
 
     @cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -52,16 +87,30 @@ class Recovery:
     @property
     def fitted(self) -> list[nn.Parameter]:
         """The parameters that are to be fitted."""
-        return [unit.parameter for unit in self.units]
+        return [] if self.recipe.reconstruct is None else [unit.parameter for unit in self.units]
 
     def around(self, stages: Iterable[Stage]) -> Iterator[Stage]:
         """Yield parts of the model, dense, and recover each after it is pruned."""
         for stage in stages:
             inside = set(stage.part.parameters()) - self.done
+            now = [unit for unit in self.units if unit.parameter in inside]
+            moments = moments_of(now, stage) if self.recipe.refine else {}
+            dense = {unit.name: unit.parameter.detach().clone() for unit in now if self.recipe.refine}
             yield stage
-            if any(unit.parameter in inside for unit in self.units):
-                fit(stage, self._free(inside), self.reconstruct)
+            for unit in now if self.recipe.refine else ():
+                self._refine(unit, dense.pop(unit.name), moments.pop(unit.name))
+            if now and self.recipe.reconstruct is not None:
+                fit(stage, self._free(inside), self.recipe.reconstruct)
             self.done |= inside
+
+    def _refine(self, unit: Units, dense: Tensor, moments: Tensor) -> None:
+        """Swap pruned weights of one target with kept ones."""
+        module, mask = unit.modules[0], self.masks[unit.name]
+        rows = as_rows(mask, module)
+        new = refined(as_rows(dense, module), rows, moments, self.recipe.granularity, self.recipe.refine)
+        mask = as_rows(new, module).contiguous()
+        self.masks[unit.name] = mask
+        unit.parameter.detach().copy_(dense.masked_fill(~mask, 0.0))
 
     def copies(self) -> dict[str, Tensor]:
         """Return what the parameters are before they are pruned, by name."""

@@ -9,9 +9,8 @@ from torch import nn
 from lightning_prune.criteria import Criterion, Loss
 from lightning_prune.masks import Masks
 from lightning_prune.posttraining.calibration import Stage, take, undisturbed
-from lightning_prune.posttraining.fitting import Reconstruction
 from lightning_prune.posttraining.observing import batches_of, forward_stages, observed, stages_of
-from lightning_prune.posttraining.recovery import Recovery
+from lightning_prune.posttraining.recovery import Recipe, Recovery
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import Allocate, score
@@ -29,20 +28,20 @@ def rounds_of(
     sequential: str | None,
     distributed: bool,
     masks: Masks,
-    settings: Reconstruction | None,
+    recipe: Recipe | None,
 ) -> Ready:
-    """Yield units that are ready to be scored, with how many of them to keep, for each round; then reconstruct.
+    """Yield units that are ready to be scored, with how many of them to keep, for each round; then recover.
 
-    Where the criterion watches forward passes and there is one round, each block is reconstructed once it is pruned,
+    Where the criterion watches forward passes and there is one round, each block is recovered once it is pruned,
     before the next one is observed. Otherwise all masks are chosen first.
     """
     observe = partial(_observed, model, units, criterion, allocations, loss=loss, distributed=distributed, masks=masks)
-    if settings is None:
+    if recipe is None:
         yield from observe(data=data, sequential=sequential)
     elif criterion.needs == "forwards" and len(allocations) == 1:
-        yield from observe(data=data, sequential=sequential, recovery=Recovery(model, units, masks, settings))
+        yield from observe(data=data, sequential=sequential, recovery=Recovery(model, units, masks, recipe))
     else:
-        recovery = Recovery(model, units, masks, settings)
+        recovery = Recovery(model, units, masks, recipe)
         with undisturbed(model):
             held = list(take(data, None, model) if criterion.needs == "weights" else batches_of(criterion, data, model))
         if not held:
@@ -73,7 +72,7 @@ def _observed(
     # also while a loader is asked for batches, which may draw random numbers
     with undisturbed(model, criterion.batch_statistics):
         batches = batches_of(criterion, data, model)
-        batches = list(batches) if len(allocations) > 1 or sequential else batches
+        batches = list(batches) if len(allocations) > 1 or sequential or recovery else batches
         stages = partial(stages_of, criterion, model, batches, loss, distributed)
         names = tuple(unit.name for unit in units)
         for allocate in allocations:

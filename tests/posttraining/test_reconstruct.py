@@ -300,9 +300,12 @@ def test_no_more_than_the_inputs_and_outputs_of_one_block_are_held() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"data": None, "criterion": Magnitude()}, "data must be given to reconstruct, got None"),
+        ({"data": None, "criterion": Magnitude()}, "data must be given to refine masks or to reconstruct, got None"),
         ({"data": [], "criterion": Magnitude()}, "data must have a batch, got none"),
-        ({"recalibrate": 1}, "recalibrate and distributed must be left out with reconstruct, got 1 and False"),
+        (
+            {"recalibrate": 1},
+            "recalibrate and distributed must be left out with refine and reconstruct, got 1 and False",
+        ),
         ({"reconstruct": 5}, "reconstruct must be a Reconstruction, got 5"),
         (
             {"model": Stacked().bfloat16()},
