@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.models.forward import tensors
-from lightning_prune.posttraining.batch_norms import averaging, with_statistics
+from lightning_prune.posttraining.batch_norms import averaging
 from lightning_prune.posttraining.calibration import Stage
 from lightning_prune.validation.arguments import integer, number
 from lightning_prune.validation.instances import instance, settle
@@ -62,7 +63,12 @@ def reconstruction_of(reconstruct: Any) -> Reconstruction | None:
     return instance("reconstruct", reconstruct, Reconstruction)
 
 
-def fit(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], settings: Reconstruction) -> None:
+def fit(
+    stage: Stage,
+    fitted: Mapping[nn.Parameter, Tensor | None],
+    norms: Sequence[_BatchNorm],
+    settings: Reconstruction,
+) -> None:
     """Fit parameters of a part to its dense outputs, unless that does not lower its error.
 
     The statistics of batch norms are measured again first, if that lowers the error.
@@ -70,9 +76,9 @@ def fit(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], settings: Re
     Args:
         stage: The part, with its runs and dense outputs.
         fitted: The parameters, with masks: elements that are False do not change. None lets all change.
+        norms: Batch norms with running statistics.
         settings: Steps and learning rate.
     """
-    norms = with_statistics(stage.part)
     state = [*fitted, *(buffer for norm in norms for buffer in norm.buffers())]
     best, kept = _error(stage), _copies(state)
     if norms:

@@ -12,6 +12,7 @@ from lightning_prune.granularities import Granularity, SharedFanIn
 from lightning_prune.masks import Masks
 from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import named_parameters
+from lightning_prune.posttraining.batch_norms import with_statistics
 from lightning_prune.posttraining.calibration import Stage
 from lightning_prune.posttraining.fitting import Reconstruction, fit, reconstruction_of
 from lightning_prune.posttraining.layer_moments import check_layers, moments_of
@@ -67,6 +68,7 @@ class Recovery:
         masks: The masks, which are complete for a part once it is pruned.
         recipe: What is done.
         done: Parameters of parts that are finished.
+        finished: Modules of these parts.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Recovery:
     masks: Masks
     recipe: Recipe
     done: set[nn.Parameter] = field(default_factory=set)
+    finished: set[nn.Module] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Check the targets."""
@@ -100,8 +103,10 @@ class Recovery:
             for unit in now if self.recipe.refine else ():
                 self._refine(unit, dense.pop(unit.name), moments.pop(unit.name))
             if now and self.recipe.reconstruct is not None:
-                fit(stage, self._free(inside), self.recipe.reconstruct)
+                norms = [norm for norm in with_statistics(stage.part) if norm not in self.finished]
+                fit(stage, self._free(inside), norms, self.recipe.reconstruct)
             self.done |= inside
+            self.finished.update(stage.part.modules())
 
     def _refine(self, unit: Units, dense: Tensor, moments: Tensor) -> None:
         """Swap pruned weights of one target with kept ones."""

@@ -205,6 +205,18 @@ def test_statistics_of_batch_norms_are_measured_again_where_that_lowers_the_erro
     assert (before - after).abs().min() > 0.1
 
 
+def test_batch_norms_of_finished_blocks_are_not_measured_with_the_rest_of_the_model() -> None:
+    data = batches(3, 8, 6, 6)
+    model = Convolutions()
+    model.blocks.append(nn.Flatten())
+    model = nn.Sequential(model, nn.Linear(8 * 36, 2))
+    before = copy.deepcopy(model)
+    common: dict[str, Any] = {"criterion": Wanda(), "data": [batch * 2 for batch in data], "sequential": "0.blocks"}
+    prune(model, 0.5, **common, targets=["1.weight"], reconstruct=FAST)
+    assert not torch.equal(model[1].weight, before[1].weight)
+    assert all(torch.equal(value, before[0].state_dict()[name]) for name, value in model[0].state_dict().items())
+
+
 def test_a_batch_of_one_leaves_the_statistics_of_batch_norms() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
