@@ -119,7 +119,7 @@ class Recovery:
 
     def copies(self) -> dict[str, Tensor]:
         """Return what the parameters are before they are pruned, by name."""
-        return {name: p.detach().clone() for name, p in self.parameters.items() if p.requires_grad}
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def afterwards(self, stages: Iterable[Stage], dense: Mapping[str, Tensor]) -> None:
         """Recover a model whose masks are complete: its parts are dense again until it is their turn."""
@@ -137,8 +137,9 @@ class Recovery:
         for name, parameter in self.parameters.items():
             if parameter not in inside or not (parameter.requires_grad and parameter.is_floating_point()):
                 continue
-            if parameter.ndim < 2:
-                found[parameter] = self.masks.get(name)
-            elif name in self.masks:
-                found[parameter] = parameter.detach() != 0  # zeros from before the mask stay, too
+            mask = self.masks.get(name)
+            if mask is not None and parameter.ndim >= 2:
+                mask = parameter.detach() != 0  # zeros from before the mask stay, too
+            if mask is not None or parameter.ndim < 2:
+                found[parameter] = None if mask is None else mask.to(parameter.dtype)
         return found
