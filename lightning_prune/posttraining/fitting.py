@@ -105,7 +105,7 @@ def _train(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], lr: float
         with torch.enable_grad():
             total, count = _squares(stage.runs[number](), stage.dense[number])
             if not total.requires_grad:  # no output depends on what is fitted
-                return
+                break
             gradients = torch.autograd.grad(total / count, parameters, allow_unused=True)
         for (parameter, mask), gradient in zip(fitted.items(), gradients, strict=True):
             if gradient is None or mask is None:
@@ -113,6 +113,8 @@ def _train(stage: Stage, fitted: Mapping[nn.Parameter, Tensor | None], lr: float
             else:  # into memory of its own, which is much faster than new memory at every step
                 parameter.grad = torch.mul(gradient, mask, out=held[parameter])
         optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _order(count: int) -> Iterator[int]:

@@ -33,6 +33,7 @@ class Recipe:
         """Reject targets that this cannot be done for."""
         if self.refine:
             check_layers(units)
+            self._check_groups(units)
         for unit in units if self.reconstruct is not None else ():
             if is_sharded(unit.parameter):
                 raise ValueError(f"targets must not be sharded over ranks to be reconstructed, got {unit.name!r}")
@@ -40,6 +41,17 @@ class Recipe:
                 raise ValueError(
                     f"targets must be of float32 or float64 to be reconstructed, got {unit.parameter.dtype} of "
                     f"{unit.name!r}: call model.float() first"
+                )
+
+    def _check_groups(self, units: Sequence[Units]) -> None:
+        """Reject rows that share their inputs although the groups of a convolution give them different ones."""
+        height = self.granularity.rows if isinstance(self.granularity, SharedFanIn) else 1
+        for unit in units:
+            groups = getattr(unit.modules[0], "groups", 1)
+            if groups > 1 and unit.parameter.shape[0] // groups % height:
+                raise ValueError(
+                    f"rows of SharedFanIn must divide the output channels of each group of a convolution for masks to "
+                    f"be refined, got {height} for {unit.parameter.shape[0] // groups} of {unit.name!r}"
                 )
 
 

@@ -38,7 +38,7 @@ def rounds_of(
     observe = partial(_observed, model, units, criterion, allocations, loss=loss, distributed=distributed, masks=masks)
     if recipe is None:
         yield from observe(data=data, sequential=sequential)
-    elif criterion.needs == "forwards" and len(allocations) == 1:
+    elif criterion.needs == "forwards" and len(allocations) == 1 and not criterion.batch_statistics:
         yield from observe(data=data, sequential=sequential, recovery=Recovery(model, units, masks, recipe))
     else:
         recovery = Recovery(model, units, masks, recipe)

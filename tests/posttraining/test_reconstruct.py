@@ -260,6 +260,7 @@ def test_it_is_the_same_every_time_and_leaves_no_trace() -> None:
         assert not model.blocks[1].training
         assert torch.equal(model.head.weight.grad, torch.ones(2, 6))
         assert model.blocks[0].up.weight.grad is None
+        assert all(parameter.grad is None for parameter in model.blocks.parameters())
         found.append(model.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 

@@ -267,6 +267,11 @@ def test_what_is_left_is_fitted_after_the_swaps() -> None:
         ({"granularity": Block(2, 2)}, "granularity must be Weight(), NM(n, m) or SharedFanIn(rows) for masks to be"),
         ({"granularity": Channel()}, "granularity must be Weight(), NM(n, m) or SharedFanIn(rows) for masks to be"),
         ({"data": None}, "data must be given to refine masks or to reconstruct, got None"),
+        (
+            {"granularity": SharedFanIn(3)},
+            "rows of SharedFanIn must divide the output channels of each group of a convolution for masks to be "
+            "refined, got 3 for 4 of 'stem.weight'",
+        ),
         ({"refine": -1}, "refine must be at least 0, got -1"),
         ({"model": nn.LSTM(4, 4)}, "targets must belong to linear layers and convolutions, got 'weight_ih_l0' of LSTM"),
     ],
