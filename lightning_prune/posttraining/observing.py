@@ -1,7 +1,7 @@
 """Observing over data: what a criterion needs of a model, from the batches of a loader instead of a training run."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import length_hint
 from typing import Any
@@ -65,8 +65,9 @@ def check_data(
     sequential: Any = None,
     recalibrate: int = 0,
     distributed: Any = False,
+    recovers: bool = False,
 ) -> None:
-    """Reject data, a loss or blocks that do not go with a criterion.
+    """Reject data, a loss or blocks that do not go with a criterion, or with a recovery after it.
 
     Raises:
         ValueError: If something is missing, or of no use.
@@ -80,9 +81,16 @@ def check_data(
     if recalibrate and data is None:
         raise ValueError(f"data must be given to recalibrate batch norms, got recalibrate={recalibrate} and data=None")
     name, needs = type(criterion).__name__, criterion.needs
+    if data is None and recovers:
+        raise ValueError("data must be given to refine masks or to reconstruct, got None")
     if data is None and needs != "weights":
         raise ValueError(f"data must be given: {name} needs {needs}, got None")
-    if sequential is not None and needs != "forwards":
+    if recovers and (recalibrate or distributed):
+        raise ValueError(
+            f"recalibrate and distributed must be left out with refine and reconstruct, got {recalibrate} and "
+            f"{distributed}"
+        )
+    if sequential is not None and needs != "forwards" and not recovers:
         raise ValueError(f"sequential must go with a criterion that needs forwards, got {name}, which needs {needs}")
 
 
@@ -106,14 +114,26 @@ def stages_of(
     loss: Loss | None,
     distributed: bool = False,
     sequential: str | None = None,
+    fitted: Collection[nn.Parameter] = (),
 ) -> Iterator[Stage]:
     """Yield the parts of a model, with the passes that the criterion observes."""
     if criterion.needs == "gradients":
         average = average_gradients if distributed else _alone
         yield Stage(model, partial(criterion.passes, model, batches, partial(_loss_of, loss or _default_loss), average))
     else:
-        run = partial(forward, model) if loss is None else torch.no_grad()(partial(loss, model))
-        yield from stages(model, batches, run, sequential)
+        yield from forward_stages(model, batches, loss, sequential, fitted)
+
+
+def forward_stages(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None,
+    sequential: str | None = None,
+    fitted: Collection[nn.Parameter] = (),
+) -> Iterator[Stage]:
+    """Yield the parts of a model, with passes of a batch as its input, or through the loss."""
+    run = partial(forward, model) if loss is None else partial(loss, model)
+    yield from stages(model, batches, run, sequential, fitted)
 
 
 def _alone(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -18,14 +18,15 @@ from lightning_prune.models.forward import Inputs
 from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
-from lightning_prune.posttraining.calibration import Stage, undisturbed
-from lightning_prune.posttraining.observing import batches_of, check_data, observed, stages_of
+from lightning_prune.posttraining.fitting import Reconstruction
+from lightning_prune.posttraining.observing import check_data
+from lightning_prune.posttraining.recovery import recipe_of
+from lightning_prune.posttraining.rounds import rounds_of
 from lightning_prune.scopes import Scope
 from lightning_prune.tensors.distributed import local
-from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
-from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide, score
+from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide
 from lightning_prune.updates.output_neurons import UNKNOWN, without_outputs
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.statistics import scorable
@@ -51,6 +52,8 @@ def prune(
     loss: Loss | None = None,
     rounds: int = 1,
     sequential: str | None = None,
+    refine: int = 0,
+    reconstruct: bool | Reconstruction = False,
     example_inputs: Inputs = None,
     recalibrate: int = 0,
     distributed: bool = False,
@@ -83,7 +86,14 @@ def prune(
         sequential: Name of the ModuleList or Sequential whose blocks run one after another, for a criterion that needs
             forward passes. Each block is observed behind the pruned ones, and pruned, before the next one; what is
             outside of the blocks comes last. No more than one block's input is held. The scope shares out inside each
-            block, but for ``OWL``, which compares blocks: it takes one more pass over the data, before a round.
+            block, but for ``OWL``, which compares blocks: it takes one more pass over the data, before a round. With
+            ``refine`` or ``reconstruct`` any criterion will do.
+        refine: How many swaps at most refine the mask of each row, or of each group of ``SharedFanIn``: a pruned weight
+            takes the place of a kept one of its row, with ``NM`` of its group, if that lowers the error of the layer's
+            outputs on the data. 0 leaves the masks as the criterion chose them.
+        reconstruct: Whether the weights that are left, biases and norms are fitted to the outputs of the dense model on
+            the data, block by block with ``sequential``, otherwise through the whole model. No block's error on these
+            data is larger afterwards. How many steps it takes is up to ``Reconstruction(steps=...)``.
         example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
             dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
         recalibrate: From how many batches of ``data`` the statistics of batch norms are measured again afterwards.
@@ -102,13 +112,18 @@ def prune(
     target = SparsityTarget(sparsity, threshold, min_density, of).for_granularity(granularity)
     rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)
     recalibrate = integer("recalibrate", recalibrate, 0)
+    refine = integer("refine", refine, 0)
+    recipe = None
     if (
         distributed is not False
+        or refine
+        or reconstruct is not False
         or criterion.needs != "weights"
         or any(given is not None for given in (data, loss, sequential))
         or recalibrate
     ):
-        check_data(criterion, data, loss, sequential, recalibrate, distributed)
+        recipe = recipe_of(granularity, refine, reconstruct)
+        check_data(criterion, data, loss, sequential, recalibrate, distributed, recipe is not None)
     share_out = scopes.resolve(granularity.default_scope if scope is None else scope)
 
     found = target.find(model, targets, ignore)
@@ -122,18 +137,19 @@ def prune(
     units = units if named else _without_outputs(units, model, granularity)
     units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
-    if sequential is not None and (budget is not None or not granularity.within_blocks):
+    by_block = sequential is not None and criterion.needs == "forwards"
+    if by_block and (budget is not None or not granularity.within_blocks):
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
 
-    rounds_of = (target.round(number / rounds) for number in range(1, rounds + 1))
+    targets_of = (target.round(number / rounds) for number in range(1, rounds + 1))
     allocations = [
         partial(part.allocate, found=found, criterion=criterion, scope=share_out, due=due, budget=budget)
-        for part, due in rounds_of
+        for part, due in targets_of
     ]
     masks, keep = Masks(), dict[str, int]()
     ready: Iterable[tuple[Sequence[Units], Allocate]] = zip(repeat(units), allocations, strict=False)
-    if criterion.needs != "weights":
-        ready = _observed(model, units, criterion, allocations, data, loss, sequential, distributed, masks)
+    if criterion.needs != "weights" or recipe is not None:
+        ready = rounds_of(model, units, criterion, allocations, data, loss, sequential, distributed, masks, recipe)
     for now, allocate in ready:  # all units, or those of one block after another
         decision = decide(now, criterion, allocate, masks)
         keep.update(decision.keep)
@@ -167,32 +183,6 @@ def _scorable(units: Sequence[Units], criterion: Criterion) -> list[Units]:
     return found
 
 
-def _observed(
-    model: nn.Module,
-    units: Sequence[Units],
-    criterion: Criterion,
-    allocations: Sequence[partial[Mapping[str, int]]],
-    data: Iterable[Any] | None,
-    loss: Loss | None,
-    sequential: str | None,
-    distributed: bool,
-    masks: Masks,
-) -> Iterator[tuple[Sequence[Units], Allocate]]:
-    """Yield units when the criterion has observed them, with how many of them to keep, for each round."""
-    # also while a loader is asked for batches, which may draw random numbers
-    with undisturbed(model, criterion.batch_statistics):
-        batches = batches_of(criterion, data, model)
-        batches = list(batches) if len(allocations) > 1 or sequential else batches
-        stages = partial(stages_of, criterion, model, batches, loss, distributed)
-        names = tuple(unit.name for unit in units)
-        for allocate in allocations:
-            keep: Allocate = partial(_among, names, allocate)
-            if sequential and getattr(allocate.keywords["scope"], "compares_blocks", False):
-                keep = _settled(units, criterion, allocate, stages(), masks, distributed)
-            for now in observed(units, criterion, stages(sequential), distributed):
-                yield now, keep
-
-
 def _check_types(model: Any, criterion: Any) -> None:
     if not isinstance(model, nn.Module):
         instance("model", model, nn.Module)  # raises
@@ -218,23 +208,3 @@ def _enforce(model: nn.Module, masks: Masks, new: Masks, normalized: bool) -> No
         shard.masked_fill_(~masks[name], 0.0)
     if normalized:
         follow_masks(model, masks)
-
-
-def _among(names: tuple[str, ...], allocate: Allocate, scores: Scores) -> Mapping[str, int]:
-    """Return how many units each target of a block keeps, when a scope is told the names of the targets of all."""
-    scores.names = names
-    return allocate(scores)
-
-
-def _settled(
-    units: Sequence[Units],
-    criterion: Criterion,
-    allocate: Allocate,
-    stages: Iterable[Stage],
-    masks: Masks,
-    distributed: bool,
-) -> Allocate:
-    """Return how many units each target keeps by the scores of all, before any block is pruned."""
-    for _ in observed(units, criterion, stages, distributed):
-        keep = allocate(score(units, criterion, {unit.name: unit.kept(masks) for unit in units}))
-    return lambda scores: {name: keep[name] for name in scores}

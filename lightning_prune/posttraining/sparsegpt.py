@@ -12,14 +12,13 @@ from lightning_prune import scopes
 from lightning_prune.criteria import Wanda
 from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
-from lightning_prune.models.layer_inputs import input_of, is_readable, windows
 from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import Target, fractions
-from lightning_prune.posttraining.calibration import Stage, forward, stages, take, undisturbed
+from lightning_prune.posttraining.calibration import forward, stages, take, undisturbed
+from lightning_prune.posttraining.layer_moments import check_layers, moments_of
 from lightning_prune.posttraining.observing import observed_units
-from lightning_prune.posttraining.reconstruction import Choice, EvenChoice, make_choice, reconstruct, second_moments
+from lightning_prune.posttraining.reconstruction import Choice, EvenChoice, make_choice, reconstruct
 from lightning_prune.tensors.boolean import count
-from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.updates.decision import score
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.target_sparsity import Sparsity, SparsityTarget
@@ -90,7 +89,7 @@ def sparsegpt(
     blocksize = integer("blocksize", blocksize, 1)
     damping = number("damping", damping, "[0, inf)")
     found = goal.find(model, targets, ignore)
-    _check_layers(found)
+    check_layers(found)
     data = data if allocate is scopes.local else list(data)
     shares = _shares(model, found, goal, allocate, data)
     masks = Masks()
@@ -98,7 +97,7 @@ def sparsegpt(
         for stage in stages(model, take(data, None, model), partial(forward, model), sequential):
             inside = set(stage.part.parameters())
             now = [target for target in found if target.parameter in inside and target.name not in masks]
-            moments = _moments(now, stage)
+            moments = moments_of(now, stage)
             for target in now:
                 choice = make_choice(shares[target.name], granularity, blocksize)
                 masks[target.name] = _prune(target, moments.pop(target.name), choice, damping)
@@ -118,42 +117,6 @@ def _shares(
     scores = score(units, Wanda(), {unit.name: None for unit in units})
     keep = scope(scores, target.final)
     return {name: 1.0 - keep[name] / size for name, size in scores.sizes.items()}
-
-
-def _check_layers(found: Sequence[Target]) -> None:
-    for target in found:
-        kinds = [type(module).__name__ for module in target.modules if not is_readable(module)]
-        if kinds:
-            raise ValueError(
-                f"targets must belong to linear layers and convolutions, got {target.name!r} of {kinds[0]}"
-            )
-        if is_sharded(target.parameter):
-            raise ValueError(f"targets must not be sharded over ranks, got {target.name!r}")
-
-
-def _moments(found: Sequence[Target], stage: Stage) -> dict[str, Tensor]:
-    """Run the stage and return, by name, the sums of x x^T over each target's inputs: (groups, columns, columns)."""
-    moments: dict[str, Tensor] = {}
-
-    def add(target: Target, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        seen = windows(module, input_of(inputs, target.name))
-        moments[target.name] = second_moments(seen, target.parameter.ndim, moments.get(target.name))
-
-    handles = [module.register_forward_hook(partial(add, target)) for target in found for module in target.modules]
-    try:
-        for _ in stage.passes() if found else ():
-            pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    for target in found:
-        if target.name not in moments:
-            raise ValueError(
-                f"data must reach the layer of {target.name!r}, got no forward pass through it: ignore the parameter"
-            )
-        if not bool(moments[target.name].isfinite().all()):
-            raise ValueError(f"inputs must be finite, got NaN or infinity at the layer of {target.name!r}")
-    return moments
 
 
 def _prune(target: Target, moments: Tensor, choice: Choice | EvenChoice, damping: float) -> Tensor:
