@@ -45,6 +45,7 @@ from lightning_prune.methods.at_init import PruningAtInit
 from lightning_prune.methods.distillation import Distillation
 from lightning_prune.methods.dynamic_sparse import SET
 from lightning_prune.methods.gating import SparseEarlyStopping, SparseModelCheckpoint
+from lightning_prune.methods.group_lasso import GroupLasso
 from lightning_prune.methods.guarded import GuardedPruning
 from lightning_prune.methods.lottery import LotteryTicket
 from lightning_prune.methods.rigl import RigL
@@ -106,6 +107,7 @@ __all__ = [
     "Fisher",
     "GraSP",
     "Granularity",
+    "GroupLasso",
     "GuardedPruning",
     "Head",
     "History",

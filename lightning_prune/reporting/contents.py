@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_prune.methods.distillation import Distillation
+from lightning_prune.methods.group_lasso import GroupLasso
 from lightning_prune.models import summary as report
 from lightning_prune.models.flops import dense_flops, sparse_flops
 from lightning_prune.models.forward import example_of
@@ -52,7 +53,8 @@ def configuration(trainer: Trainer) -> str:
     defaults = inspect.signature(Trainer.__init__).parameters
     names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
     given = {name: getattr(trainer, name) for name in names if getattr(trainer, name) != defaults[name].default}
-    own: list[Any] = [c for c in trainer.callbacks if isinstance(c, TrainingMethod | Distillation)]  # type: ignore[attr-defined]
+    kinds = TrainingMethod | Distillation | GroupLasso
+    own: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
     seed = os.environ.get("PL_GLOBAL_SEED")
     return as_yaml(given, own, None if seed is None else int(seed))
 

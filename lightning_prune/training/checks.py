@@ -19,18 +19,27 @@ def check_strategy(callback: TrainingMethod, trainer: Trainer) -> None:
     Raises:
         ValueError: If the strategy flattens parameters.
     """
-    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-    if found := names.intersection(_FLATTENING):
-        raise ValueError(
-            f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
-            f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
-        )
+    reject_flattening(trainer)
     launcher = type(getattr(trainer.strategy, "launcher", None))
     if any(cls.__name__ == "_MultiProcessingLauncher" for cls in launcher.__mro__):  # its processes end with the run
         rank_zero_warn(
             f"{type(callback).__name__} holds its masks in the processes that the strategy starts, and what comes back "
             f"is the weights and the logged metrics: count the zeros with sparsity(model), find the masks in a "
             f"checkpoint, and train on with ConstantSparsity()"
+        )
+
+
+def reject_flattening(trainer: Trainer) -> None:
+    """Reject strategies that flatten parameters.
+
+    Raises:
+        ValueError: If the strategy does.
+    """
+    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if found := names.intersection(_FLATTENING):
+        raise ValueError(
+            f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
+            f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
         )
 
 

@@ -279,6 +279,10 @@ GIVEN = {
     "ConstantSparsity": {"targets": ["net.*.weight"], "ignore": ["net.4.*"], "log_layers": True},
     "Distillation": {"teacher": entry("models.MLP", seed=1), "temperature": 1.5, "weight": 0.25, "dim": 1},
     "EntropyPruning": {**SHARED, "prune": "low", "bins": 4, "window": 2, "granularity": {"class_path": "Weight"}},
+    "GroupLasso": {
+        **{"strength": 0.1, "granularity": entry("Channel", coupled=False), "growth": 2.0, "proximal": True},
+        **{"schedule": "linear", "end": 6, "interval": "step", "ignore": ["net.6.*"]},
+    },
     "GuardedPruning": {
         **{"monitor": "val_loss", "mode": "min", "max_drop": 0.5, "sparsity": 0.8, "reference": 2.0, "step": 0.6},
         **{"precision": 0.1, "patience": 2, "criterion": "Random", "granularity": "Channel", "ignore": ["net.6.*"]},

@@ -22,6 +22,7 @@ CALLS = [
     "ADMM(0.9, penalty=0.1, schedule='cubic')",
     "ConstantSparsity()",
     "ConstantSparsity(targets=('a.*', 'b'), log_layers=True)",
+    "GroupLasso(strength=0.01, growth=4.0, proximal=True)",
     "Distillation()",
     "Distillation(teacher='dense.ckpt', temperature=4.0)",
     "EntropyPruning(0.5, prune='low', bins=8, window=2, scope='local', min_density=0.1)",

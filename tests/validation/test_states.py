@@ -22,6 +22,7 @@ from lightning_prune import (
     SRSTE,
     Distillation,
     Entropy,
+    GroupLasso,
     GuardedPruning,
     LotteryTicket,
     MagnitudePruning,
@@ -44,6 +45,7 @@ STATEFUL: dict[str, Callable[[], Any]] = {
     "SRSTE": partial(SRSTE, 2, 4),
     "PruningAtInit": partial(PruningAtInit, 0.5),
     "Distillation": Distillation,
+    "GroupLasso": GroupLasso,
     "PruningReport": PruningReport,
 }
 
@@ -67,7 +69,7 @@ class Saver(Callback):
 def callbacks_of(method: str) -> tuple[Any, list[Any]]:
     """Return the callback of a method, and all that it needs beside it."""
     callback = STATEFUL[method]()
-    alone = not isinstance(callback, Distillation | PruningReport)
+    alone = not isinstance(callback, Distillation | GroupLasso | PruningReport)
     return callback, [callback] if alone else [MagnitudePruning(0.5, **STEPS), callback]
 
 
