@@ -245,5 +245,5 @@ class GroupLasso(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # a copy knows where its run was, and nothing that is tied to this process or to the model
         state = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        free = {"_parameters": [], "_inputs": None, "_ready": {}}
+        free: dict[str, Any] = {"_parameters": [], "_inputs": None, "_ready": {}}
         return {**state, **free, "_penalty": GroupPenalty(self.growth, self.squared)}
