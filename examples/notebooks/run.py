@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="save the outputs")
     args = parser.parse_args()
     os.environ.pop("MPLBACKEND", None)  # figures go into the notebook
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # progress bars need ipywidgets, which no notebook does
     paths = [FOLDER / f"{name}.ipynb" for name in args.names] or sorted(FOLDER.glob("*.ipynb"))
     for path in paths:
         print(f"{path.name}: {run(path, args.write):.0f} s", flush=True)

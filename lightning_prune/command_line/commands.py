@@ -11,7 +11,7 @@ import torch
 from lightning_prune.command_line.files import Contents, is_safetensors, read
 from lightning_prune.command_line.tables import diff_text, report_text, summary_text
 from lightning_prune.export.compressed import load_compressed, save_compressed
-from lightning_prune.reporting.contents import figures_of
+from lightning_prune.reporting.contents import history_figures
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.html_page import STYLE, render
 
@@ -65,7 +65,8 @@ def report(given: argparse.Namespace) -> str:
             for name, points in history["metrics"].items()
         }
         drawn = History([(at, level) for at, level in history["sparsity"]], metrics)
-        page = render(found, figures_of(drawn, found, {}, STYLE), "The JSON file of a report has no masks.")
+        without_masks = "The JSON file of a report has no masks."
+        page = render(found, history_figures(drawn, STYLE), without_masks=without_masks)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{given.report} {_IS_REPORT}, got a damaged one: {error!r}") from error
     target.write_text(page, encoding="utf-8")

@@ -56,13 +56,14 @@ def scarcity(row: Row, total: Row) -> Literal["", "nearly empty", "empty"]:
     """Return whether a layer is empty, or keeps at most 2 % of its weights and less than half of what others keep.
 
     >>> total = Row("total", (), 1000, 500)
-    >>> [scarcity(Row("layer", (10, 10), 100, zeros), total) for zeros in (50, 99, 100)]
-    ['', 'nearly empty', 'empty']
+    >>> [scarcity(Row("layer", (10, 10), 100, zeros), total) for zeros in (50, 97, 98, 100)]
+    ['', '', 'nearly empty', 'empty']
     """
     if row.weights and row.zeros == row.weights:
         return "empty"
-    kept = 1.0 - row.sparsity
-    return "nearly empty" if kept <= 0.02 and kept < (1.0 - total.sparsity) / 2 else ""
+    kept, kept_of_all = row.weights - row.zeros, total.weights - total.zeros
+    less_than_others = 2 * kept * total.weights < kept_of_all * row.weights
+    return "nearly empty" if 50 * kept <= row.weights and less_than_others else ""
 
 
 def table(cells: Sequence[tuple[str, ...]]) -> list[str]:

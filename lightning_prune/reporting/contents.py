@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def sizes(model: nn.Module) -> dict[str, float]:
-    """Return the numbers of parameters, bytes and FLOPs of a model; a collective if parameters are sharded.
+def sizes(model: nn.Module) -> tuple[dict[str, float], str]:
+    """Return the numbers of parameters, bytes and FLOPs of a model, and why the FLOPs are missing if they are.
 
-    FLOPs are counted if the model has an ``example_input_array``.
+    It is a collective if parameters are sharded.
 
-    >>> sizes(nn.Linear(4, 2, bias=False))
+    >>> numbers, why = sizes(nn.Linear(4, 2, bias=False))
+    >>> numbers
     {'parameters': 8, 'active_parameters': 8, 'bytes': 32, 'packed_bytes': 33.0}
+    >>> why
+    'the model has no example input. Set example_input_array in the LightningModule to an input of forward'
     """
     parameters = named_parameters(model)
     kept = {name: parameter.numel() - report.zeros(parameter) for name, parameter in parameters.items()}
@@ -41,11 +44,18 @@ def sizes(model: nn.Module) -> dict[str, float]:
         "packed_bytes": sum(kept[name] * p.element_size() + p.numel() / 8 for name, p in parameters.items()),
     }
     example = example_of(model, None)
-    if example is not None:
+    if example is None:
+        return found, f"the model has no example input. {_SET}"
+    try:
         dense = dense_flops(model, example)
-        found["flops"] = sum(dense.values())
-        found["active_flops"] = sparse_flops(dense, {n: kept[n] / parameters[n].numel() for n in dense if n})
-    return found
+    except Exception as error:  # raised by the user's forward; a run must not fail for its report
+        return found, f"forward fails with the example_input_array: {type(error).__name__}: {error}"
+    found["flops"] = sum(dense.values())
+    found["active_flops"] = sparse_flops(dense, {n: kept[n] / parameters[n].numel() for n in dense if n})
+    return found, ""
+
+
+_SET = "Set example_input_array in the LightningModule to an input of forward"
 
 
 def configuration(trainer: Trainer) -> str:
@@ -69,18 +79,36 @@ def masks_of(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]:
 def figures_of(
     history: History, found: Mapping[str, Any], masks: Mapping[str, Tensor], style: dict[Any, Any]
 ) -> "dict[str, Figure]":
-    """Return the figures of the page by name."""
-    from matplotlib import pyplot, rc_context
+    """Return the figures for loggers by name: the history, the sparsity of the layers, and the masks."""
+    from matplotlib import rc_context
 
-    rows = tuple(report.Row(r["name"], tuple(r["shape"]), r["weights"], r["zeros"]) for r in found["layers"])
+    figures = history_figures(history, style)
+    if not cut(found):
+        rows = tuple(report.Row(r["name"], tuple(r["shape"]), r["weights"], r["zeros"]) for r in found["layers"])
+        with rc_context(style):
+            figures["sparsity"] = plots.plot_sparsity(report.Summary(rows))[0]
+            if masks:
+                figures["masks"] = plots.plot_masks(masks)[0]
+    return _forgotten(figures)
+
+
+def history_figures(history: History, style: dict[Any, Any]) -> "dict[str, Figure]":
+    """Return a figure of the sparsity and each metric, or of the sparsity alone, by name."""
+    from matplotlib import rc_context
+
     with rc_context(style):
         figures = {name: plots.plot_history(history, name)[0] for name in history.metrics}
-        figures = figures or {"history": plots.plot_history(history)[0]}
-        pruned = any(row.zeros for row in rows) or not found["shrunk"]  # else what was pruned is no longer there
-        if pruned:
-            figures["sparsity"] = plots.plot_sparsity(report.Summary(rows))[0]
-        if pruned and masks:
-            figures["masks"] = plots.plot_masks(masks)[0]
+        return _forgotten(figures or {"history": plots.plot_history(history)[0]})
+
+
+def cut(found: Mapping[str, Any]) -> bool:
+    """Return whether what was pruned is no longer there."""
+    return bool(found["shrunk"]) and not any(row["zeros"] for row in found["layers"])
+
+
+def _forgotten(figures: "dict[str, Figure]") -> "dict[str, Figure]":
+    from matplotlib import pyplot
+
     for figure in figures.values():
         pyplot.close(figure)  # pyplot forgets the figure, which stays intact
     return figures

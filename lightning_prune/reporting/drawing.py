@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.validation.instances import instance
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROW, _LETTER = 0.19, 0.058  # inches: line height and letter width of small print
+
+ABOVE: dict[str, Any] = {  # a legend above the axes, to the right, where it covers nothing
+    "loc": "lower right",
+    "bbox_to_anchor": (1, 1),
+    "frameon": False,
+    "fontsize": 7,
+    "borderaxespad": 0.2,
+}
 
 
 def axes_for(ax: "Axes | None", width: float, height: float) -> "tuple[Figure, Axes]":
@@ -47,6 +56,11 @@ def label_rows(ax: "Axes", names: Sequence[str]) -> None:
 def longest(names: Sequence[str]) -> float:
     """Return the width of the longest name in inches."""
     return _LETTER * max(map(len, names), default=0)
+
+
+def lines(label: str) -> str:
+    """Return the label of an axis in lines that fit a low one."""
+    return "\n".join(wrap(label, 24))
 
 
 def percent(ax: "Axes", label: str) -> None:

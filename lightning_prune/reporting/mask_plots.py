@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PICTURES = 80  # at most on a page
+PICTURES = 80  # at most on a page
 _CELLS = 128  # maximum cells a side in the picture of a mask
 
 
@@ -35,20 +35,20 @@ def plot_masks(
     >>> axes[0].get_title()
     'weight\n75.0% pruned'
     """
-    pictures = {name: _picture(mask) for name, mask in by_name("masks", masks, Tensor).items() if mask.ndim >= 2}
+    pictures = {name: picture(mask) for name, mask in by_name("masks", masks, Tensor).items() if mask.ndim >= 2}
     if not pictures:
         raise ValueError(f"masks must contain one of two or more dimensions, got {list(masks)}")
     given = [] if ax is None else [*ax] if isinstance(ax, Sequence) and not isinstance(ax, str | bytes) else [ax]
     hidden = 0
     if ax is None:
-        hidden = max(0, len(pictures) - _PICTURES)
-        pictures = dict([*pictures.items()][:_PICTURES])
+        hidden = max(0, len(pictures) - PICTURES)
+        pictures = dict([*pictures.items()][:PICTURES])
     axes = _grid(len(pictures)) if ax is None else [axes_for(each, 0, 0)[1] for each in given]
     if len(axes) != len(pictures):
         raise ValueError(f"ax must be one for each of {len(pictures)} masks, got {len(axes)}")
     small = len(pictures) > 12
-    for place, (name, (picture, density)) in zip(axes, pictures.items(), strict=True):
-        image = place.imshow(picture, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for place, (name, (cells, density)) in zip(axes, pictures.items(), strict=True):
+        image = place.imshow(cells, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         # wrapped, since layers often differ in the middle of long names
         title = "\n".join([*wrap(name, 20 if small else 30), f"{1 - density:.1%} pruned"])
         place.set_title(title, fontsize=5 if small else 6, parse_math=False)
@@ -63,12 +63,12 @@ def plot_masks(
     return fig, axes
 
 
-def _picture(mask: Tensor) -> tuple[Any, float]:
-    """Return a mask as an image of bounded size, whose cells are fractions of kept weights, and its density."""
+def picture(mask: Tensor, cells: int = _CELLS) -> tuple[Any, float]:
+    """Return a mask as an image of at most so many cells a side, the fractions of kept weights, and its density."""
     rows = mask.detach().cpu().flatten(1)
-    size = (min(_CELLS, rows.shape[0]), min(_CELLS, rows.shape[1]))
-    cells = nn.functional.adaptive_avg_pool2d(rows[None].float(), size)[0]
-    return cells.numpy(), float(rows.float().mean())
+    size = (min(cells, rows.shape[0]), min(cells, rows.shape[1]))
+    image = nn.functional.adaptive_avg_pool2d(rows[None].float(), size)[0]
+    return image.numpy(), float(rows.float().mean())
 
 
 def _grid(count: int) -> "list[Axes]":

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune.models import summary as report
 from lightning_prune.posttraining.sensitivity import SensitivityAnalysis
-from lightning_prune.reporting.drawing import ROW, axes_for, calm, columns, label_rows, longest, percent
+from lightning_prune.reporting.drawing import ABOVE, ROW, axes_for, calm, columns, label_rows, lines, longest, percent
 from lightning_prune.reporting.history import History
 from lightning_prune.reporting.mask_plots import plot_masks as plot_masks
 from lightning_prune.validation.arguments import integer
@@ -52,10 +52,10 @@ def plot_schedule(callback: "Pruning", length: int, ax: "Axes | None" = None) ->
     levels = [0.0, *(fraction * final for _, fraction in updates)]
     label = f"{callback.schedule}, {report.counted_as(len(updates), 'update')}"
     ax.step(steps, [*levels, levels[-1]], where="post", label=label)
-    ax.set_title("Planned sparsity", fontsize=9)
+    ax.set_title("Planned sparsity", fontsize=9, loc="left")
     ax.set_xlabel(callback.interval)
     percent(ax, "sparsity" if isinstance(callback.sparsity, float) else "fraction of the target")
-    ax.legend(loc="lower right")
+    ax.legend(**ABOVE)
     return fig, ax
 
 
@@ -77,8 +77,9 @@ def plot_sparsity(model: "nn.Module | report.Summary", ax: "Axes | None" = None)
     fig, ax = axes_for(ax, 4.4 + longest(names), 0.9 + ROW * max(3, len(names)))
     total = found.total.sparsity
     scarce = [report.scarcity(row, found.total) for row in found.rows]
-    bars = ax.barh(range(len(names)), levels, height=0.75, color=[_SCARCE[state] for state in scarce])
-    ax.bar_label(bars, [f" {state or f'{level:.1%}'}" for state, level in zip(scarce, levels, strict=True)], fontsize=7)
+    ax.barh(range(len(names)), levels, height=0.75, color=[_SCARCE[state] for state in scarce])
+    for row, (state, level) in enumerate(zip(scarce, levels, strict=True)):  # in a column, so that no line crosses them
+        ax.text(1.02, row, state or f"{level:.1%}", va="center", fontsize=7)
     for state in sorted(set(scarce) - {""}):
         ax.barh([0], [0], color=_SCARCE[state], label=state)
     ax.axvline(total, color="C1", linestyle="--", linewidth=1, label=f"total {total:.1%}")
@@ -87,7 +88,7 @@ def plot_sparsity(model: "nn.Module | report.Summary", ax: "Axes | None" = None)
     ax.set_xlim(0, 1.22)
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     ax.set_xlabel("sparsity")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=7, ncols=3, borderaxespad=0.2)
+    ax.legend(**ABOVE, ncols=3)
     return fig, ax
 
 
@@ -123,11 +124,11 @@ def plot_history(history: History, metric: str | None = None, ax: "Axes | None" 
         ax.yaxis.label.set_color("C0")
         second = ax.twinx()
         second.plot(*columns(points), color="C1", marker="o", markersize=3)
-        second.set_ylabel(metric, color="C1", parse_math=False)  # a name may have a $
+        second.set_ylabel(lines(metric), color="C1", parse_math=False)  # a name may have a $
         dense = dense_value(history, points)
         if dense is not None:
             second.axhline(dense, color="C1", linestyle=":", linewidth=1, label=f"dense: {dense:.4g}")
-            second.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=7, borderaxespad=0.2)
+            second.legend(**ABOVE)
         second.set_ylim(*calm([value for _, value in points]))
     title = "Sparsity" if metric is None else f"{metric} and sparsity"
     ax.set_title("\n".join(wrap(title, 48)), fontsize=9, loc="left", parse_math=False)
@@ -178,5 +179,7 @@ def plot_sensitivity(analysis: SensitivityAnalysis, ax: "Axes | None" = None) ->
     ax.set_xlabel("sparsity of this layer alone")
     title = f"Each layer pruned alone; dense {analysis.metric}: {analysis.dense:.4g}"
     ax.set_title("\n".join(wrap(title, 30)), fontsize=8, parse_math=False)
-    fig.colorbar(image, ax=ax, label=f"degradation of {analysis.metric}")
+    scale = fig.colorbar(image, ax=ax)
+    scale.ax.tick_params(labelsize=7)
+    scale.set_label(lines(f"degradation of {analysis.metric}"), fontsize=7, parse_math=False)
     return fig, ax

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -17,10 +17,11 @@ from lightning_prune._version import __version__
 from lightning_prune.models import summary as report
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.sizes import changed_channels, channels
-from lightning_prune.reporting.contents import configuration, figures_of, masks_of, sizes
+from lightning_prune.reporting.contents import configuration, cut, figures_of, history_figures, masks_of, sizes
 from lightning_prune.reporting.figure_logging import log_figures
 from lightning_prune.reporting.history import History, as_json
 from lightning_prune.reporting.html_page import STYLE, render
+from lightning_prune.reporting.mask_gallery import gallery
 from lightning_prune.reporting.yaml_config import plain
 from lightning_prune.tensors.distributed import reshard
 from lightning_prune.training.checks import warn_without_pruning
@@ -34,10 +35,6 @@ from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.states import FRACTION, NUMBER, TEXT, items, row, table
 from lightning_prune.validation.states import whole as whole_number
 from lightning_prune.validation.values import install
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 _RULES = {
     "sparsity": items(row(whole_number(), FRACTION)),
@@ -113,7 +110,7 @@ class PruningReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:  # a new run
             self._reset()
-        self._before = self._before or sizes(pl_module)
+        self._before = self._before or sizes(pl_module)[0]
         self._channels = channels(pl_module)
 
     @override
@@ -170,7 +167,9 @@ class PruningReport(Callback):
         folder = trainer.log_dir or trainer.default_root_dir  # a collective
         if trainer.is_global_zero:
             path = Path(self.path or Path(folder) / "pruning_report.html")
-            _write(path, found, figures_of(self.history, found, masks, STYLE))
+            _write(
+                path, found, render(found, history_figures(self.history, STYLE), gallery({} if cut(found) else masks))
+            )
             if self.log_figures:
                 log_figures(trainer.loggers, figures_of(self.history, found, masks, {}), trainer.global_step)
 
@@ -178,6 +177,7 @@ class PruningReport(Callback):
         """Return the data of the page, as JSON."""
         rows = [asdict(row) | {"sparsity": row.sparsity} for row in report.rows(model, (), ())]
         callbacks = training_methods(trainer)
+        after, no_flops = sizes(model)
         return {
             "model": type(model).__name__,
             "made_by": f"lightning_prune {__version__}",
@@ -185,7 +185,8 @@ class PruningReport(Callback):
             "epochs": trainer.current_epoch,
             "sparsity": self.history.sparsity[-1][1] if self.history.sparsity else 0.0,
             "before": self._before,
-            "after": sizes(model),
+            "after": after,
+            "no_flops": no_flops,
             "shrunk": changed_channels(self._channels, channels(model)),
             "callbacks": [
                 {**plain(c), "plan": c.explain(), "sparsity": c.sparsity_now, "reached": c.reached} for c in callbacks
@@ -208,8 +209,8 @@ class PruningReport(Callback):
         self._validated = set(state_dict["validated"])
 
 
-def _write(path: Path, found: Mapping[str, Any], figures: "Mapping[str, Figure]") -> None:
+def _write(path: Path, found: Mapping[str, Any], page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(found, figures), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
     rank_zero_info(f"PruningReport: {path}")

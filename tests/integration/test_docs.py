@@ -43,6 +43,7 @@ def test_no_block_is_left_out() -> None:
     assert languages == {"python", "yaml", "bash", "text"}
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")  # by SQLAlchemy, in MLflow
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs_from_top_to_bottom_and_prints_what_stands_below_it(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -203,6 +203,62 @@ def test_no_label_runs_into_another(layers: int) -> None:
     assert not overlapping(fig, [ax.title for ax in axes])
 
 
+LONG = "validation/accuracy_among_the_top_5_of_the_whole_set"
+
+
+def every_other(layers: int) -> nn.Sequential:
+    """A model whose layers are empty, nearly empty, or close to the total sparsity."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
+    for at, layer in enumerate(model):
+        prune(layer, (0.69, 0.72, 0.996, 0.4, 0.66)[at % 5])
+    nn.init.zeros_(model[0].weight)
+    return model
+
+
+def late(layers: int) -> Any:
+    fig, ax = plot_schedule(MagnitudePruning(0.9, schedule="one_shot", start=95), 100)
+    plot_schedule(MagnitudePruning(0.9, schedule="cubic", start=0, end=90), 100, ax)
+    return fig, ax
+
+
+@pytest.mark.parametrize("layers", [5, 60])
+@pytest.mark.parametrize("name", ["sparsity", "sensitivity", "history", "schedule"])
+def test_labels_cover_nothing_and_stay_in_the_figure(name: str, layers: int) -> None:
+    dropped = SensitivityAnalysis(LONG, "max", 0.9, analysis(layers).scores)
+    history = History([(0, 0.0), (10, 0.5)], {LONG: [(5, 0.9), (15, 0.8)]})
+    plots: dict[str, Any] = {
+        "sparsity": lambda: plot_sparsity(every_other(layers)),
+        "sensitivity": lambda: plot_sensitivity(dropped),
+        "history": lambda: plot_history(history, LONG),
+        "schedule": lambda: late(layers),
+    }
+    fig, ax = plots[name]()
+    fig.draw_without_rendering()
+    shown = [text for text in labels(fig) if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent() for text in shown]
+    for i, box in enumerate(boxes):
+        assert fig.bbox.x0 <= box.x0 < box.x1 <= fig.bbox.x1, shown[i]
+        assert fig.bbox.y0 <= box.y0 < box.y1 <= fig.bbox.y1, shown[i]
+        assert not [shown[j] for j in range(i) if box.overlaps(boxes[j])], shown[i]
+        for line in ax.lines:  # those of the legend are not among them
+            path = line.get_transform().transform_path(line.get_path())
+            assert not path.intersects_bbox(box, filled=False), shown[i]
+
+
+def labels(fig: Any) -> list[Any]:
+    """Return all texts of a figure but those of ticks beyond the limits of their axis."""
+    found = fig.findobj(mpl.text.Text)
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        drawn = zip(axis.get_major_ticks(), axis.get_majorticklocs(), strict=True)
+        kept = {tick for tick, at in drawn if low <= at <= high}
+        hidden = {
+            text for tick in axis.findobj(mpl.axis.Tick) if tick not in kept for text in tick.findobj(mpl.text.Text)
+        }
+        found = [text for text in found if text not in hidden]
+    return found
+
+
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     imports = builtins.__import__
 

@@ -41,6 +41,7 @@ from lightning_prune import (
 )
 from lightning_prune.reporting import html_page
 from lightning_prune.reporting.figure_logging import log_figures
+from lightning_prune.reporting.html_tables import layers_table
 from lightning_prune.reporting.yaml_config import arguments_of, as_yaml, plain
 
 LINEAR: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 8, "frequency": 4}
@@ -61,6 +62,23 @@ class Deep(Example):
 
     def build(self, dropout: float) -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 8), *(nn.Linear(8, 8) for _ in range(58)), nn.Linear(8, 3))
+
+
+class Named(Example):
+    """Has a layer whose name is longer than the screen of a phone is wide."""
+
+    def build(self, dropout: float) -> nn.Sequential:
+        layers = nn.Sequential()
+        layers.add_module("self_attention_output_projection_of_the_last_encoder_layer", nn.Linear(6, 2048))
+        layers.add_module("head", nn.Linear(2048, 3))
+        return layers
+
+
+class Wide(MLP):
+    """Has sixty layers, whose masks are as large as pictures get."""
+
+    def build(self, dropout: float) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 192), *(nn.Linear(192, 192) for _ in range(58)), nn.Linear(192, 3))
 
 
 def written(folder: Path, model: nn.Module | None = None, *callbacks: Any, **trainer_kwargs: Any) -> dict[str, Any]:
@@ -174,6 +192,49 @@ def test_a_resumed_run_reports_all_of_it(tmp_path: Path) -> None:
         assert json.loads(rest.with_suffix(".json").read_text())["history"]["sparsity"][0][0] > 0
         again = written(tmp_path / "whole", Example(), MagnitudePruning(0.5, **LINEAR), ckpt_path=str(path))
         assert again == whole
+
+
+@undrawn
+def test_why_there_are_no_flops_is_said(tmp_path: Path) -> None:
+    class Mistaken(MLP):
+        example_input_array = torch.zeros(2, 5)
+
+    def said(model: nn.Module) -> str:
+        found = written(tmp_path, model, ConstantSparsity(), max_epochs=1)
+        assert "flops" not in found["before"].keys() | found["after"].keys()
+        [text] = re.findall("<p>FLOPs are not measured: (.*?)</p>", (tmp_path / "report.html").read_text())
+        return text
+
+    assert said(MLP()) == (
+        "the model has no example input. Set example_input_array in the LightningModule to an input of forward."
+    )
+    assert said(Mistaken()).startswith("forward fails with the example_input_array: RuntimeError: ")
+    written(tmp_path, None, ConstantSparsity(), max_epochs=1)
+    assert "not measured" not in (tmp_path / "report.html").read_text()
+
+
+def test_empty_layers_stand_out_in_the_table() -> None:
+    def layer(name: str, zeros: int) -> dict[str, Any]:
+        return {"name": name, "shape": [10, 10], "weights": 100, "zeros": zeros, "sparsity": zeros / 100}
+
+    full = [layer("full", 10)] * 4
+    table = layers_table([*full, layer("bare", 100), layer("scant", 98), layer("gone", 100)], False)
+    assert '<tr style="--level:10.00%"><td>full</td>' in table
+    assert table.count('<tr class="empty" style="--level:100.00%">') == 2
+    assert "<td>bare <strong>empty</strong></td>" in table
+    assert '<tr class="nearly-empty" style="--level:98.00%"><td>scant <strong>nearly empty</strong></td>' in table
+    assert table.startswith(
+        "<p>2 of 7 layers are empty and 1 is nearly empty, with at most 2 % of their weights left. With scope"
+    )
+    assert layers_table([layer("full", 10), layer("half", 50)], False).startswith("<table")
+
+
+def test_sixty_layers_fit_into_300_kilobytes(tmp_path: Path) -> None:
+    written(tmp_path, Wide(), MagnitudePruning(0.5, scope="local", schedule="one_shot", start=0), max_epochs=1)
+    page = (tmp_path / "report.html").read_bytes()
+    assert page.count(b"<img") == 60
+    assert page.count(b"<svg") == 2
+    assert len(page) <= 300_000
 
 
 # ------------------------------------------------------------------------------------------------ the configuration
@@ -449,7 +510,8 @@ def test_the_page_opens_without_a_network(chromium: str, page: Path) -> None:
         ["net.6.weight", "3 x 10", "30", "15", "50.00%"],
         ["total", "158", "67", "42.41%"],
     ]
-    assert shown.count("<svg") == 5  # three metrics, the layers, the masks
+    assert shown.count("<svg") == 3  # the metrics
+    assert shown.count('<img alt="mask of net.') == 3
 
 
 @pytest.mark.parametrize(
@@ -467,7 +529,7 @@ def test_a_click_sorts_the_table(column: int, clicks: int, order: str, state: st
 
 
 LOOK = """
-const style = getComputedStyle(document.body), path = getComputedStyle(document.querySelector("svg use"));
+const style = getComputedStyle(document.body), path = getComputedStyle(document.querySelector("svg text"));
 document.title = [style.backgroundColor, path.fill, document.documentElement.scrollWidth - innerWidth].join("|");
 """
 
@@ -483,6 +545,33 @@ def test_it_is_light_or_dark_and_fits_a_phone(scheme: int, back: str, ink: str, 
     assert background == f"rgb({back})"
     assert letters == f"rgb({ink})"
     assert int(too_wide) <= 0
+
+
+NARROW = """
+const frame = document.createElement("iframe");
+frame.style.width = "390px";
+frame.srcdoc = document.documentElement.outerHTML.replaceAll(/<script.*?<\\/script>/gs, "");
+frame.onload = () => {
+  const { documentElement: root } = frame.contentDocument;
+  const hidden = [...root.querySelectorAll("table")].filter((each) => each.getBoundingClientRect().right > 390);
+  const letters = (each) => parseFloat(frame.contentWindow.getComputedStyle(each).fontSize);
+  const small = [...root.querySelectorAll("td")].filter((each) => letters(each) < 12);
+  const bars = [...root.querySelectorAll("tbody tr[style]")].map((row) => row.getBoundingClientRect().width);
+  document.title = [root.clientWidth, root.scrollWidth, hidden.length, small.length, Math.min(...bars)].join("|");
+};
+document.body.replaceChildren(frame);
+"""
+
+
+def test_tables_are_readable_at_the_width_of_a_phone(chromium: str, tmp_path: Path) -> None:
+    written(tmp_path, Named(), MagnitudePruning(0.5, schedule="one_shot", start=0), max_epochs=1)
+    shown = browse(chromium, tmp_path / "report.html", "--virtual-time-budget=5000", script=NARROW)
+    [title] = re.findall("<title>(.*?)</title>", shown)
+    width, needed, hidden, small, bar = map(float, title.split("|"))
+    assert 370 <= width <= 390
+    assert needed <= width
+    assert (hidden, small) == (0, 0), "tables that are cut off, cells in small print"
+    assert bar > 300
 
 
 @pytest.mark.slow
