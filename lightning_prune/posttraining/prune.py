@@ -137,8 +137,8 @@ def prune(
     units = units if named else _without_outputs(units, model, granularity)
     units = _scorable(units, criterion)
     budget = target.budget(granularity, units, model, inputs, distributed)
-    by_block = sequential is not None and criterion.needs == "forwards"
-    if by_block and (budget is not None or not granularity.within_blocks):
+    counted = budget is not None and criterion.needs == "forwards"  # over all blocks, which are pruned one by one
+    if sequential is not None and (counted or not granularity.within_blocks):
         raise ValueError(f"sequential must be None for {granularity} and of={of!r}, got {sequential!r}")
 
     targets_of = (target.round(number / rounds) for number in range(1, rounds + 1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.granularities import Granularity, SharedFanIn
 from lightning_prune.masks import Masks
+from lightning_prune.models.kept_norms import follow_masks, kept_channels
 from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.batch_norms import with_statistics
@@ -91,8 +92,9 @@ class Recovery:
     finished: set[nn.Module] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Check the targets."""
+        """Check the targets, and remember which channels norms take their statistics over."""
         self.recipe.check(self.units)
+        self.channels = kept_channels(self.model) if self.recipe.granularity.normalized else {}
 
     @cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -137,11 +139,18 @@ class Recovery:
         """Recover a model whose masks are complete: its parts are dense again until it is their turn."""
         for name in self.masks:
             self.parameters[name].detach().copy_(dense[name])
+        self._follow({name: self.channels.get(name, torch.ones_like(mask)) for name, mask in self.masks.items()})
         for stage in self.around(stages):
             inside = set(stage.part.parameters()) - self.done
-            for name, mask in self.masks.items():
-                if self.parameters[name] in inside:
-                    self.parameters[name].detach().masked_fill_(~mask, 0.0)
+            due = {name: mask for name, mask in self.masks.items() if self.parameters[name] in inside}
+            for name, mask in due.items():
+                self.parameters[name].detach().masked_fill_(~mask, 0.0)
+            self._follow(due)
+
+    def _follow(self, masks: Mapping[str, Tensor]) -> None:
+        """Let norms take their statistics over the channels that masks keep, where the granularity wants that."""
+        if self.recipe.granularity.normalized:
+            follow_masks(self.model, masks)
 
     def _free(self, inside: set[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
         """Return what is fitted of some parameters, and which of its elements: targets, biases and norms."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune import (
     NM,
+    APoZ,
     Channel,
     Criterion,
     Granularity,
@@ -17,11 +18,13 @@ from lightning_prune import (
     Masks,
     Random,
     Reconstruction,
+    ResidualChannel,
     Sensitivity,
     SharedFanIn,
     Wanda,
     Weight,
     prune,
+    shrink,
     sparsity,
 )
 
@@ -276,6 +279,44 @@ def test_frozen_and_ignored_weights_and_earlier_zeros_stay() -> None:
         assert torch.equal(model.get_parameter(name), before.get_parameter(name)), name
     assert not model.blocks[0].up.weight[:, 0].any()
     assert not torch.equal(model.blocks[0].up.bias, before.blocks[0].up.bias)
+
+
+class Residual(nn.Module):
+    """A residual stream between a stem and a head, with norms over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(4, 8), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.stem(x)
+        return self.head(hidden + self.branch(hidden))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("criterion", [Magnitude(), APoZ(window=3), Sensitivity(window=3)])
+def test_norms_of_the_dense_model_see_all_channels_of_a_stream(criterion: Criterion, rounds: int) -> None:
+    dense, data = Residual(), batches()
+    plain, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    common: dict[str, Any] = {"criterion": criterion, "data": data, "example_inputs": data[0], "rounds": rounds}
+    common["granularity"] = ResidualChannel()
+    common["loss"] = (lambda net, batch: net(batch).square().mean()) if criterion.needs == "gradients" else None
+    expected = prune(plain, 0.5, **common)
+    masks = prune(model, 0.5, **common, reconstruct=Reconstruction(100, 1e-2))
+    assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+    assert error(model, dense, data) < 0.5 * error(plain, dense, data)
+    small = shrink(model, example_inputs=data[0])
+    torch.testing.assert_close(outputs(small, data), outputs(model, data))
+
+
+def test_channels_of_the_stream_are_not_taken_block_by_block() -> None:
+    with pytest.raises(ValueError, match="sequential must be None for ResidualChannel"):
+        prune(
+            Residual(), 0.5, granularity=ResidualChannel(), data=batches(), example_inputs=batches()[0],
+            sequential="branch", reconstruct=True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), Random()])
