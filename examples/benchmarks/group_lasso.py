@@ -129,13 +129,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare penalties before one-shot channel pruning.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--networks", nargs="+", default=["CNN", "ResNet"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--tables", action="store_true", help="run nothing, only write the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     done = {(row["network"], row["variant"], row["seed"], row["level"]) for row in rows}
-    for seed, network, variant in () if args.tables else itertools.product(range(args.seeds), args.networks, VARIANTS):
+    grid = itertools.product(range(args.seeds), args.networks, args.variants)
+    for seed, network, variant in () if args.tables else grid:
         missing = [level for level in LEVELS if (network, variant, seed, level) not in done]
         for row in run(network, variant, seed, missing) if missing else ():
             rows.append(row)

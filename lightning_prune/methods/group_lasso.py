@@ -51,7 +51,7 @@ class GroupLasso(Callback):
         strength: How much of the norms is added to the loss, above 0.
         granularity: Which weights form a unit.
         growth: In every layer the unit of the smallest norm is pressed ``2**growth`` times as hard as that of the
-            largest, and those between by how small they are; 0 presses all alike. At least 0.
+            largest, and those between by how small they are; 0 presses all alike. In [0, 64].
         squared: Whether half the squares of the norms are added instead, as a weight decay of each unit.
         proximal: Whether, instead of gradients, the weights are changed right after each step: norms shrink by the
             learning rate times the strength, and end at exactly zero.
@@ -93,7 +93,7 @@ class GroupLasso(Callback):
         super().__init__()
         self.strength = number("strength", strength, "(0, inf)")
         self.granularity = instance("granularity", granularity, Granularity)
-        self.growth = number("growth", growth, "[0, inf)")
+        self.growth = number("growth", growth, "[0, 64]")
         self.squared, self.proximal = flag("squared", squared), flag("proximal", proximal)
         self.schedule, self._schedule = schedule, schedules.resolve(schedule)
         self.horizon = schedules.Horizon(start, end, interval)

@@ -308,7 +308,7 @@ def test_a_copy_holds_no_model() -> None:
     [
         ({"strength": 0}, "strength must be above 0"),
         ({"strength": float("nan")}, "strength must be above 0"),
-        ({"growth": -1.0}, "growth must be at least 0"),
+        ({"growth": -1.0}, "growth must be in [0, 64]"),
         ({"squared": 1}, "squared must be"),
         ({"proximal": "yes"}, "proximal must be"),
         ({"start": 0.6, "end": 0.5}, "start must not lie after end"),
