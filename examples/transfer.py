@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import ConstantSparsity, Magnitude, Movement, Pruning, prune, sparsity
+from lightning_prune import ConstantSparsity, Magnitude, MaskedAdapters, Movement, Pruning, prune, sparsity
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TOPICS = ("business", "entertainment", "politics", "sports", "tech")
@@ -133,6 +133,16 @@ def adapted(data: TensorDataset, epochs: int, amount: float) -> Classifier:
     return model
 
 
+def adapted_under_masks(data: TensorDataset, epochs: int, amount: float) -> Classifier:
+    """Return a pruned model, fine-tuned with adapters that keep its zeros, and with its biases and norms."""
+    model = Classifier()
+    model.encoder.requires_grad_(False)
+    model.upper.requires_grad_()
+    prune(model, amount, ignore=["head.*"])
+    fit(model, data, epochs, MaskedAdapters(rank=8, train=("bias", "norm", "head.*")))
+    return model
+
+
 PLAIN: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -162,6 +172,7 @@ def main() -> None:
         callback = Pruning(given.sparsity, criteria[name], **when)
         ways[name] = partial(finetuned, train, given.epochs, callback)
     ways["magnitude, LoRA"] = lambda: adapted(train, given.epochs, given.sparsity)
+    ways["masked adapters"] = lambda: adapted_under_masks(train, given.epochs, given.sparsity)
     print(f"{'':16}{'accuracy':>10}{'zeros':>10}{'seconds':>10}")
     for name, way in ways.items():
         began, accuracies = time.perf_counter(), []

@@ -40,6 +40,7 @@ from lightning_prune.granularities import (
 )
 from lightning_prune.masks import Masks
 from lightning_prune.methods.acdc import ACDC
+from lightning_prune.methods.adapters import MaskedAdapters
 from lightning_prune.methods.admm import ADMM
 from lightning_prune.methods.at_init import PruningAtInit
 from lightning_prune.methods.distillation import Distillation
@@ -117,6 +118,7 @@ __all__ = [
     "Magnitude",
     "MagnitudePruning",
     "MaskOverlap",
+    "MaskedAdapters",
     "Masks",
     "Movement",
     "MovementPruning",

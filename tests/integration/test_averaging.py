@@ -27,6 +27,7 @@ from lightning_prune import (
     GuardedPruning,
     LotteryTicket,
     MagnitudePruning,
+    MaskedAdapters,
     Pruning,
     SparseEarlyStopping,
     SparseModelCheckpoint,
@@ -139,6 +140,17 @@ def test_averages_of_every_method_are_under_its_masks(method: str, average: str,
         fit(model, *callbacks, max_epochs=3)
     assert not probe.dense
     assert_masked(model, callback)
+
+
+@in_pairs(average=("swa", "mean", "ema"), order=("adapters first", "averaging first"))
+def test_averages_of_adapted_weights_are_under_the_masks(average: str, order: str) -> None:
+    model, callback = Regression(mlp(), optimizer=SGD), MaskedAdapters(2)
+    prune(model, 0.5)
+    callbacks = [callback, AVERAGES[average]()] if order == "adapters first" else [AVERAGES[average](), callback]
+    with Probe(model, callback) as probe:
+        fit(model, *callbacks, max_epochs=3)
+    assert not probe.dense
+    assert_pruned(model, callback)
 
 
 def test_guarded_pruning_refuses_an_average_that_replaces_schedulers() -> None:

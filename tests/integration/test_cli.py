@@ -291,6 +291,7 @@ GIVEN = {
         **{"sparsity": 0.75, "rounds": 2, "rewind": "random", "rewind_to": 1, "frequency": 2, "interval": "step"},
         **{"criterion": "Random", "granularity": "Channel", "scope": "local", "seed": 3, "ignore": ["net.6.*"]},
     },
+    "MaskedAdapters": {"rank": 2, "alpha": 3.0, "train": ["bias", "net.6.*"], "targets": ["net.*.weight"], "seed": 3},
     "MovementPruning": {**SHARED, "window": 2},
     "WandaPruning": {**SHARED, "window": 2, "min_density": 0.1, "scope": "lamp"},
     "MagnitudePruning": {"sparsity": {"net.4.*": 0.3, "*": 0.7}, "interval": "epoch", "start": 0, "end": 1},

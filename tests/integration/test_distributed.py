@@ -40,6 +40,7 @@ from lightning_prune import (
     Layer,
     Magnitude,
     MagnitudePruning,
+    MaskedAdapters,
     Pruning,
     PruningAtInit,
     Random,
@@ -560,6 +561,32 @@ def test_zeros_that_are_there_stay_on_every_rank(layout: Layout, size: int) -> N
     expected = keep_zeros("one", tensors)
     assert zeros(expected["weights"]) == round(0.6 * sum(w.numel() for w in expected["weights"].values() if w.ndim > 1))
     assert_same(run(keep_zeros, size, layout, tensors), expected)
+
+
+def adapt(layout: Layout) -> dict[str, Any]:
+    model, callback = Net(layout), MaskedAdapters(2)
+    model.configure_model = partial(_configure_sparse, model)
+    torch.manual_seed(100 + rank())
+    fit(model, callback)
+    return outcome(model, callback)
+
+
+@distributed
+def test_adapters_are_the_same_on_every_rank() -> None:
+    expected = adapt("one")
+    assert zeros(expected["weights"]) == round(0.6 * sum(w.numel() for w in expected["weights"].values() if w.ndim > 1))
+    assert_same(run(adapt, 2, "ddp"), expected)
+
+
+def adapt_pieces() -> str:
+    with pytest.raises(ValueError, match="must be whole on every rank for MaskedAdapters") as raised:
+        adapt("fsdp")
+    return str(raised.value)
+
+
+@distributed
+def test_weights_in_pieces_are_not_adapted() -> None:
+    assert all("net.0.weight" in message for message in run(adapt_pieces, 2))
 
 
 # ------------------------------------------------------------------------------------------------ what is sent and held

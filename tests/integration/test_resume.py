@@ -29,6 +29,7 @@ from lightning_prune import (
     Granularity,
     Layer,
     MagnitudePruning,
+    MaskedAdapters,
     Pruning,
     ResidualChannel,
     Weight,
@@ -273,6 +274,13 @@ def test_every_method_resumes_exactly(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", [ADAM, partial(torch.optim.LBFGS, lr=0.1, max_iter=3)], ids=["adam", "lbfgs"])
 def test_constant_sparsity_resumes_exactly(optimizer: Callable[..., Any], tmp_path: Path) -> None:
     assert_resumes_exactly(tmp_path, ConstantSparsity, partial(Resumable, optimizer=optimizer), sparsity=0.75)
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_adapters_resume_exactly(optimizer: Callable[..., Any], precision: Any, tmp_path: Path) -> None:
+    model = partial(Resumable, optimizer=optimizer)
+    assert_resumes_exactly(tmp_path, partial(MaskedAdapters, 2), model, sparsity=0.75, precision=precision)
 
 
 @pytest.mark.parametrize(

@@ -162,4 +162,4 @@ def test_a_string_for_an_object_is_told_the_call(name: str, argument: str) -> No
     for given, call in STRINGS[argument].items():
         message = f"{argument} must be a {argument.capitalize()}, got the string '{given}': pass {call}"
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
-            CALLBACKS[name](**{**REQUIRED[name], argument: given})
+            CALLBACKS[name](**{**REQUIRED.get(name, {}), argument: given})
