@@ -16,7 +16,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.kept_norms import follow_masks
-from lightning_prune.models.parameters import named_parameters
+from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
 from lightning_prune.posttraining.fitting import Reconstruction
 from lightning_prune.posttraining.observing import check_data
@@ -132,10 +132,10 @@ def prune(
             "the model must have a prunable parameter, got uninitialised ones only: run a batch through it"
         )
     inputs = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
-    units, _ = granularity.find_units(found, model, inputs, distributed)
+    units, reasons = granularity.find_units(found, model, inputs, distributed)
     named = not granularity.follows or targets or isinstance(sparsity, Mapping)
     units = units if named else _without_outputs(units, model, granularity)
-    units = _scorable(units, criterion)
+    units = _scorable(units, criterion, found, reasons)
     budget = target.budget(granularity, units, model, inputs, distributed)
     counted = budget is not None and criterion.needs == "forwards"  # over all blocks, which are pruned one by one
     if sequential is not None and (counted or not granularity.within_blocks):
@@ -161,6 +161,16 @@ def prune(
     return masks
 
 
+def _warn_of_others(found: Sequence[Target], reasons: Mapping[str, str]) -> None:
+    """Warn if most weights are left out, since they lie in no unit."""
+    total = sum(target.parameter.numel() for target in found)
+    others = {target.name: reasons[target.name] for target in found if target.name in reasons}
+    dense = sum(target.parameter.numel() for target in found if target.name in others)
+    if dense > total / 2:
+        first = "; ".join(f"{name}: {reason}" for name, reason in list(others.items())[:3])
+        warnings.warn(f"prune leaves out {dense / total:.0%} of the weights: {first}", stacklevel=4)
+
+
 def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Granularity) -> list[Units]:
     """Return the units that are no outputs of the model, and warn where these are unknown."""
     found, outputs, known = without_outputs(units, model, granularity)
@@ -171,8 +181,12 @@ def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Gran
     return found
 
 
-def _scorable(units: Sequence[Units], criterion: Criterion) -> list[Units]:
+def _scorable(
+    units: Sequence[Units], criterion: Criterion, targets: Sequence[Target], without: Mapping[str, str]
+) -> list[Units]:
     """Return the units that a criterion can score, and warn of the others."""
+    if without:
+        _warn_of_others(targets, without)
     if criterion.needs == "weights" and not criterion.by_channel:
         return list(units)
     check_channels(units, criterion)

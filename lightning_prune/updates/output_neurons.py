@@ -21,7 +21,10 @@ def without_outputs(
 ) -> tuple[list[Units], dict[str, str], bool]:
     """Return the units that are no outputs of a model, why the others are left out, and whether outputs are known.
 
-    Coupled units never are outputs. If there are no other units, nor frozen weights that may have some later, all stay.
+    Coupled units never are outputs. All stay in a model of a single layer.
+
+    Raises:
+        ValueError: If there are no other units, nor frozen weights that may have some later.
 
     >>> from lightning_prune.granularities import Channel
     >>> from lightning_prune.models.parameters import find
@@ -40,4 +43,9 @@ def without_outputs(
     outputs = {unit.name: "its neurons are outputs of the model" for unit in separate if unit.parameter in made}
     left = [unit for unit in units if unit.name not in outputs]
     frozen = any(not weight.requires_grad for weight in weights - made)
-    return (left, outputs, True) if left or frozen else (list(units), {}, True)
+    if not left and not frozen:
+        raise ValueError(
+            f"targets must name {list(outputs)[:5]} to prune the outputs of the model, since {granularity} finds no "
+            f"other unit, got none: or prune single weights, with Weight()"
+        )
+    return left, outputs, True

@@ -12,6 +12,6 @@ def told(owner: str, left: Mapping[str, int]) -> str:
     empty, single = ([name for name, number in left.items() if number == few] for few in (0, 1))
     found = [f"{what} of {names[:5]}" for what, names in (("no unit", empty), ("one unit", single)) if names]
     return (
-        f"{owner} leaves {' and '.join(found)}: hardly any signal passes there. Prune less, or share out by a scope "
-        f'that keeps more of it, such as "local" or "erk"'
+        f"{owner} leaves {' and '.join(found)}: hardly any signal passes there. Prune less, or keep a part of every "
+        f"target with min_density"
     )
