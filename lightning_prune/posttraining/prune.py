@@ -1,5 +1,6 @@
 """Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -33,6 +34,8 @@ from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import explain_renamed, integer
 from lightning_prune.validation.instances import instance
+
+_log = logging.getLogger("lightning.pytorch.lightning_prune")  # as callbacks do
 
 
 @explain_renamed
@@ -161,14 +164,14 @@ def prune(
     return masks
 
 
-def _warn_of_others(found: Sequence[Target], reasons: Mapping[str, str]) -> None:
-    """Warn if most weights are left out, since they lie in no unit."""
+def _log_others(found: Sequence[Target], reasons: Mapping[str, str]) -> None:
+    """Log it if most weights are left out, since they lie in no unit."""
     total = sum(target.parameter.numel() for target in found)
     others = {target.name: reasons[target.name] for target in found if target.name in reasons}
     dense = sum(target.parameter.numel() for target in found if target.name in others)
     if dense > total / 2:
         first = "; ".join(f"{name}: {reason}" for name, reason in list(others.items())[:3])
-        warnings.warn(f"prune leaves out {dense / total:.0%} of the weights: {first}", stacklevel=4)
+        _log.info(f"prune leaves out {dense / total:.0%} of the weights: {first}")
 
 
 def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Granularity) -> list[Units]:
@@ -186,7 +189,7 @@ def _scorable(
 ) -> list[Units]:
     """Return the units that a criterion can score, and warn of the others."""
     if without:
-        _warn_of_others(targets, without)
+        _log_others(targets, without)
     if criterion.needs == "weights" and not criterion.by_channel:
         return list(units)
     check_channels(units, criterion)

@@ -13,5 +13,5 @@ def told(owner: str, left: Mapping[str, int]) -> str:
     found = [f"{what} of {names[:5]}" for what, names in (("no unit", empty), ("one unit", single)) if names]
     return (
         f"{owner} leaves {' and '.join(found)}: hardly any signal passes there. Prune less, or keep a part of every "
-        f"target with min_density"
+        f"layer with min_density"
     )
