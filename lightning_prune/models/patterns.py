@@ -30,4 +30,6 @@ def check_match(argument: str, patterns: Sequence[str], names: Sequence[str]) ->
             raise ValueError(f"{argument} must be valid globs or expressions, got {pattern!r}: {error}") from error
         if not found:
             close = get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:5]
-            raise ValueError(f"{argument} must match a parameter, got {pattern!r}; close names: {close}")
+            module = any(name.startswith(f"{pattern}.") for name in names)
+            meant = f": did you mean '{pattern}.*'?" if module else f"; close names: {close}"
+            raise ValueError(f"{argument} must match a parameter, got {pattern!r}{meant}")

@@ -135,7 +135,8 @@ class SparsityTarget:
             found = find(model, targets or tuple(self.sparsity), ignore, later=later)
         except ValueError as error:
             given = "targets" if targets else "sparsity"
-            raise ValueError(f"{given} must hold patterns of what is to be pruned: {error}") from error
+            told = str(error).replace("targets must", "each must")
+            raise ValueError(f"{given} must hold patterns of what is to be pruned: {told}") from error
         decided = decided_by(self.sparsity, found) if found else {}
         return [target for target in found if target.name in decided]
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import CASES, build
-from models import MLP, fit
+from lightning.pytorch import LightningModule
+from models import MLP, Residual, fit
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_prune import (
     ACDC,
@@ -245,6 +247,50 @@ def test_outputs_stay_unless_they_are_named() -> None:
     assert "4.weight" in prune(uneven(), {"*": 0.5}, granularity=Channel())
     assert "4.weight" in prune(uneven(), 0.5, granularity=InputChannel())
     assert "weight" in prune(nn.Linear(6, 4), 0.5, granularity=Channel())  # there is nothing else
+
+
+class Gated(LightningModule):
+    """A GRU, whose rows are gates, and a layer that makes the outputs: nothing has channels to prune."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.gru(inputs)[0][:, -1])
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(8, 3, 6), 4)
+
+
+@pytest.mark.filterwarnings("ignore:channels are pruned without what depends on them")  # or would be
+def test_outputs_are_not_pruned_for_want_of_other_units() -> None:
+    told = r"targets must name \['head.weight'\] to prune the outputs of the model, since Channel\(.*\) finds no other"
+    for inputs in (None, torch.zeros(2, 3, 6)):
+        model = Gated()
+        with pytest.raises(ValueError, match=told):
+            prune(model, 0.5, granularity=Channel(), example_inputs=inputs)
+        assert model.head.weight.all()
+    model = Gated()
+    with pytest.raises(ValueError, match=told):
+        fit(model, RandomPruning(0.5), limit_val_batches=0)
+    assert model.head.weight.all()
+
+
+def test_what_prune_leaves_out_is_said_where_it_is_most(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.lightning_prune"):
+        prune(uneven(), 0.5, granularity=Channel())
+        assert not caplog.text
+        net = nn.Sequential(Residual(8, 2), nn.Flatten(), nn.Linear(24, 4))
+        prune(net, 0.5, granularity=Channel(coupled=True), example_inputs=torch.randn(2, 3, 8))
+    assert "prune leaves out " in caplog.text
+    assert "attention" in caplog.text
 
 
 def test_a_run_leaves_outputs_out_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import torch
 from models import MLP, fit
 from torch import nn
 
-from lightning_prune import MagnitudePruning, scopes
+from lightning_prune import MagnitudePruning, prune, scopes
 from lightning_prune.criteria import Entropy, Magnitude
 from lightning_prune.models.parameters import find
 from lightning_prune.scopes import Scope
@@ -76,6 +76,16 @@ def test_targets(
     assert [
         target.name for target in SparsityTarget(0.5 if sparsity is None else sparsity).find(net(), targets, ignore)
     ] == expected
+
+
+def test_the_name_of_a_module_is_answered_with_its_pattern() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"^targets must match a parameter, got '0': did you mean '0\.\*'\?$"):
+        prune(model, 0.5, targets=["0"])
+    with pytest.raises(
+        ValueError, match=r"^sparsity must hold patterns .*: each must match a parameter, got '1': did you"
+    ):
+        prune(model, {"1": 0.5})
 
 
 def test_a_layer_pattern_that_matches_nothing_is_refused_with_close_names() -> None:
