@@ -484,7 +484,7 @@ def test_entropy_of_a_module_that_has_no_output_per_channel_is_refused() -> None
             return out
 
     with pytest.raises(ValueError, match=r"attention\.in_proj_weight: its layer .* does not output a channel for each"):
-        prune(Attention(), 0.5, criterion=Entropy(), granularity=Channel(), data=[torch.rand(3, 1, 4)])
+        prune(Attention(), 0.5, criterion=Entropy(), granularity=Channel(), targets=["*"], data=[torch.rand(3, 1, 4)])
 
 
 # ------------------------------------------------------------------------------------------------ sensitivity

@@ -419,7 +419,7 @@ MODES: dict[str, Mode] = {
     "tied-embedding": Mode(Embedded, pruning=(("targets", ("net.weight",)),), kinds=NO_MODULE),
     "shared": Mode(net(Shared)),
     "lstm": Mode(net(partial(Recurrent, nn.LSTM), 5, 3), kinds=NO_MODULE),
-    "gru": Mode(net(partial(Recurrent, nn.GRU), 5, 3), kinds=NO_MODULE),
+    "gru": Mode(net(partial(Recurrent, nn.GRU), 5, 3), kinds=("weights",)),  # no channels but those of the outputs
     "attention": Mode(net(Attention, 5, 3), kinds=NO_MODULE),
     "attention-sizes": Mode(net(partial(Attention, 4), 5, 3), kinds=NO_MODULE),
     "encoder": Mode(
@@ -432,7 +432,7 @@ MODES: dict[str, Mode] = {
     "conv-transpose": Mode(
         net(lambda: nn.Sequential(nn.ConvTranspose2d(2, 5, 2), nn.ReLU(), nn.ConvTranspose2d(5, 3, 2)), 2, 3, 3)
     ),
-    "own-parameters": Mode(Own, kinds=NO_MODULE),
+    "own-parameters": Mode(Own, pruning=(("targets", ("*",)),), kinds=NO_MODULE),
     "checkpointing": Mode(net(partial(Checkpointed, False))),
     "checkpointing-reentrant": Mode(net(partial(Checkpointed, True))),
     "finetuning": Mode(Backbone, lambda: {"callbacks": [Unfreeze()]}, pruning=(("targets", ("*",)),)),
