@@ -134,8 +134,7 @@ class SparsityTarget:
         try:
             found = find(model, targets or tuple(self.sparsity), ignore, later=later)
         except ValueError as error:
-            given = "targets" if targets else "sparsity"
-            told = str(error).replace("targets must", "each must")
+            given, told = "targets" if targets else "sparsity", str(error).replace("targets must", "each must")
             raise ValueError(f"{given} must hold patterns of what is to be pruned: {told}") from error
         decided = decided_by(self.sparsity, found) if found else {}
         return [target for target in found if target.name in decided]
