@@ -6,7 +6,7 @@ from typing import ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.methods.adapter import join
@@ -15,6 +15,7 @@ from lightning_prune.models.parameters import Target, find, named_parameters
 from lightning_prune.models.small_parameters import of_kind_or_name
 from lightning_prune.models.summary import counted_as
 from lightning_prune.tensors.distributed import is_sharded
+from lightning_prune.training.checks import reject_lbfgs
 from lightning_prune.training.constant import ConstantSparsity
 from lightning_prune.training.plan_text import listing
 from lightning_prune.training.state import RunState
@@ -95,8 +96,7 @@ class MaskedAdapters(ConstantSparsity):
         # before the state of optimizers is restored, which has the factors in it
         if not self.state.concerns(pl_module):
             self.reset()
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ValueError("optimizer must not run the model inside its step for MaskedAdapters, got LBFGS")
+        reject_lbfgs("MaskedAdapters", trainer.optimizers, "not run the model inside its step")
         self.state.adapt(self._find(pl_module), self.rank, self.seed)
         for optimizer in trainer.optimizers:
             join(optimizer, {adapter.weight: adapter for adapter in self.state.adapters.values()})

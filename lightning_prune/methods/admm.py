@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune import schedules, scopes
@@ -17,6 +17,7 @@ from lightning_prune.methods.splitting_state import SplittingState
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.schedules import Horizon, positions
 from lightning_prune.tensors.distributed import local
+from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.scheduled import ScheduledTraining
@@ -106,8 +107,7 @@ class ADMM(ScheduledTraining):
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ValueError("optimizer must step by the gradients alone for ADMM, got LBFGS")
+        reject_lbfgs("ADMM", trainer.optimizers, "step by the gradients alone")
         self.state.place(named_parameters(pl_module))
         super().on_start(trainer, pl_module)
 
@@ -147,6 +147,5 @@ class ADMM(ScheduledTraining):
             gradient = parameter.grad
             if gradient is None or id(parameter) not in mine:
                 continue
-            if gradient.is_sparse:
-                raise ValueError(f"{name!r} must have a dense gradient for ADMM, got a sparse one: ignore it")
+            reject_sparse_gradient("ADMM", name, gradient)
             local(gradient).add_(local(parameter) - self.state.centers[name], alpha=strength)

@@ -1,18 +1,19 @@
 """Group norms: how large each unit is, with all that is pruned with it, and a penalty on that."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_prune.granularities import Granularity
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.groups import Member
 from lightning_prune.tensors.distributed import full_tensor, local, local_shard
+from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
 from lightning_prune.units.coupled import CoupledUnits
 from lightning_prune.units.pooled import PooledUnits
 from lightning_prune.units.units import Units
@@ -186,10 +187,7 @@ class GroupPenalty:
             gradient = parameter.grad
             if gradient is None or id(parameter) not in mine:
                 continue
-            if gradient.is_sparse:
-                raise ValueError(
-                    f"{self.names[parameter]!r} must have a dense gradient for GroupLasso, got a sparse one: ignore it"
-                )
+            reject_sparse_gradient("GroupLasso", self.names[parameter], gradient)
             local(gradient).add_(local(parameter) * factor, alpha=scale)
 
     @torch.no_grad()
@@ -212,14 +210,13 @@ class GroupPenalty:
             yield from groups.elements(force if self.squared else torch.where(norm > 0, force / norm, 0.0))
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], proximal: bool) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], proximal: bool) -> None:
     """Reject optimizers that a penalty outside of the loss does not suit.
 
     Raises:
         ValueError: If one compares losses, or has no learning rate for a proximal step.
     """
+    reject_lbfgs("GroupLasso", optimizers, "step by the gradients alone")
     for optimizer in optimizers:
-        if isinstance(optimizer, LBFGS):
-            raise ValueError("optimizer must step by the gradients alone for GroupLasso, got LBFGS")
         if proximal and any("lr" not in group for group in optimizer.param_groups):
             raise ValueError(f"optimizer must have a learning rate 'lr' for proximal=True, got {optimizer}")

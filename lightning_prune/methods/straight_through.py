@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.criteria import Magnitude
@@ -18,6 +18,7 @@ from lightning_prune.methods.straight_through_state import StraightThroughState
 from lightning_prune.models.parameters import find, left_out
 from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, local_shard
+from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
@@ -100,8 +101,7 @@ class SRSTE(MaskedTraining):
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ValueError("optimizer must not run the model inside its step for SRSTE, got LBFGS")
+        reject_lbfgs("SRSTE", trainer.optimizers, "not run the model inside its step")
         self.state.units = []
         self.state.masks = Masks({**self.masks, **self._join(pl_module)})
         self.state.left_out = left_out(pl_module, self.targets, self.ignore)
@@ -143,8 +143,7 @@ class SRSTE(MaskedTraining):
             )
         for unit in _of(optimizer, self.state.units):
             if unit.name not in self.state.open and unit.parameter.grad is not None:
-                if unit.parameter.grad.is_sparse:
-                    raise ValueError(f"{unit.name!r} must have a dense gradient for SRSTE, got a sparse one: ignore it")
+                reject_sparse_gradient("SRSTE", unit.name, unit.parameter.grad)
                 self.state.open.add(unit.name)
                 dense = self.state.dense[unit.name]
                 local(unit.parameter).copy_(dense)

@@ -1,10 +1,12 @@
 """Checks: whether a run, and its other callbacks, suit a callback that trains under masks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.structure.checkpoints import is_shrunk
 from lightning_prune.structure.cut_record import cut_record_of
@@ -41,6 +43,31 @@ def reject_flattening(trainer: Trainer) -> None:
             f"strategy must leave parameters in their shape, got {found.pop()}, which flattens them: "
             f"use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
         )
+
+
+def reject_lbfgs(owner: str, optimizers: Iterable[Optimizer], rule: str) -> None:
+    """Reject LBFGS, which runs the model inside its step and compares losses.
+
+    Args:
+        owner: The callback, for the message.
+        optimizers: Those of the run.
+        rule: What an optimizer must do instead, or not do.
+
+    Raises:
+        ValueError: If one is LBFGS.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise ValueError(f"optimizer must {rule} for {owner}, got LBFGS")
+
+
+def reject_sparse_gradient(owner: str, name: str, gradient: Tensor) -> None:
+    """Reject a sparse gradient, as embeddings give, of the parameter of that name.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if gradient.is_sparse:
+        raise ValueError(f"{name!r} must have a dense gradient for {owner}, got a sparse one: ignore it")
 
 
 def explain_mismatch(trainer: Trainer, model: nn.Module, exception: BaseException) -> None:

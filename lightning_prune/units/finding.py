@@ -130,6 +130,14 @@ def check_whole(model: nn.Module, granularity: object, instead: str) -> None:
         raise ValueError(f"{granularity} needs whole parameters, got sharded ones: {instead}")
 
 
+def whole_inputs(model: nn.Module, granularity: object, inputs: Inputs) -> Inputs:
+    """Return example inputs as the model takes them, for units that lie in many parameters and need both whole."""
+    if inputs is None:
+        raise ValueError(f"{granularity} needs example inputs: example_input_array, or example_inputs of prune()")
+    check_whole(model, granularity, "prune before the model is sharded")
+    return fitting(inputs, model)
+
+
 def _graph(model: nn.Module, coupling: Coupling, inputs: Inputs) -> Graph:
     if inputs is not None:
         return trace(model, inputs, coupling.heads)

@@ -6,12 +6,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lightning_prune.models.forward import Inputs, fitting
+from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import Target, find, named_parameters, plain_name
 from lightning_prune.structure.block_names import is_inside
 from lightning_prune.structure.blocks import find_blocks
 from lightning_prune.tensors.distributed import over_ranks
-from lightning_prune.units.finding import check_whole
+from lightning_prune.units.finding import whole_inputs
 from lightning_prune.units.layers import Block, LayerUnits
 from lightning_prune.units.units import Units
 
@@ -41,10 +41,7 @@ def layer_units(
     Raises:
         ValueError: If there are none, or the model cannot be run.
     """
-    if inputs is None:
-        raise ValueError(f"{granularity} needs example inputs: example_input_array, or example_inputs of prune()")
-    check_whole(model, granularity, "prune before the model is sharded")
-    blocks, reasons = find_blocks(model, fitting(inputs, model))
+    blocks, reasons = find_blocks(model, whole_inputs(model, granularity, inputs))
     blocks = _agreed(model, blocks) if distributed else blocks
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
     needed = wanted(model)

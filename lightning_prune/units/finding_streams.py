@@ -5,13 +5,13 @@ from functools import cache, partial
 
 from torch import nn
 
-from lightning_prune.models.forward import Inputs, fitting
+from lightning_prune.models.forward import Inputs
 from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.streams import find_streams
 from lightning_prune.units.coupled import Coupling, JoinedUnits
-from lightning_prune.units.finding import check_whole, proven
+from lightning_prune.units.finding import proven, whole_inputs
 from lightning_prune.units.finding_layers import wanted
 from lightning_prune.units.units import Units
 
@@ -35,10 +35,7 @@ def stream_units(
     Raises:
         ValueError: If there are none, or the model cannot be run.
     """
-    if inputs is None:
-        raise ValueError(f"{granularity} needs example inputs: example_input_array, or example_inputs of prune()")
-    check_whole(model, granularity, "prune before the model is sharded")
-    inputs = fitting(inputs, model)
+    inputs = whole_inputs(model, granularity, inputs)
     graph = find_streams(model, inputs)
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
     needed, candidates = wanted(model), list[Group]()
