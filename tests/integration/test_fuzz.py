@@ -701,14 +701,14 @@ def fuzz(examples: int) -> settings:
     )
 
 
-@fuzz(60)
+@fuzz(44)
 @given(several(1))
 def test_any_run_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases)
 
 
 @pytest.mark.distributed
-@fuzz(3)
+@fuzz(2)
 @given(several(6))
 def test_any_run_on_two_ranks_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases, size=2)  # several, since two processes take a second to start

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +10,18 @@ import torch
 from models import Attending, ConvNet, Deep, MaskRecorder, Narrow, Tiny, fit, size, weights, zeros
 from pairwise import covering
 from torch import Tensor
-from variants import COUPLED, CRITERIA, GRANULARITIES, OF_LAYERS, OF_STREAMS, SCHEDULES, SCOPES, at_least, label
+from variants import (
+    COUPLED,
+    CRITERIA,
+    GRANULARITIES,
+    OF_LAYERS,
+    OF_STREAMS,
+    SCHEDULES,
+    SCOPES,
+    at_least,
+    label,
+    square_root,
+)
 
 from lightning_prune import (
     FPGM,
@@ -76,12 +87,22 @@ HEADS = {"net.0.q.weight": attention("net.0", 6), "net.2.q.weight": attention("n
 
 
 SOME_CRITERIA = (Magnitude(), Entropy(bins=8, window=2), Sensitivity(window=2), FPGM())
+SOME_SCHEDULES = ("one_shot", "linear", "cubic", square_root)
 
 
-def cases(criteria: tuple[Criterion, ...], granularities: tuple[Granularity, ...]) -> list[tuple[Any, ...]]:
+def cases(
+    criteria: tuple[Criterion, ...],
+    granularities: tuple[Granularity, ...],
+    schedules: tuple[str | Callable, ...] = SCHEDULES,
+) -> list[tuple[Any, ...]]:
     """Return combinations in which each variant of an axis meets each of every other."""
-    axes = {"criterion": criteria, "granularity": granularities, "scope": SCOPES, "schedule": SCHEDULES}
+    axes = {"criterion": criteria, "granularity": granularities, "scope": SCOPES, "schedule": schedules}
     return [tuple(case.values()) for case in covering(axes)]
+
+
+def by_turns(criteria: tuple[Criterion, ...]) -> list[tuple[Criterion, str | Callable]]:
+    """Return each schedule with a criterion, by turns."""
+    return list(zip(cycle(criteria), SCHEDULES, strict=False))
 
 
 def trained(
@@ -160,7 +181,9 @@ def test_every_pair_of_variants_ends_with_exactly_the_zeros_asked_for(
     assert callback.sparsity_now == pytest.approx(zeros(plain) / size(plain), abs=1e-12)
 
 
-@pytest.mark.parametrize(("criterion", "granularity", "scope", "schedule"), cases(SOME_CRITERIA, COUPLED), ids=label)
+@pytest.mark.parametrize(
+    ("criterion", "granularity", "scope", "schedule"), cases(SOME_CRITERIA, COUPLED, SOME_SCHEDULES), ids=label
+)
 def test_coupled_units_die_with_all_that_belongs_to_them(
     criterion: Criterion,
     granularity: Granularity,
@@ -199,8 +222,7 @@ def test_coupled_units_die_with_all_that_belongs_to_them(
     assert callback.sparsity_now == pytest.approx(zeros / sum(mask.numel() for mask in weights), abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
-@pytest.mark.parametrize("criterion", OF_STREAMS, ids=label)
+@pytest.mark.parametrize(("criterion", "schedule"), by_turns(OF_STREAMS), ids=label)
 def test_the_hidden_width_shrinks_by_whole_channels(criterion: Criterion, schedule: str | Callable) -> None:
     model, callback, recorder = trained(Narrow(), criterion, ResidualChannel(), "global", schedule)
     kept = callback.masks["net.4.weight"]
@@ -213,8 +235,7 @@ def test_the_hidden_width_shrinks_by_whole_channels(criterion: Criterion, schedu
     assert callback.sparsity_now == round(SPARSITY * 8) / 8
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=label)
-@pytest.mark.parametrize("criterion", OF_LAYERS, ids=label)
+@pytest.mark.parametrize(("criterion", "schedule"), by_turns(OF_LAYERS), ids=label)
 def test_layers_die_as_a_whole(criterion: Criterion, schedule: str | Callable) -> None:
     model, callback, recorder = trained(Deep(), criterion, Layer(), "global", schedule)
     dead = [number for number, block in enumerate(model.net[2]) if not any(own.any() for own in block.parameters())]

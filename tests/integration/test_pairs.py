@@ -1,7 +1,7 @@
-"""Two methods in one run, in either order, with every kind of optimizer, place of clipping and compilation, in pairs.
+"""Two methods in one run, with every kind of optimizer, place of clipping and compilation, in pairs.
 
-Each value of an axis meets each value of each other axis in at least one run, which takes some eighty runs of a dozen
-steps where all combinations would be thousands.
+Each value of an axis meets each value of each other axis in at least one run, which takes some hundred runs of a dozen
+steps where all combinations would be thousands. Of two methods now one comes first and now the other, by turns.
 """
 
 from collections.abc import Callable
@@ -70,10 +70,18 @@ AXES: dict[str, tuple[str, ...]] = {
 Case = dict[str, str]
 
 
+def in_turn(first: str, second: str) -> bool:
+    """Whether this one of two methods comes first: that listed before the other, or the other, by turns."""
+    one, other = list(METHODS).index(first), list(METHODS).index(second)
+    return one == other or (one < other) == bool((one + other) % 2)
+
+
 def possible(case: Case) -> bool:
     """Whether no value excludes another: these pairs are refused, by Lightning or by this package."""
     again = case.get("optimizer") in ("LBFGS", "SAM")  # they run the model inside their step
     methods = case.get("first"), case.get("second")
+    if None not in methods and not in_turn(*methods):
+        return False
     rewinding = all(method in ("ticket", "guarded") for method in methods)  # the whole run, which one can do
     searching = case.get("optimizer") == "LBFGS" and "ADMM" in methods  # it compares losses without the penalty
     return not (again and "SRSTE" in methods) and not searching and not rewinding

@@ -3,7 +3,6 @@
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,12 +19,6 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 
 
 LINES = [line for line in COMMANDS if line.startswith("python")]
-
-
-def run(*command: str | Path, folder: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_no_block_is_left_out() -> None:
@@ -64,15 +57,13 @@ def test_command_lines_run(
         if block.startswith("# main.py"):
             (tmp_path / "main.py").write_text(block)
     words = shlex.split(command)[1:]
-    if command == LINES[0]:  # in a process of its own, which takes seconds to import all that is imported here
-        printed = run(sys.executable, *words, folder=tmp_path)
-    else:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # what the command sets is unset again
-        with pytest.raises(SystemExit) if "help" in command else nullcontext():
-            runpy.run_path(words[0], run_name="__main__")
-        printed = capsys.readouterr().out
+    # in this process: one of its own would take seconds to import all that is imported here
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # what the command sets is unset again
+    with pytest.raises(SystemExit) if "help" in command else nullcontext():
+        runpy.run_path(words[0], run_name="__main__")
+    printed = capsys.readouterr().out
     if "help" in command:
         assert "--trainer.callbacks.threshold" in printed
         return
