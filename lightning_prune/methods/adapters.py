@@ -15,7 +15,7 @@ from lightning_prune.models.parameters import Target, find, named_parameters
 from lightning_prune.models.small_parameters import of_kind_or_name
 from lightning_prune.models.summary import counted_as
 from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.training.checks import reject_lbfgs
+from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
 from lightning_prune.training.constant import ConstantSparsity
 from lightning_prune.training.plan_text import listing
 from lightning_prune.training.state import RunState
@@ -152,8 +152,8 @@ class MaskedAdapters(ConstantSparsity):
             for parameter in group["params"]:
                 name = state.held.get(parameter)
                 if name in state.adapters:
-                    if parameter.grad is not None and parameter.grad.is_sparse:
-                        raise ValueError(f"{name!r} must have a dense gradient for MaskedAdapters, got a sparse one")
+                    if parameter.grad is not None:
+                        reject_sparse_gradient("MaskedAdapters", name, parameter.grad)
                     state.adapters[name].take_gradient(self.masks[name], self._scale)
                 elif name is not None:
                     parameter.grad = None

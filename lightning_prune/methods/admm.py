@@ -1,6 +1,7 @@
 """ADMM: dense weights are pulled towards a sparse copy of themselves until they can be pruned at hardly any cost."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.training.state import RunState
+from lightning_prune.updates.decision import decide
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import fractions, number
 
@@ -114,21 +116,28 @@ class ADMM(ScheduledTraining):
     @override
     def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:
         if position < self.state.updates[-1][0]:
-            return self._project(model, position, amount)
+            return self._project(model, amount)
         self.state.centers, self.state.chosen, self.state.pulled = {}, Masks(), {}
         return super().choose_masks(model, position, amount)
 
     @torch.no_grad()
-    def _project(self, model: nn.Module, position: int, amount: float) -> Masks:
+    def _project(self, model: nn.Module, amount: float) -> Masks:
         """Split off z and u, and return masks that prune nothing."""
         state, parameters = self.state, named_parameters(model)
         weights = {name: local(parameter) for name, parameter in state.pulled.items()}
         held = {name: weight.clone() for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.add_(state.dual(name))
-        warned, state.scarce = state.scarce, {unit.name: 0 for unit in state.units}  # nothing is pruned for good yet
-        chosen = super().choose_masks(model, position, amount)
-        state.scarce = warned
+        # nothing is pruned for good yet, so that there is nothing to warn of
+        allocate = partial(
+            self.sparsity_target.allocate,
+            found=state.targets,
+            criterion=self.criterion,
+            scope=self.share_out,
+            due=amount,
+            budget=state.budget,
+        )
+        chosen = decide(state.units, self.criterion, allocate, state.masks).masks
         state.pulled = {name: parameters[name] for name in chosen}
         state.chosen = chosen
         # what is kept is z, and what is not, u

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_prune.models.layer_kinds import is_norm
 from lightning_prune.models.parameters import plain_name
 
 _OTHERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # which normalise channels apart, or by groups
@@ -67,7 +68,7 @@ def takes_statistics(module: nn.Module) -> bool:
     if weight is None or weight.ndim != 1 or isinstance(module, _OTHERS) or any(True for _ in module.children()):
         return False
     alike = all(p is None or p.shape == weight.shape for p in module._parameters.values())
-    return "norm" in type(module).__name__.lower() and alike
+    return is_norm(module) and alike
 
 
 def keep_channels(norm: nn.Module, kept: Tensor) -> None:

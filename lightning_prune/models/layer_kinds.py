@@ -48,6 +48,15 @@ def unknown_kind(name: str, parameter: Tensor, modules: Sequence[nn.Module]) -> 
     return "it is not the weight of a known kind of layer"
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is called a norm; those of other libraries have names such as LlamaRMSNorm.
+
+    >>> is_norm(nn.LayerNorm(2)), is_norm(nn.Linear(2, 2))
+    (True, False)
+    """
+    return "norm" in type(module).__name__.lower()
+
+
 def holds_experts(parameter: Tensor, modules: Sequence[nn.Module]) -> bool:
     """Return whether a parameter of three dimensions holds the matrices of several experts, one behind the other.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_prune.models.layer_kinds import is_norm
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.patterns import check_match, matches
 
@@ -28,8 +29,7 @@ def of_kind_or_name(model: nn.Module, argument: str, wanted: Sequence[str]) -> l
     parameters = named_parameters(model)
     patterns = [entry for entry in wanted if entry not in KINDS]
     check_match(argument, patterns, list(parameters))
-    # norms of other libraries have names such as LlamaRMSNorm
-    modules = [module for module in model.modules() if "norm" in wanted and "Norm" in type(module).__name__]
+    modules = [module for module in model.modules() if "norm" in wanted and is_norm(module)]
     norms = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
     return [
         name
