@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.models.forward import Inputs, call, tensors
 from lightning_prune.models.kept_norms import takes_statistics
@@ -16,6 +17,8 @@ from lightning_prune.structure.following import Following, Place, Step
 from lightning_prune.structure.groups import Graph, Role
 from lightning_prune.structure.links import Key, Link, Mixed, linked
 from lightning_prune.structure.probing import any_along, reach, touched
+
+FEW = 4  # layers whose outputs are those of a model
 
 
 class ChannelFlow:
@@ -37,6 +40,9 @@ class ChannelFlow:
         self.parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         self.names = list(self.parameters)
         self.buffers = _statistics(model)
+        self.kernels = {
+            f"{plain_name(name)}.weight" for name, module in model.named_modules() if isinstance(module, _ConvNd)
+        }
         if through_norms:
             _scale_alone(model)
         following = Following(model)
@@ -45,6 +51,14 @@ class ChannelFlow:
             output = call(model, inputs)
         self.steps, self.attends = following.steps, following.attends
         self.outputs = [tensor for tensor in tensors(output) if tensor.requires_grad]
+        self._listed = isinstance(output, list) and any(isinstance(one, Mapping) for one in output)
+
+    @property
+    def detects(self) -> bool:
+        """Whether the outputs look like those of a detector: of many layers, or a dict for each sample."""
+        leaves = [step.leaf for step in self.steps]
+        hits = touched(self.outputs, leaves) if self.outputs else []
+        return self._listed or sum(hit is not None for hit in hits) > FEW
 
     def graph(self, order: Mapping[str, int]) -> Graph:
         """Return the groups of channels and heads: every activation that a weight reads is followed back.
@@ -115,7 +129,7 @@ class ChannelFlow:
         if number >= len(self.steps):
             name = self.names[number - len(self.steps)]
             index = torch.arange(self.parameters[name].shape[dim])
-            yield Place(name, dim, index), "dependent"
+            yield Place(name, dim, index), "producer" if dim == 0 and name in self.kernels else "dependent"
             yield from ((Place(buffer, 0, index), "dependent") for buffer in self.buffers.get(name, ()))
             return
         step = self.steps[number]
@@ -155,7 +169,7 @@ def _prepare(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_()
-                if parameter.ndim < 2:
+                if parameter.ndim != 2:  # factors, shifts and depthwise kernels, which may be zeros
                     parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
 
 

@@ -43,7 +43,8 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     [('0.weight', 0, 'producer'), ('0.bias', 0, 'dependent'), ('2.weight', 1, 'consumer')]
     """
     flow = _flow(model, inputs, heads)
-    if flow is not None and flow.attends:
+    # Torch-Pruning takes minutes where the outputs of many layers are joined, as in detectors
+    if flow is not None and (flow.attends or flow.detects):
         return _followed(flow, model)
     try:
         return _depending(model, inputs, heads)

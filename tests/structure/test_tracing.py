@@ -1,0 +1,78 @@
+"""Tracing: which of the two ways to follow channels serves a model, and that they agree."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import Channel, prune, shrink
+from lightning_prune.structure import tracing
+from lightning_prune.structure.groups import Graph
+
+
+class Detector(nn.Module):
+    """A depthwise-separable backbone with boxes and scores of several scales, joined as in SSD.
+
+    Args:
+        scales: How many maps have heads of their own.
+        listed: Whether there is a dict for each sample, instead of two tensors.
+    """
+
+    def __init__(self, scales: int = 3, listed: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+            for _ in range(scales)
+        )
+        self.boxes = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(scales))
+        self.scores = nn.ModuleList(nn.Conv2d(8, 5, 3, padding=1) for _ in range(scales))
+        self.listed = listed
+
+    def forward(self, images: Tensor) -> object:
+        features, boxes, scores = self.stem(images), [], []
+        for stage, box, score in zip(self.stages, self.boxes, self.scores, strict=True):
+            features = stage(features)
+            boxes.append(box(features).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)))
+            scores.append(score(features).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 5)))
+        found = torch.cat(boxes, 1), torch.cat(scores, 1).softmax(-1)
+        if not self.listed:
+            return found
+        return [{"boxes": box, "scores": score} for box, score in zip(*found, strict=True)]
+
+
+IMAGES = torch.rand(2, 3, 16, 16)
+
+
+def content(graph: Graph) -> dict[str, list[tuple[str, int, str, list[list[int]]]]]:
+    """Return the members of each group, by its name."""
+    return {
+        group.name: [(member.name, member.dim, member.role, member.index.tolist()) for member in group.members]
+        for group in graph.groups
+    }
+
+
+@pytest.mark.parametrize(("scales", "listed"), [(3, False), (1, True)], ids=["many layers", "a dict for each sample"])
+def test_a_detector_is_traced_by_its_forward_pass_alone(
+    scales: int, listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Detector(scales, listed).eval()
+    expected = tracing._depending(model, IMAGES, None)
+
+    def slow(*args: object) -> None:
+        raise AssertionError("torch-pruning takes minutes where many outputs are joined")
+
+    monkeypatch.setattr(tracing, "_depending", slow)
+    found = tracing.trace(model, IMAGES)
+    assert content(found) == content(expected)
+    assert found.left_out.keys() == expected.left_out.keys()
+    prune(model, 0.5, granularity=Channel(coupled=True), example_inputs=IMAGES)
+    small = shrink(model, IMAGES)
+    assert small.stem[0].out_channels == 4
+
+
+def test_few_outputs_of_a_convolutional_net_are_traced_by_torch_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = Detector(2).eval(), []
+    expected = tracing._depending(model, IMAGES, None)
+    monkeypatch.setattr(tracing, "_depending", lambda *args: asked.append(args) or expected)
+    assert tracing.trace(model, IMAGES) is expected
+    assert len(asked) == 1
