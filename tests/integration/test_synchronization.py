@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from models import MLP, fit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from variants import CRITERIA
+from variants import CRITERIA, GRANULARITIES, METHODS, label
 
-from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, Pruning, Weight, prune
+from lightning_prune import Channel, ConstantSparsity, Criterion, Granularity, Pruning, SharedFanIn, Weight, prune
+from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInLinear
 from lightning_prune.training.enforcement import MaskEnforcement
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.observed import ObservedTraining
@@ -96,9 +97,15 @@ def trap(monkeypatch: pytest.MonkeyPatch) -> Trap:
     return trap
 
 
-@pytest.mark.parametrize("granularity", [Weight(), Channel()], ids=["weight", "channel"])
-@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: type(criterion).__name__)
-@pytest.mark.parametrize("clip", [None, 0.1])
+GROUPED = [granularity for granularity in GRANULARITIES if not isinstance(granularity, Weight | Channel)]
+CASES = [
+    (criterion, *case)
+    for turn, criterion in enumerate(CRITERIA)
+    for case in ((Weight(), None), (Channel(), 0.1), (GROUPED[turn % len(GROUPED)], (None, 0.1)[turn % 2]))
+]
+
+
+@pytest.mark.parametrize(("criterion", "granularity", "clip"), CASES, ids=label)
 def test_only_updates_wait_for_the_device(
     criterion: Criterion, granularity: Granularity, clip: float | None, trap: Trap
 ) -> None:
@@ -109,6 +116,29 @@ def test_only_updates_wait_for_the_device(
     assert trap.entered >= 3 * 8
     assert trap.found[False] == []
     assert len(trap.found[True]) >= 2  # the trap is not blind
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_wait_for_the_device_in_updates_only(method: str, trap: Trap) -> None:
+    callback = METHODS[method]()
+    fit(MLP(optimizer="adam"), callback, max_epochs=3)
+    assert callback.sparsity_now > 0.2
+    assert trap.entered > 9
+    assert trap.found[False] == []
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_layers_with_shared_fan_in_wait_for_nothing(batch: int) -> None:
+    linear, convolution = nn.Linear(12, 10), nn.Conv2d(12, 10, 1, stride=2)
+    for layer in (linear, convolution):
+        prune(layer, 0.5, granularity=SharedFanIn(4))
+    trap, inputs, images = Trap(), torch.rand(batch, 12), torch.rand(batch, 12, 4, 4)
+    fast = SharedFanInLinear.of(linear, 4, by_column=batch > 1), SharedFanInConv2d.of(convolution, 4)
+    with trap:
+        found = fast[0](inputs), fast[1](images)
+    assert trap.found == {True: [], False: []}
+    for one, expected in zip(found, (linear(inputs), convolution(images)), strict=True):
+        torch.testing.assert_close(one, expected)
 
 
 def test_holding_constant_zeros_waits_for_nothing(trap: Trap) -> None:
