@@ -1,24 +1,20 @@
 """Prunes under the namespace that is named on the command line, in a Trainer and through LightningCLI.
 
-A process of its own, since what this package inherits from is settled when it is imported. What else needs an
-interpreter that has loaded nothing is asked here, too: ``python namespace.py NAMESPACE FOLDER``.
+A process of its own, since what this package inherits from is settled when it is imported. Whether it loads a shrunk
+model is asked here, too: ``python namespace.py NAMESPACE FOLDER``.
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
 namespace = importlib.import_module(sys.argv[1])
-known = set(sys.modules)
-
-import lightning_prune as lp  # noqa: E402 - after the namespace that it is to serve
-
-LOADED = sorted(set(sys.modules) - known)
 
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from yaml import safe_dump  # noqa: E402
+
+import lightning_prune as lp  # noqa: E402 - after the namespace that it is to serve
 
 boring = importlib.import_module(f"{sys.argv[1]}.demos.boring_classes").BoringModel
 cli = importlib.import_module(f"{sys.argv[1]}.cli").LightningCLI
@@ -94,7 +90,6 @@ def load_shrunk_model(folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    (folder / "loaded.json").write_text(json.dumps(LOADED))
     check_classes()
     check_at_init()
     check_trainer(folder / "checkpoints")
