@@ -83,7 +83,7 @@ def test_the_search_goes_down_to_the_first_miss_and_up_to_the_last_target(
     def run(method: str, weights: int, seed: int, batch: int) -> dict[str, Any]:
         tried.append(weights)
         accuracy = 99.9 if weights >= 90 else 96.0 if weights >= 40 else 80.0
-        return {"accuracy": accuracy, "left": weights, "connected": weights - 1}
+        return {"accuracy": accuracy, "left": weights, "connected": weights - 1, "with_biases": weights + 9}
 
     runs = searching.Runs(tmp_path / "runs.jsonl", 512, run)
     searching.search(runs, "gradual", 0)
@@ -93,6 +93,6 @@ def test_the_search_goes_down_to_the_first_miss_and_up_to_the_last_target(
     least = spiral["outcome"].least
     assert [least(runs.rows, "gradual", target) for target in (95.0, 99.5)] == [[40], [90]]
     row = spiral["outcome"].make_table(runs.rows).splitlines()[-1]
-    assert row == "| gradual | 1 | 40 | 40 | 90 | 90 | 96.0 | 49 of 50 |"
+    assert row == "| gradual | 1 | 40 | 40 (49) | 90 | 90 (99) | 96.0 | 49 of 50 |"
     spiral["outcome"].draw(runs.rows, [], tmp_path / "spiral.png")
     assert (tmp_path / "spiral.png").read_bytes().startswith(b"\x89PNG")

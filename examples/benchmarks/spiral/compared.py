@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_prune import SNIP, Criterion, LotteryTicket, MagnitudePruning, PruningAtInit, Units
 
 TARGETS = (95.0, 99.5)  # accuracy in percent
-LEVELS = (20, 26, 33, 40, 50, 65, 90, 130, 200, 300)  # weights that stay, of 560
-NEURONS = {2 * width * width + 3 * width: width for width in (2, 3, 4, 5, 6, 8, 10, 12)}  # in each hidden layer, of 16
+LEVELS = (20, 26, 33, 40, 50, 65, 90, 130)  # weights that stay, of 560
+NEURONS = {2 * width * width + 3 * width: width for width in (2, 3, 4, 5, 6, 7, 8)}  # in each hidden layer, of 16
 BEGIN = 50  # the search for the least number of weights begins there
 SMALL = {"dense, 3-3-3": (3, 3, 3), "dense, 7-3-3": (7, 3, 3)}  # the smallest that the paper found for the two targets
 ROUNDS = 4  # of lottery tickets, so five trainings as in the paper

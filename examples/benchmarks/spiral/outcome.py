@@ -14,20 +14,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 Rows = Sequence[Mapping[str, Any]]
-NEVER = 1.5 * LEVELS[-1]  # where the figure shows what was not reached
+MORE = 1.3 * LEVELS[-1]  # where the figure shows what was not reached
 
 
 def least(rows: Rows, method: str, target: float) -> list[float]:
-    """Return the least number of weights at the target for each seed; infinite if it was never reached."""
-    mine = [row for row in rows if row["method"] == method]
-    seeds = sorted({row["seed"] for row in mine})
-    reached = [row for row in mine if row["accuracy"] >= target]
-    return [min((row["weights"] for row in reached if row["seed"] == seed), default=inf) for seed in seeds]
+    """Return the least number of weights at the target for each seed; infinite if no number that was tried will do."""
+    found = []
+    for seed in sorted({row["seed"] for row in rows}):
+        mine = [row for row in rows if row["method"] == method and row["seed"] == seed]
+        if is_over(mine, method):
+            found.append(min((row["weights"] for row in mine if row["accuracy"] >= target), default=inf))
+    return found
 
 
-def finished(rows: Rows, method: str) -> bool:
-    """Return whether the search of at least one seed is over."""
-    return any(row["method"] == method for row in rows)
+def is_over(rows: Rows, method: str) -> bool:
+    """Return whether the search of one seed has come to its end in both directions."""
+    if not rows:
+        return False
+    levels, (fewest, *_, most) = levels_of(method), sorted([*rows, *rows], key=lambda row: row["weights"])
+    below = fewest["accuracy"] < TARGETS[0] or fewest["weights"] == levels[0]
+    return below and (most["weights"] == levels[-1] or max(row["accuracy"] for row in rows) >= TARGETS[-1])
 
 
 def make_table(rows: Rows) -> str:
@@ -41,7 +47,7 @@ def make_table(rows: Rows) -> str:
 
 def ranked(rows: Rows) -> list[str]:
     """Return the methods that were run, by what they need for the first target, then for the second."""
-    ran = [method for method in NAMES if finished(rows, method)]
+    ran = [method for method in NAMES if least(rows, method, TARGETS[0])]
     return sorted(ran, key=lambda method: [_key(least(rows, method, target)) for target in TARGETS])
 
 
@@ -51,15 +57,21 @@ def _key(found: list[float]) -> tuple[float, float]:
 
 def _line(rows: Rows, method: str) -> list[str]:
     found = [least(rows, method, target) for target in TARGETS]
-    cells = [_shown(value, method) for values in found for value in _key(values)]
+    cells = [
+        cell for target, values in zip(TARGETS, found, strict=True) for cell in _cells(rows, method, target, values)
+    ]
     begin = next(weights for weights in levels_of(method) if weights >= BEGIN)
     same = [row for row in rows if row["method"] == method and row["weights"] == begin]
     on_path = f"{mean(row['connected'] for row in same):.0f} of {begin}"
     return [method, str(len(found[0])), *cells, f"{median(row['accuracy'] for row in same):.1f}", on_path]
 
 
-def _shown(weights: float, method: str) -> str:
-    return f"> {levels_of(method)[-1]}" if weights == inf else f"{weights:.0f}"
+def _cells(rows: Rows, method: str, target: float, found: list[float]) -> list[str]:
+    """Return the median and the best number of weights, and what the best one has left on paths, with biases."""
+    middle, best = ("> " + str(levels_of(method)[-1]) if value == inf else f"{value:.0f}" for value in _key(found))
+    same = [row for row in rows if row["method"] == method and row["weights"] == min(found)]
+    left = min((row["with_biases"] for row in same if row["accuracy"] >= target), default=None)
+    return [middle, best if left is None else f"{best} ({left})"]
 
 
 def small_table(rows: Rows) -> str:
@@ -84,12 +96,12 @@ def draw(rows: Rows, known: Iterable[Iterable[str]], path: Path) -> None:
     """
     methods = ranked(rows)
     looks = looks_of([*known, [_bare(method) for method in methods]])
-    figure = Figure(figsize=(12.8, 0.8 + 0.3 * len(methods)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(12.8, 1.5 + 0.3 * len(methods)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, target, small in zip((left, right), TARGETS, (27, 47), strict=True):
         for place, method in enumerate(methods):
             colour, marker = looks[_bare(method)]
-            found = [min(value, NEVER) for value in least(rows, method, target)]
+            found = [min(value, MORE) for value in least(rows, method, target)]
             axes.plot(found, [place] * len(found), linestyle="", marker=marker, color=colour, alpha=0.6)
             axes.plot([median_high(found)], [place], linestyle="", marker="|", markersize=14, color=colour)
         _finish(axes, target, small, methods)
@@ -101,15 +113,19 @@ def _bare(method: str) -> str:
 
 
 def _finish(axes: Axes, target: float, small: int, methods: list[str]) -> None:
-    axes.axvline(small, color="#666666", linestyle=":", label=f"smallest dense network of the paper: {small}")
+    axes.axvline(small, color="#666666", linestyle=":")
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator([*LEVELS, NEVER]))
+    axes.set_xlim(0.9 * LEVELS[0], 1.1 * MORE)
+    axes.xaxis.set_major_locator(FixedLocator([*LEVELS, MORE]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda weights, _: "never" if weights == NEVER else f"{weights:g}"))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda weights, _: f"> {LEVELS[-1]}" if weights == MORE else f"{weights:g}")
+    )
     axes.tick_params(axis="x", rotation=90)
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(len(methods) - 0.5, -0.5)
-    axes.set(xlabel="weights kept, of 560 (log scale)", title=f"fewest weights with {target:g} % accuracy")
-    axes.legend(frameon=False, loc="upper right", fontsize="small")
+    title = f"fewest weights with {target:g} % accuracy (dotted: dense, found by the paper, {small})"
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("weights kept, of 560 (log scale)")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
