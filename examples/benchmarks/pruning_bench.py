@@ -145,11 +145,11 @@ def run(dense: nn.Module, library: str, criterion: str, speedup: int, seed: int,
 
 def fill(rows: list[dict[str, Any]], seeds: int) -> None:
     """Run what is missing, seed by seed."""
-    wanted = [(OURS, name) for name in CRITERIA] + [(PEER, name) for name in PEERS]
+    wanted = [(PEER, name) for name in PEERS] + [(OURS, name) for name in CRITERIA]
     for seed in range(seeds):
         places = [
             {"library": library, "criterion": name, "speedup": speedup, "seed": seed}
-            for speedup in SPEEDUPS
+            for speedup in reversed(SPEEDUPS)
             for library, name in wanted
         ]
         missing = [place for place in places if not any(place.items() <= row.items() for row in rows)]
@@ -171,20 +171,22 @@ def make_table(rows: list[dict[str, Any]]) -> str:
     for library, name in dict.fromkeys((row["library"], row["criterion"]) for row in rows):
         mine = [row for row in rows if (row["library"], row["criterion"]) == (library, name)]
         found = [[row for row in mine if row["speedup"] == speedup] for speedup in SPEEDUPS]
-        if all(len(part) > 1 for part in found):
-            last = mean(row["accuracy"] for row in found[-1])
-            lines.append((last, [name, library, *_cells(found), *_times(mine)]))
+        last = mean([row["accuracy"] for row in found[-1]] or [0.0])
+        lines.append((last, [name, library, *(cell for part in found for cell in _cells(part)), *_times(mine)]))
     lines.sort(key=lambda line: -line[0])
     columns = [text for speedup in SPEEDUPS for text in (f"{speedup}x", "FLOPs, parameters")]
     return table(["criterion", "library", *columns, "one step", "all steps"], [cells for _, cells in lines])
 
 
-def _cells(found: list[list[dict[str, Any]]]) -> list[str]:
-    cells = []
-    for part in found:
-        left = 1 / mean(row["speedup_reached"] for row in part), mean(row["parameters"] for row in part)
-        cells += [spread([row["accuracy"] for row in part]), f"{left[0]:.1%}, {left[1]:.1%}"]
-    return cells
+def _cells(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["", ""]
+    left = 1 / mean(row["speedup_reached"] for row in rows), mean(row["parameters"] for row in rows)
+    return [_spread([row["accuracy"] for row in rows]), f"{left[0]:.1%}, {left[1]:.1%}"]
+
+
+def _spread(accuracies: list[float]) -> str:
+    return spread(accuracies) if len(accuracies) > 1 else f"{accuracies[0]:.1f}"
 
 
 def _times(rows: list[dict[str, Any]]) -> list[str]:
@@ -204,7 +206,7 @@ def main() -> None:
     if not args.tables:
         fill(rows, args.seeds)
     dense = {row["seed"]: row["dense"] for row in rows}
-    replace(PAGE, "dense", f"Dense: {spread(list(dense.values()))}, over {len(dense)} seeds.")
+    replace(PAGE, "dense", f"Dense: {_spread(list(dense.values()))}. Seeds: {len(dense)}.")
     replace(PAGE, "table", make_table(rows))
 
 
