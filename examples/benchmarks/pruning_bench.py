@@ -145,7 +145,7 @@ def run(dense: nn.Module, library: str, criterion: str, speedup: int, seed: int,
 
 def fill(rows: list[dict[str, Any]], seeds: int) -> None:
     """Run what is missing, seed by seed."""
-    wanted = [(PEER, name) for name in PEERS] + [(OURS, name) for name in CRITERIA]
+    wanted = [(OURS, name) for name in CRITERIA] + [(PEER, name) for name in PEERS]
     for seed in range(seeds):
         places = [
             {"library": library, "criterion": name, "speedup": speedup, "seed": seed}

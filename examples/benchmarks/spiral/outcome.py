@@ -125,6 +125,6 @@ def _finish(axes: Axes, target: float, small: int, methods: list[str]) -> None:
     axes.set_yticks(range(len(methods)), methods)
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_title(f"fewest weights with {target:g} % accuracy", fontsize="medium")
-    axes.set_xlabel(f"weights kept, of 560 (log scale); dotted: the paper's smallest dense network, {small}")
+    axes.set_xlabel(f"weights kept, of 560 (log scale)\ndotted: the paper's smallest dense network, {small}")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
