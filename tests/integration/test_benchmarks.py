@@ -18,10 +18,18 @@ for name, make in mask_update.updates(model).items():
     masks = make()().values()
     print(name, sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks), sep=": ")
 print("passes", round(mask_update.passes(model, scope="local")), sep=": ")
+import pruning_bench
+from networks import digits
+data = digits()
+for by in (pruning_bench.by_us, pruning_bench.by_peer):
+    network = pruning_bench.resnet().eval()
+    before = pruning_bench.operations(network, data.train[0][:1])
+    small, _ = by(network, "magnitude, L1", 2, 0, data)
+    print(by.__name__, before / pruning_bench.operations(small, data.train[0][:1]), sep=": ")
 """
 
 
-def test_every_benchmark_can_be_imported_and_an_update_prunes_90_percent() -> None:
+def test_every_benchmark_can_be_imported_and_prunes_what_it_should() -> None:
     names = sorted(path.stem for path in FOLDER.glob("*.py"))
     # in a process of its own: two of these modules have the names of modules of the tests
     settings = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{FOLDER}", "MPLBACKEND": "Agg"}
@@ -29,4 +37,6 @@ def test_every_benchmark_can_be_imported_and_an_update_prunes_90_percent() -> No
     assert done.returncode == 0, done.stderr
     found = dict(line.split(": ") for line in done.stdout.splitlines())
     assert int(found.pop("passes")) >= 1
+    for by in ("by_us", "by_peer"):
+        assert abs(float(found.pop(by)) - 2) < 0.2, by
     assert all(abs(float(zeros) - 0.9) < 0.01 for zeros in found.values()), found

@@ -22,8 +22,7 @@ TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 92, 94, 95, 96, 97, 98, 99)
 
 def draw(results: Results, seeds: range, path: Path) -> None:
     """Draw each task with at least three sparsities of a method, one panel for each group of methods."""
-    kinds = [(name, group) for name in TASKS for group in ("", *PANELS, "neurons")]
-    panels = {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
+    panels = panels_of(results, seeds)
     if not panels:
         return
     looks = looks_of(panels.values())
@@ -32,6 +31,12 @@ def draw(results: Results, seeds: range, path: Path) -> None:
     for place, (kind, methods) in enumerate(panels.items(), 1):
         _panel(figure.add_subplot(rows, 2, place), *kind, methods, results, seeds, looks)
     figure.savefig(path, dpi=100)
+
+
+def panels_of(results: Results, seeds: range) -> dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]]:
+    """Return the curves of each panel that has any, by task and group."""
+    kinds = [(name, group) for name in TASKS for group in ("", *PANELS, "neurons")]
+    return {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
 
 
 def looks_of(panels: Iterable[Iterable[str]]) -> dict[str, tuple[str, str]]:

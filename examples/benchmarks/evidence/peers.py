@@ -104,8 +104,8 @@ class FasterAI(Callback):
 class TorchPruning(Callback):
     """Torch-Pruning removes the neurons with the smallest weight groups, in the middle of the run."""
 
-    def __init__(self, sparsity: float) -> None:
-        self.sparsity = sparsity
+    def __init__(self, sparsity: float, shape: tuple[int, ...] = (1, 28, 28)) -> None:
+        self.sparsity, self.shape = sparsity, shape
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch != trainer.max_epochs // 2:
@@ -114,7 +114,7 @@ class TorchPruning(Callback):
 
         importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
         ignored = [layers(pl_module)[-1]]
-        example = torch.zeros(1, 1, 28, 28)
+        example = torch.zeros(1, *self.shape)
         pruner = torch_pruning.pruner.BasePruner(
             pl_module.network, example, importance, pruning_ratio=self.sparsity, ignored_layers=ignored
         )
