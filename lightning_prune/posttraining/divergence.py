@@ -10,6 +10,8 @@ from torch.nn import functional
 from lightning_prune.models.forward import tensors
 from lightning_prune.posttraining.calibration import Stage
 
+_CHUNK = 1 << 20  # numbers at a time, so that what is between stays in the cache
+
 
 class Divergence:
     """The mean divergence of a model's outputs from the dense ones, for some batches of the data.
@@ -39,7 +41,7 @@ class Divergence:
                 f'metric must be "mse" or a function for outputs that are not logits, got "kl" for an output of shape '
                 f"{tuple(dense.shape)}"
             )
-        return (functional.log_softmax(_wide(dense), -1) if self._metric == "kl" else dense).cpu()
+        return (functional.log_softmax(_wide(dense), -1) if self._metric == "kl" else dense).contiguous().cpu()
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[int]) -> float:
@@ -47,15 +49,19 @@ class Divergence:
         total, count = 0.0, 0
         for number in batches:
             for output, dense in zip(_floating(self._runs[number]()), self._dense[number], strict=True):
-                before = dense.to(output.device)
-                if self._metric == "kl":
-                    now = functional.log_softmax(_wide(output), -1)
-                    total += float(functional.kl_div(now, before, reduction="sum", log_target=True))
-                    count += output.numel() // output.shape[-1]
-                else:
-                    total += float((_wide(output) - _wide(before)).square().sum())
-                    count += output.numel()
+                rows, before = output.reshape(-1, output.shape[-1] if output.ndim else 1), dense.to(output.device)
+                few = max(1, _CHUNK // max(1, rows.shape[-1]))
+                pairs = zip(rows.split(few), before.view_as(rows).split(few), strict=True)
+                total += sum(self._between(now, then) for now, then in pairs)
+                count += len(rows) if self._metric == "kl" else rows.numel()
         return total / max(1, count)
+
+    def _between(self, now: Tensor, before: Tensor) -> float:
+        """Return the sum over some rows."""
+        if self._metric == "kl":
+            now = functional.log_softmax(_wide(now), -1)
+            return float(functional.kl_div(now, before, reduction="sum", log_target=True))
+        return float((_wide(now) - _wide(before)).square().sum())
 
 
 def _wide(values: Tensor) -> Tensor:

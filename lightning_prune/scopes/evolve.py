@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from lightning_prune.scopes.erdos_renyi import whole
 from lightning_prune.scopes.owl import by_block
-from lightning_prune.scopes.searching import Room, Search, Trial, without_search
-from lightning_prune.scopes.shares import Scope, ScopeName, resolve
+from lightning_prune.scopes.searching import Room, Search, Trial
+from lightning_prune.scopes.shares import SCOPES, Scope, ScopeName, resolve
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.validation.arguments import choice, integer, number, numbers
-from lightning_prune.validation.instances import flag, function, settle
+from lightning_prune.validation.instances import flag, function, named, settle
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.values import optional
 
@@ -73,7 +73,7 @@ class Evolve(Search):
     offspring: int = 16
     survivors: Sequence[int] = (4, 1)
     batches: Sequence[int] = (1, 4)
-    step: float = 0.25
+    step: float = 0.5
     start: ScopeName | Scope = "local"
     metric: Literal["kl", "mse"] | Callable[[nn.Module, Any], float] = "kl"
     mode: Literal["min", "max"] = "min"
@@ -97,8 +97,9 @@ class Evolve(Search):
             function("metric", self.metric, "model", "batches")
         if choice("mode", self.mode, ("min", "max")) == "max" and isinstance(self.metric, str):
             raise ValueError(f'mode must be "min" for metric={self.metric!r}, got "max"')
-        resolve(self.start)
-        without_search("Evolve(start=)", self.start)
+        named("start", self.start, SCOPES, "scores", "sparsity")
+        if isinstance(self.start, Search):
+            raise ValueError(f"start must be a scope that does not search, got {self.start}")
         optional(as_path, "path", self.path)
 
     @override
