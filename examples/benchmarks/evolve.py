@@ -27,8 +27,8 @@ from lightning_prune import Evolve, Wanda, prune, sparsity
 
 PATH = RESULTS / "evolve.jsonl"
 METHODS = ("Wanda", "Wanda, OWL", "Wanda, Evolve")
-SEARCH: dict[str, Any] = {"generations": 40, "offspring": 8, "survivors": (2, 1), "batches": (1, 2)}
-SPARSITIES = ("60 %", "70 %", "50 %")
+SEARCH: dict[str, Any] = {"offspring": 8, "survivors": (2, 1), "batches": (1, 2)}
+GENERATIONS = {"60 %": 40, "70 %": 30, "50 %": 30}
 Row = dict[str, Any]
 
 
@@ -37,12 +37,13 @@ def measure(task: Task, setting: str) -> Row:
     model, (zeros, _), began = copy.deepcopy(task.model), SETTINGS[setting], time.perf_counter()
     targets, path = [f"{task.blocks}.*"], Path(tempfile.gettempdir(), f"evolve {setting}.json")
     windows = batches([window for batch in task.data for window in batch], 1)
-    scope = Evolve(**SEARCH, path=path)
+    search = {"generations": GENERATIONS[setting], **SEARCH}
+    scope = Evolve(**search, path=path)
     masks = prune(model, zeros, criterion=Wanda(), scope=scope, targets=targets, data=windows, sequential=task.blocks)
     found = {"sparsity": round(sparsity(model, targets=targets), 6), "seconds": round(time.perf_counter() - began, 1)}
     levels = {name: round(level, 4) for name, level in masks.sparsities().items()}
     row = {"model": task.name, "setting": setting, "method": "Wanda, Evolve", "score": round(task.score(model), 4)}
-    return {**row, **found, "search": SEARCH, "trials": len(json.loads(path.read_text())["scores"]), "levels": levels}
+    return {**row, **found, "search": search, "trials": len(json.loads(path.read_text())["scores"]), "levels": levels}
 
 
 def read() -> list[Row]:
@@ -54,7 +55,7 @@ def read() -> list[Row]:
 def make_table(rows: list[Row]) -> str:
     """Return the perplexities."""
     scores = {(row["setting"], row["method"]): row["score"] for row in rows}
-    cells = {setting: [scores.get((setting, method)) for method in METHODS] for setting in sorted(SPARSITIES)}
+    cells = {setting: [scores.get((setting, method)) for method in METHODS] for setting in sorted(GENERATIONS)}
     lines = [[name, *("" if score is None else f"{score:.1f}" for score in found)] for name, found in cells.items()]
     return table(["sparsity", *METHODS], lines)
 
@@ -64,7 +65,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     quiet()
     known = {row["setting"] for row in read() if row["method"] == "Wanda, Evolve"}
-    missing = [setting for setting in sys.argv[1:] or SPARSITIES if setting not in known]
+    missing = [setting for setting in sys.argv[1:] or GENERATIONS if setting not in known]
     task = smollm2() if missing else None
     for setting in missing if task else ():
         row = measure(task, setting)
