@@ -61,7 +61,7 @@ from lightning_prune.reporting.history import History
 from lightning_prune.reporting.metrics import ActiveFLOPs, ActiveParameters, MaskOverlap, Sparsity
 from lightning_prune.reporting.plots import plot_history, plot_masks, plot_schedule, plot_sensitivity, plot_sparsity
 from lightning_prune.reporting.run_report import PruningReport
-from lightning_prune.scopes import OWL
+from lightning_prune.scopes import OWL, Evolve
 from lightning_prune.scopes.erdos_renyi import ERK
 from lightning_prune.structure.checkpoints import load_shrunk, save_shrunk
 from lightning_prune.structure.shrinking import shrink
@@ -105,6 +105,7 @@ __all__ = [
     "Distillation",
     "Entropy",
     "EntropyPruning",
+    "Evolve",
     "Fisher",
     "GraSP",
     "Granularity",

@@ -1,5 +1,6 @@
 """Masks: bool tensors by parameter name, True = kept."""
 
+import glob
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ class Masks(dict[str, Tensor]):
         """The fraction of pruned elements among all masked ones."""
         total = sum(mask.numel() for mask in self.values())
         return 1.0 - sum(count(mask) for mask in self.values()) / total if total else 0.0
+
+    def sparsities(self) -> dict[str, float]:
+        """Return ``{pattern: sparsity}`` of the masked weights, for ``Pruning(sparsity=...)`` or ``prune``.
+
+        >>> import torch
+        >>> Masks({"0.weight": torch.tensor([[True, False]]), "0.bias": torch.tensor([True])}).sparsities()
+        {'0.weight': 0.5}
+        """
+        weights = {name: mask for name, mask in self.items() if mask.ndim >= 2}
+        return {glob.escape(name): 1.0 - count(mask) / mask.numel() for name, mask in weights.items()}
 
     def apply(self, model: nn.Module) -> None:
         """Zero the pruned elements of a model's parameters, in place.

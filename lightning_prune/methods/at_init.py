@@ -114,6 +114,7 @@ class PruningAtInit(MaskedTraining):
         self.granularity = granularity
         self.normalized = granularity.normalized
         self.scope = granularity.default_scope if scope is None else scope
+        scopes.without_search(type(self).__name__, self.scope)
         scopes.resolve(self.scope)
         self.not_given = tuple(n for n, value in (("scope", scope), ("min_density", min_density)) if value is None)
         self.rounds = integer("rounds", rounds, 1, most=MOST_ROUNDS)

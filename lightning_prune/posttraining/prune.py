@@ -18,12 +18,13 @@ from lightning_prune.masks import Masks
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.models.parameters import Target, named_parameters
+from lightning_prune.posttraining.allocation_search import searched
 from lightning_prune.posttraining.batch_norms import recalibrate as recalibrate_norms
 from lightning_prune.posttraining.fitting import Reconstruction
 from lightning_prune.posttraining.observing import check_data
 from lightning_prune.posttraining.recovery import recipe_of
 from lightning_prune.posttraining.rounds import rounds_of
-from lightning_prune.scopes import Scope
+from lightning_prune.scopes import Scope, Search
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
@@ -70,6 +71,7 @@ def prune(
         granularity: Which weights form a unit.
         scope: How the sparsity is shared out over the targets: "global", "local", "erk", "lamp" or a callable. None is
             "global" for single weights and blocks, and "local" for channels and heads, which keeps every layer alive.
+            ``Evolve()`` tries allocations on the data.
         targets: Globs (or "re:" and a regular expression) on parameter names; () is every prunable weight.
         ignore: Names to leave out.
         threshold: Instead of a sparsity: prune every unit that scores below it.
@@ -89,7 +91,7 @@ def prune(
         sequential: Name of the ModuleList or Sequential whose blocks run one after another, for a criterion that needs
             forward passes. Each block is observed behind the pruned ones, and pruned, before the next one; what is
             outside of the blocks comes last. No more than one block's input is held. The scope shares out inside each
-            block, but for ``OWL``, which compares blocks: it takes one more pass over the data, before a round. With
+            block, but for ``OWL`` and ``Evolve``, which compare blocks, after one more pass over the data. With
             ``refine`` or ``reconstruct`` any criterion will do.
         refine: How many swaps at most refine the mask of each row, or of each group of ``SharedFanIn``: a pruned weight
             takes the place of a kept one of its row, with ``NM`` of its group, if that lowers the error of the layer's
@@ -149,6 +151,11 @@ def prune(
         partial(part.allocate, found=found, criterion=criterion, scope=share_out, due=due, budget=budget)
         for part, due in targets_of
     ]
+    data, allocations = (
+        searched(allocations, target, share_out, granularity, model, units, criterion, data, loss, distributed)
+        if isinstance(share_out, Search)
+        else (data, allocations)
+    )
     masks, keep = Masks(), dict[str, int]()
     ready: Iterable[tuple[Sequence[Units], Allocate]] = zip(repeat(units), allocations, strict=False)
     if criterion.needs != "weights" or recipe is not None:

@@ -14,6 +14,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.masks import Masks
 from lightning_prune.models.orientation import as_rows
 from lightning_prune.models.parameters import Target, fractions
+from lightning_prune.posttraining.allocation_search import searched
 from lightning_prune.posttraining.calibration import forward, stages, take, undisturbed
 from lightning_prune.posttraining.layer_moments import check_layers, moments_of
 from lightning_prune.posttraining.observing import observed_units
@@ -63,7 +64,7 @@ def sparsegpt(
             calibrated on the outputs of the pruned blocks before it, and only one block's inputs are held in memory.
         scope: How the sparsity is allocated to the targets: "local" gives the same to each; any other scope, such as
             ``OWL()``, uses the scores of ``Wanda`` for the dense model. That takes one more pass over the data, which
-            are then held in memory.
+            are then held in memory. ``Evolve()`` tries allocations with masks by these scores.
 
     Raises:
         ValueError: If an argument is out of range, a target belongs to another kind of layer, or an input is not
@@ -115,7 +116,10 @@ def _shares(
         return fractions(target.sparsity if isinstance(target.sparsity, Mapping) else {"*": target.final}, found)
     units = observed_units(model, found, Wanda(), Weight(), data, None)
     scores = score(units, Wanda(), {unit.name: None for unit in units})
-    keep = scope(scores, target.final)
+    allocate = partial(target.allocate, found=found, criterion=Wanda(), scope=scope)
+    if isinstance(scope, scopes.Search):
+        _, (allocate,) = searched([allocate], target, scope, Weight(), model, units, Wanda(), data, None, False)
+    keep = allocate(scores)
     return {name: 1.0 - keep[name] / size for name, size in scores.sizes.items()}
 
 

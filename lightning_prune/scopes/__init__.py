@@ -1,7 +1,9 @@
 """Scopes: unit scores and one sparsity to how many units each target keeps."""
 
 from lightning_prune.scopes.erdos_renyi import ERK
+from lightning_prune.scopes.evolve import Evolve
 from lightning_prune.scopes.owl import OWL
+from lightning_prune.scopes.searching import Search, without_search
 from lightning_prune.scopes.shares import (
     SCOPES,
     Scope,
@@ -20,8 +22,10 @@ __all__ = [
     "ERK",
     "OWL",
     "SCOPES",
+    "Evolve",
     "Scope",
     "ScopeName",
+    "Search",
     "at_least",
     "below",
     "erk",
@@ -30,4 +34,5 @@ __all__ = [
     "local",
     "per_layer",
     "resolve",
+    "without_search",
 ]

@@ -50,7 +50,7 @@ class OWL:
     def __call__(self, scores: Scores, sparsity: float) -> dict[str, int]:
         """Return how many units each target keeps."""
         share: dict[str, float] = {}
-        for names in _blocks(scores, self.depth):
+        for names in by_block(scores, self.depth):
             share.update(dict.fromkeys(names, self._outliers(scores, names)))
         low, high = min(share.values()), max(share.values())
         wide = {name: 2 * self.spread * (ratio - low) / (high - low or 1.0) for name, ratio in share.items()}
@@ -64,12 +64,12 @@ class OWL:
         return found / sum(sizes.values())
 
 
-def _blocks(names: Iterable[str], depth: int | None) -> list[list[str]]:
+def by_block(names: Iterable[str], depth: int | None) -> list[list[str]]:
     """Return the names that belong together: those whose first parts are the same.
 
-    >>> _blocks(["net.0.h.0.fc1.weight", "net.0.h.0.fc2.weight", "net.0.h.1.fc1.weight", "net.1.weight"], 4)
+    >>> by_block(["net.0.h.0.fc1.weight", "net.0.h.0.fc2.weight", "net.0.h.1.fc1.weight", "net.1.weight"], 4)
     [['net.0.h.0.fc1.weight', 'net.0.h.0.fc2.weight'], ['net.0.h.1.fc1.weight'], ['net.1.weight']]
-    >>> _blocks(["net.0.h.0.fc1.weight", "net.0.h.0.fc2.weight", "net.0.h.1.fc1.weight"], None)
+    >>> by_block(["net.0.h.0.fc1.weight", "net.0.h.0.fc2.weight", "net.0.h.1.fc1.weight"], None)
     [['net.0.h.0.fc1.weight', 'net.0.h.0.fc2.weight'], ['net.0.h.1.fc1.weight']]
     """
     parts = {name: name.split(".") for name in names}

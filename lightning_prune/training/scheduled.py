@@ -66,6 +66,7 @@ class ScheduledTraining(ObservedTraining):
         self.not_given = tuple(name for name, value in given.items() if value is None)
         granularity = instance("granularity", granularity, Granularity)
         self.scope = granularity.default_scope if scope is None else scope
+        scopes.without_search(type(self).__name__, self.scope)
         self.share_out = scopes.resolve(self.scope)
         self.horizon, self.start, self.end = horizon, horizon.start, horizon.end
         self.interval, self.frequency = horizon.interval, horizon.frequency

@@ -55,7 +55,7 @@ def decide(units: Sequence[Units], criterion: Criterion, allocate: Allocate, hel
     wanted = allocate(scores)
     _check_allocation(wanted, scores.sizes)
     due = {unit.name: unit.size - round_keep(unit, int(wanted[unit.name])) for unit in units}
-    due = _settle(due, scores.pruned(), units)
+    due = stay_pruned(due, scores.pruned(), units)
     masks = Masks()
     for unit in units:
         for name, mask in unit.masks(scores.lowest(unit.name, due[unit.name]).logical_not_()).items():
@@ -176,7 +176,7 @@ def round_keep(unit: Units, keep: int) -> int:
     return min(unit.size, max(unit.minimum, (keep + (step // 2 if unit.even else step - 1)) // step * step))
 
 
-def _settle(due: dict[str, int], pruned: Mapping[str, int], units: Sequence[Units]) -> dict[str, int]:
+def stay_pruned(due: dict[str, int], pruned: Mapping[str, int], units: Sequence[Units]) -> dict[str, int]:
     """Let no target have fewer pruned units than before; those with most new ones make up for it, in whole steps."""
     surplus = sum(max(0, pruned[name] - count) for name, count in due.items())
     if not surplus:
