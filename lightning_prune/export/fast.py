@@ -1,7 +1,6 @@
 """Fast models: the layers of a pruned model in the form that is fastest on this machine, found by measuring."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from lightning_prune.models.preserving import eager, evaluating
 from lightning_prune.models.summary import shape_text, table
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.values import shown
+from lightning_prune.validation.warning import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Linear | nn.Conv2d
@@ -106,10 +106,9 @@ def to_fast(model: Model, example_inputs: Inputs = None) -> Model:
     fast, found = fastest(model, example_inputs)
     print(found)
     if all(row.form == DENSE for row in found.layers):
-        warnings.warn(
+        warn(
             "to_fast leaves the model dense: no layer is faster in another form for these inputs. SharedFanIn() with "
-            "80 % zeros or more makes layers that are",
-            stacklevel=2,
+            "80 % zeros or more makes layers that are"
         )
     return fast
 

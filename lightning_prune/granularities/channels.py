@@ -1,6 +1,5 @@
 """Channels, input channels and attention heads as units."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,6 +15,7 @@ from lightning_prune.units.finding import coupled_units
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import flag, settle
+from lightning_prune.validation.warning import warn
 
 FLOOR = 0.1  # of a layer's units, by default; as in PruningBench (Li et al., 2024, arXiv:2406.12315)
 
@@ -84,7 +84,7 @@ class Channel(Granularity):
         except (ImportError, ValueError) as error:
             if self.coupled:
                 raise
-            warnings.warn(f"channels are pruned without what depends on them: {error}", stacklevel=2)
+            warn(f"channels are pruned without what depends on them: {error}")
             return super().find_units(found, model, inputs, distributed)
 
 

@@ -1,6 +1,5 @@
 """Observing over data: what a criterion needs of a model, from the batches of a loader instead of a training run."""
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import length_hint
@@ -20,6 +19,7 @@ from lightning_prune.updates.statistics import Observation
 from lightning_prune.validation.instances import batches as iterable
 from lightning_prune.validation.instances import flag, function, text
 from lightning_prune.validation.values import optional, shown
+from lightning_prune.validation.warning import warn
 
 
 def observed_units(
@@ -100,10 +100,7 @@ def batches_of(criterion: Criterion, data: Iterable[Any] | None, model: nn.Modul
     given = 0 if data is None else length_hint(data)
     if window is not None and field is not None and field.default == window < given:
         name = type(criterion).__name__
-        warnings.warn(
-            f"{name} takes {window} of the {given} batches of data: say {name}(window={given}) for all of them",
-            stacklevel=3,
-        )
+        warn(f"{name} takes {window} of the {given} batches of data: say {name}(window={given}) for all of them")
     return take(data, window, model)
 
 

@@ -1,7 +1,6 @@
 """Pruning without a Trainer: one call, with statistics from a data loader where the criterion needs any."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
@@ -35,6 +34,7 @@ from lightning_prune.updates.statistics import scorable
 from lightning_prune.updates.target_sparsity import MOST_ROUNDS, Sparsity, SparsityTarget
 from lightning_prune.validation.arguments import explain_renamed, integer
 from lightning_prune.validation.instances import instance
+from lightning_prune.validation.warning import warn
 
 _log = logging.getLogger("lightning.pytorch.lightning_prune")  # as callbacks do
 
@@ -167,7 +167,7 @@ def prune(
     if recalibrate and data is not None:
         recalibrate_norms(model, data, recalibrate)
     if few := Decision(masks, keep).scarce(units):
-        warnings.warn(told("prune", few), stacklevel=2)
+        warn(told("prune", few))
     return masks
 
 
@@ -187,7 +187,7 @@ def _without_outputs(units: Sequence[Units], model: nn.Module, granularity: Gran
     if not found:
         raise ValueError(f"targets must name {list(outputs)[:5]} to prune the outputs of the model, got none")
     if not known:
-        warnings.warn(f"prune: {UNKNOWN}", stacklevel=3)
+        warn(f"prune: {UNKNOWN}")
     return found
 
 
@@ -203,7 +203,7 @@ def _scorable(
     found, unscored = scorable(units, criterion)
     if unscored:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(unscored.items())[:5])
-        warnings.warn(f"prune leaves out what {type(criterion).__name__} cannot score: {reasons}", stacklevel=3)
+        warn(f"prune leaves out what {type(criterion).__name__} cannot score: {reasons}")
     return found
 
 

@@ -1,6 +1,5 @@
 """SparseGPT: prunes a trained model layer by layer, and updates the remaining weights to compensate."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from lightning_prune.validation.arguments import explain_renamed, integer, numbe
 from lightning_prune.validation.arguments import fractions as fractions_in
 from lightning_prune.validation.instances import batches, instance, text
 from lightning_prune.validation.values import optional
+from lightning_prune.validation.warning import warn
 
 
 @explain_renamed
@@ -104,7 +104,7 @@ def sparsegpt(
                 masks[target.name] = _prune(target, moments.pop(target.name), choice, damping)
     left = {target.name: count(masks[target.name]) for target in found}
     if few := {t.name: left[t.name] for t in found if left[t.name] <= 1 < t.parameter.numel()}:
-        warnings.warn(told("sparsegpt", few), stacklevel=2)
+        warn(told("sparsegpt", few))
     return masks
 
 

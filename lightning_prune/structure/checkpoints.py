@@ -1,7 +1,6 @@
 """Checkpoints of shrunk models: they carry the cut record, by which a model of the original class is cut to fit."""
 
 import sys
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,6 +20,7 @@ from lightning_prune.structure.surgery import cut
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.values import shown
+from lightning_prune.validation.warning import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -177,10 +177,9 @@ def _save(model: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = kept.state_dict()
     name = checkpoint.get(model.CHECKPOINT_HYPER_PARAMS_NAME)
     if name not in (None, "kwargs"):
-        warnings.warn(
+        warn(
             f"load this checkpoint of a shrunk model with load_shrunk({type(model).__name__}(...), path): "
-            f"load_from_checkpoint cannot, since all hyperparameters are in one argument, {name!r}",
-            stacklevel=2,
+            f"load_from_checkpoint cannot, since all hyperparameters are in one argument, {name!r}"
         )
         return
     saved = dict(checkpoint.get(model.CHECKPOINT_HYPER_PARAMS_KEY, {}))

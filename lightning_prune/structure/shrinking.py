@@ -1,7 +1,6 @@
 """Shrinking: removes dead channels and heads from a model, once a check shows that its outputs stay the same."""
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -29,6 +28,7 @@ from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import by_name, flag, instance, sequence_of
+from lightning_prune.validation.warning import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -239,10 +239,9 @@ def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision],
             remaining[name] = f"{count} of {len(weight)}: {reason}"
     if remaining:
         listed = "; ".join(f"{name} ({reason})" for name, reason in remaining.items())
-        warnings.warn(f"these channels are zero and stay in the model: {listed}", stacklevel=3)
+        warn(f"these channels are zero and stay in the model: {listed}")
     elif not done and not otherwise:
-        warnings.warn(
+        warn(
             "nothing was removed: no channel is all zero; prune with Channel(), Head(), Layer() or ResidualChannel() "
-            "first",
-            stacklevel=3,
+            "first"
         )

@@ -1,7 +1,6 @@
 """Surgery: cuts units out of the parameters and buffers of a model, and updates the sizes that its layers state."""
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
 from lightning_prune.structure.depth import remove_blocks
 from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
+from lightning_prune.validation.warning import warn
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
 
@@ -111,10 +111,9 @@ def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor
             continue
         fits = value.ndim == parameter.ndim
         if not fits or any(a not in (b, 1) for a, b in zip(value.shape, parameter.shape, strict=True)):
-            warnings.warn(
+            warn(
                 f"{type(optimizer).__name__} loses its state of a parameter that was cut: {key!r} must have the shape "
-                f"of the parameter, {tuple(parameter.shape)}, or 1 along some dimensions, got {tuple(value.shape)}",
-                stacklevel=4,
+                f"of the parameter, {tuple(parameter.shape)}, or 1 along some dimensions, got {tuple(value.shape)}"
             )
             optimizer.state.pop(parameter)
             return
