@@ -37,12 +37,14 @@ def measure(task: Task, setting: str) -> Row:
     model, (zeros, _), began = copy.deepcopy(task.model), SETTINGS[setting], time.perf_counter()
     targets, path = [f"{task.blocks}.*"], Path(tempfile.gettempdir(), f"evolve {setting}.json")
     windows = batches([window for batch in task.data for window in batch], 1)
+    resumed = path.exists()  # then the seconds are those since
     search = {"generations": GENERATIONS[setting], **SEARCH}
     scope = Evolve(**search, path=path)
     masks = prune(model, zeros, criterion=Wanda(), scope=scope, targets=targets, data=windows, sequential=task.blocks)
     found = {"sparsity": round(sparsity(model, targets=targets), 6), "seconds": round(time.perf_counter() - began, 1)}
     levels = {name: round(level, 4) for name, level in masks.sparsities().items()}
     row = {"model": task.name, "setting": setting, "method": "Wanda, Evolve", "score": round(task.score(model), 4)}
+    found["resumed"] = resumed
     return {**row, **found, "search": search, "trials": len(json.loads(path.read_text())["scores"]), "levels": levels}
 
 
