@@ -57,7 +57,7 @@ class ChannelFlow:
     def detects(self) -> bool:
         """Whether the outputs look like those of a detector: of many layers, or a dict for each sample."""
         leaves = [step.leaf for step in self.steps]
-        hits = touched(self.outputs, leaves) if self.outputs else []
+        hits = touched(self.outputs, leaves) if self.outputs and leaves else []
         return self._listed or sum(hit is not None for hit in hits) > FEW
 
     def graph(self, order: Mapping[str, int]) -> Graph:
