@@ -126,7 +126,7 @@ def test_it_is_never_worse_than_where_it_began(seed: int) -> None:
         {"targets": ["layers.*"], "ignore": ["*.down.*"]},
         {"loss": lambda model, batch: model(batch).square().mean()},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_it_goes_with_all_that_prune_takes_and_counts_are_exact(axes: dict[str, Any]) -> None:
     model, masks = pruned(Evolve(**SMALL), **axes)
