@@ -77,6 +77,8 @@ from lightning_prune.training.presets import (
 )
 from lightning_prune.training.pruning import Pruning
 from lightning_prune.units.units import Units
+from lightning_prune.updates.latency import LatencyTable
+from lightning_prune.updates.latency_measuring import measure_latency
 
 keep_former_paths()
 del keep_former_paths
@@ -113,6 +115,7 @@ __all__ = [
     "Head",
     "History",
     "InputChannel",
+    "LatencyTable",
     "Layer",
     "LotteryTicket",
     "Magnitude",
@@ -147,6 +150,7 @@ __all__ = [
     "load_compressed",
     "load_fast",
     "load_shrunk",
+    "measure_latency",
     "plot_history",
     "plot_masks",
     "plot_schedule",
