@@ -100,7 +100,8 @@ def prune(
             the data, block by block with ``sequential``, otherwise through the whole model. No block's error on these
             data is larger afterwards. How many steps it takes is up to ``Reconstruction(steps=...)``.
         example_inputs: For FLOPs and latency, and for channels and heads that are coupled: a tensor, a tuple of
-            arguments or a dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
+            arguments or a dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``,
+            if it has one.
         recalibrate: From how many batches of ``data`` the statistics of batch norms are measured again afterwards.
         distributed: Whether all ranks call it, each with as many batches of its own, for the masks of all batches.
 
