@@ -63,6 +63,7 @@ from lightning_prune.reporting.plots import plot_history, plot_masks, plot_sched
 from lightning_prune.reporting.run_report import PruningReport
 from lightning_prune.scopes import OWL
 from lightning_prune.scopes.erdos_renyi import ERK
+from lightning_prune.scopes.knapsack import Knapsack
 from lightning_prune.structure.checkpoints import load_shrunk, save_shrunk
 from lightning_prune.structure.shrinking import shrink
 from lightning_prune.training.constant import ConstantSparsity
@@ -115,6 +116,7 @@ __all__ = [
     "Head",
     "History",
     "InputChannel",
+    "Knapsack",
     "LatencyTable",
     "Layer",
     "LotteryTicket",

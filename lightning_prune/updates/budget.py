@@ -12,6 +12,7 @@ from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.scopes import Scope
+from lightning_prune.scopes.knapsack import Knapsack
 from lightning_prune.tensors.distributed import over_ranks
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
@@ -91,9 +92,14 @@ class Budget:
         """
         total, pruned = sum(scores.sizes.values()), scores.pruned()
 
+        def stays(name: str, count: int) -> int:
+            most = scores.sizes[name] - pruned[name]
+            return min(round_keep(self._units[name], max(count, self._floor[name])), most)
+
+        share_out = scope.priced(scores, stays, self.left) if isinstance(scope, Knapsack) else scope
+
         def at(count: int) -> dict[str, int]:
-            wanted = {name: max(int(k), self._floor[name]) for name, k in scope(scores, count / total).items()}
-            return {n: min(round_keep(self._units[n], k), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
+            return {name: stays(name, int(k)) for name, k in share_out(scores, count / total).items()}
 
         low, high = 0, total  # the search is for the first count that is enough
         while low < high:
