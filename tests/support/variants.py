@@ -25,6 +25,7 @@ from lightning_prune import (
     Granularity,
     GraSP,
     Head,
+    Knapsack,
     LotteryTicket,
     Magnitude,
     Movement,
