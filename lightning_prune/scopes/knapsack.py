@@ -19,9 +19,10 @@ class Knapsack:
     """A scope: units go where the least importance is lost for each FLOP, parameter or millisecond that goes with them.
 
     The importance of a unit is its score over the sum of those of its target. Step by step, of all targets that one
-    loses units whose next ones are the cheapest in this sense; what they cost follows from ``of`` and from what is left
-    of the other targets. It is a greedy answer to the knapsack that SPDY solves with measured losses in the place of
-    scores. Where all units cost the same (``of="units"``) it ranks them by importance.
+    loses units whose next ones are the cheapest: what counts is the fraction of the importance that is still there, so
+    that no target is emptied, for what they cost, which follows from ``of`` and from what is left of other targets.
+    It is a greedy answer to the knapsack that SPDY solves with measured losses in the place of scores. Where all units
+    cost the same (``of="units"``) it ranks them by importance.
 
     Args:
         steps: How many steps there are from all units of a target to none.
@@ -73,7 +74,8 @@ class Knapsack:
         for name, size in scores.sizes.items():
             counts = {stays(name, round(size * part / self.steps)) for part in range(self.steps)}
             options[name] = sorted(counts - {size})
-            lost[name] = [0.0, *_importance(scores.raw(name)).flatten().sort().values.cumsum(0).tolist()]
+            left_over = 1.0 - _importance(scores.raw(name)).flatten().sort().values.cumsum(0)
+            lost[name] = [0.0, *left_over.clamp(min=1e-12).log().neg().tolist()]  # the logarithm: of what is there
         keep, taken, waiting = dict(scores.sizes), list[tuple[str, int]](), list[tuple[float, str]]()
 
         def price(name: str) -> float:
