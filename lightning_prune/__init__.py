@@ -63,6 +63,7 @@ from lightning_prune.reporting.plots import plot_history, plot_masks, plot_sched
 from lightning_prune.reporting.run_report import PruningReport
 from lightning_prune.scopes import OWL, Evolve
 from lightning_prune.scopes.erdos_renyi import ERK
+from lightning_prune.scopes.knapsack import Knapsack
 from lightning_prune.structure.checkpoints import load_shrunk, save_shrunk
 from lightning_prune.structure.shrinking import shrink
 from lightning_prune.training.constant import ConstantSparsity
@@ -77,6 +78,8 @@ from lightning_prune.training.presets import (
 )
 from lightning_prune.training.pruning import Pruning
 from lightning_prune.units.units import Units
+from lightning_prune.updates.latency import LatencyTable
+from lightning_prune.updates.latency_measuring import measure_latency
 
 keep_former_paths()
 del keep_former_paths
@@ -114,6 +117,8 @@ __all__ = [
     "Head",
     "History",
     "InputChannel",
+    "Knapsack",
+    "LatencyTable",
     "Layer",
     "LotteryTicket",
     "Magnitude",
@@ -148,6 +153,7 @@ __all__ = [
     "load_compressed",
     "load_fast",
     "load_shrunk",
+    "measure_latency",
     "plot_history",
     "plot_masks",
     "plot_schedule",

@@ -9,8 +9,12 @@ from lightning_prune.granularities.residual import ResidualChannel
 from lightning_prune.validation.instances import instance
 
 
-def shrinkable(granularity: Granularity) -> Channel | Head | Layer | ResidualChannel:
+def shrinkable(granularity: Granularity, where: str = "shrink_at_end=True") -> Channel | Head | Layer | ResidualChannel:
     """Return a granularity whose units can be taken out of a model: channels are coupled.
+
+    Args:
+        granularity: The granularity.
+        where: Why it has to be one, for the message.
 
     Raises:
         ValueError: If its units are no channels, heads or layers, or channels that must not be coupled.
@@ -22,6 +26,6 @@ def shrinkable(granularity: Granularity) -> Channel | Head | Layer | ResidualCha
     if not isinstance(granularity, Channel | Head | Layer | ResidualChannel) or granularity.coupled is False:
         raise ValueError(
             f"granularity must be Channel(), Head(), Layer() or ResidualChannel() to shrink the model, got "
-            f"{granularity} with shrink_at_end=True"
+            f"{granularity} with {where}"
         )
     return replace(granularity, coupled=True) if isinstance(granularity, Channel) else granularity

@@ -28,6 +28,7 @@ from lightning_prune.tensors.distributed import local
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Measure
 from lightning_prune.updates.decision import Allocate, Decision, check_channels, decide
+from lightning_prune.updates.latency import LatencyTable
 from lightning_prune.updates.output_neurons import UNKNOWN, without_outputs
 from lightning_prune.updates.remaining import told
 from lightning_prune.updates.statistics import scorable
@@ -51,7 +52,7 @@ def prune(
     ignore: Sequence[str] = (),
     threshold: float | None = None,
     min_density: float | None = None,
-    of: Measure = "units",
+    of: Measure | LatencyTable = "units",
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     rounds: int = 1,
@@ -78,8 +79,9 @@ def prune(
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
             None is 0 for single weights and blocks; for channels and heads it is 0.1, but at most half of what the
             sparsity leaves, and gives way where there is no room for it.
-        of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
-            model, where those count as gone that go with the pruned units. At least so many go.
+        of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters", "flops" or "latency" of
+            the model, where those count as gone that go with the pruned units. At least so many go. The latency of
+            ``example_inputs`` is measured, or that of a ``LatencyTable``, which ``measure_latency`` makes.
         data: Batches for a criterion that observes: as many as its ``window`` says are taken, all if that is None. A
             warning says so where a default leaves some out. Keyword arguments, as tokenizers return them, are fine.
         loss: ``loss(model, batch)`` for a criterion that needs gradients. Without it a batch is (inputs, targets):
@@ -99,8 +101,9 @@ def prune(
         reconstruct: Whether the weights that are left, biases and norms are fitted to the outputs of the dense model on
             the data, block by block with ``sequential``, otherwise through the whole model. No block's error on these
             data is larger afterwards. How many steps it takes is up to ``Reconstruction(steps=...)``.
-        example_inputs: For FLOPs, and for channels and heads that are coupled: a tensor, a tuple of arguments or a
-            dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``, if it has one.
+        example_inputs: For FLOPs and latency, and for channels and heads that are coupled: a tensor, a tuple of
+            arguments or a dict of keyword arguments. None takes the ``example_input_array`` of a ``LightningModule``,
+            if it has one.
         recalibrate: From how many batches of ``data`` the statistics of batch norms are measured again afterwards.
         distributed: Whether all ranks call it, each with as many batches of its own, for the masks of all batches.
 

@@ -1,7 +1,7 @@
 """Distributed tensors: the local shard of a parameter, whether it is a plain tensor or a DTensor, and collectives."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 Operation = Literal["sum", "min", "max"]
+Made = TypeVar("Made")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -115,6 +116,20 @@ def over_ranks(values: Tensor, operation: Operation = "sum") -> Tensor:
         total = total.to(accelerator)  # NCCL and the like do not reduce CPU tensors
     torch.distributed.all_reduce(total, getattr(torch.distributed.ReduceOp, operation.upper()))
     return total.to(values.device)
+
+
+def from_first_rank(make: Callable[[], Made]) -> Made:
+    """Return what the first rank makes, on all ranks; a collective. An error is raised on all of them."""
+    found: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            found[0] = make()
+        except Exception as error:  # the others wait
+            found[1] = error
+    torch.distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return cast(Made, found[0])
 
 
 def average_gradients(model: torch.nn.Module) -> None:

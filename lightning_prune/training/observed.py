@@ -17,6 +17,7 @@ from lightning_prune.training.gradient_readers import gradient_scale, may_repair
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.scheduled_state import ScheduledState
 from lightning_prune.training.state import RunState
+from lightning_prune.updates.latency_measuring import latency_table
 from lightning_prune.updates.statistics import Observation, scorable
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.instances import instance
@@ -101,7 +102,8 @@ class ObservedTraining(MaskedTraining):
         if parameters == state.parameters:  # so the targets are those of the last time
             return
         found = self.sparsity_target.find(pl_module, self.targets, self.ignore, later=True)
-        state.waits = (self.granularity.coupled is True or self.of == "flops") and state.inputs is None
+        needed = self.granularity.coupled is True or self.of not in ("units", "parameters")
+        state.waits = needed and state.inputs is None
         if state.waits:
             return
         if [id(target.parameter) for target in found] != [id(target.parameter) for target in state.targets]:
@@ -131,11 +133,13 @@ class ObservedTraining(MaskedTraining):
 
 
 def _count_budget(callback: ObservedTraining, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Count what the sparsity is a fraction of."""
+    """Count what the sparsity is a fraction of; the time of layers is measured once, and kept with the run."""
     state, count = callback.state, callback.sparsity_target.budget
     distributed = trainer.world_size > 1
+    if callback.of == "latency" and state.latency is None and state.units:
+        state.latency = latency_table(state.units, callback.granularity, pl_module, state.inputs, distributed)
     given = (callback.granularity, state.units, pl_module, state.inputs, distributed)
-    state.budget = count(*given) if state.units else None
+    state.budget = count(*given, table=state.latency) if state.units else None
 
 
 def leave_out_unseen(callback: ObservedTraining, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,7 @@ from lightning_prune.training.run_length import warn_if_few_updates
 from lightning_prune.training.scheduled import ScheduledTraining
 from lightning_prune.training.sparsity_log import log_info
 from lightning_prune.updates.budget import Measure
+from lightning_prune.updates.latency import LatencyTable
 from lightning_prune.updates.target_sparsity import SparsityTarget
 from lightning_prune.validation.arguments import number, position
 from lightning_prune.validation.instances import flag
@@ -55,9 +56,11 @@ class Pruning(ScheduledTraining):
         min_density: Fraction of every target, rounded down, and one unit, that a scope keeps at least: no layer goes.
             None is 0 for single weights and blocks; for channels and heads it is 0.1, but at most half of what the
             sparsity leaves, and gives way where there is no room for it.
-        of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters" or "flops" of the
-            model, where those count as gone that go with the pruned units. At least so many go. FLOPs are those of a
-            forward pass on ``example_input_array`` or, without it, the first training batch.
+        of: What the sparsity is a fraction of: the "units" of the targets, or all "parameters", "flops" or "latency" of
+            the model, where those count as gone that go with the pruned units. At least so many go. FLOPs and latency
+            are those of a forward pass on ``example_input_array`` or, without it, the first training batch. The latency
+            is measured when training starts, on a model on the CPU, and kept in checkpoints; a ``LatencyTable`` that
+            ``measure_latency`` has made says it for any device.
         shrink_at_end: Whether to take dead channels and heads out of the model when the training ends, as ``shrink``
             does in place, and log what is cut; channels are then coupled. Earlier checkpoints have the full model with
             zeros. ``sparsity_now`` stays what was reached, of the targets as they were, until another fit counts again.
@@ -93,7 +96,7 @@ class Pruning(ScheduledTraining):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:

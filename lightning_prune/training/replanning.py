@@ -12,6 +12,7 @@ ARGUMENTS = (
     *("start", "end", "interval", "frequency"),
 )
 _OBSERVED_BY = ("criterion", "granularity")
+_TIMED_BY = ("granularity", "of")
 _WINDOW_BY = ("start", "end", "interval")
 
 
@@ -31,6 +32,7 @@ def replan(owner: object, state: ScheduledState, changed: Mapping[str, str]) -> 
     state.observed = None if drops else state.observed
     state.window = None if not changed.keys().isdisjoint(_WINDOW_BY) else state.window
     state.applied = -1 if "interval" in changed else state.applied
+    state.latency = None if not changed.keys().isdisjoint(_TIMED_BY) else state.latency
     state.replanned = not changed.keys() <= {*_OBSERVED_BY, "scope"}
 
 

@@ -5,6 +5,8 @@ import math
 from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
+from lightning_prune.updates.latency import LatencyTable
+
 _PACKAGE = __name__.partition(".")[0]
 _PLAIN = (bool, int, float, str, NoneType)
 # arguments whose default depends on the granularity, and what they are for single weights
@@ -107,6 +109,8 @@ def value_text(value: Any) -> str:
         return str(value.__name__)
     if kind.__module__.startswith("pathlib"):
         return repr(str(value))
+    if kind is LatencyTable:
+        return repr(value)  # which is short
     return call_text(value) if _is_ours(value) else f"{kind.__name__}(...)"
 
 

@@ -15,6 +15,7 @@ from lightning_prune.models.parameters import Target
 from lightning_prune.training.state import TRANSIENT, RunState, saved
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Budget
+from lightning_prune.updates.latency import TABLE, LatencyTable
 from lightning_prune.updates.output_neurons import without_outputs
 from lightning_prune.updates.statistics import Observation, always, scorable
 from lightning_prune.validation.states import IN_ORDER, TENSOR, TEXT, every, items, optional, record, row, table, whole
@@ -43,6 +44,7 @@ class ScheduledState(RunState):
         window: First and last position, resolved once: a longer resumed run must not move them.
         unseen: Names of targets that were left out since the criterion saw nothing of them.
         observed: Restored statistics, until there are units for them.
+        latency: What the layers took when it was measured, of a sparsity that is a fraction of that.
         updates: The planned updates, as (position, amount).
         replanned: Whether a resumed run has other arguments than it had, and so another plan.
         outputs_too: Whether neurons that are outputs of the model are pruned like others, as in earlier versions.
@@ -72,6 +74,15 @@ class ScheduledState(RunState):
     )
     observed: dict[str, Any] | None = field(
         default=None, metadata=saved(_STATISTICS, save=_observed, copied=_observed_alone)
+    )
+    latency: LatencyTable | None = field(
+        default=None,
+        metadata=saved(
+            optional(TABLE),
+            save=lambda state: state.latency and state.latency.to_dict(),
+            load=lambda values: values and LatencyTable.from_dict(values),
+            absent=None,
+        ),
     )
     updates: list[tuple[int, float]] = field(default_factory=list)
     replanned: bool = field(default=False, metadata=TRANSIENT)

@@ -1,6 +1,7 @@
 """Budget: what a model costs once so many units of each target are left, and how many may stay to meet a goal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,12 +12,16 @@ from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.forward import Inputs, fitting
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.scopes import Scope
+from lightning_prune.scopes.knapsack import Knapsack
 from lightning_prune.tensors.distributed import over_ranks
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import round_keep
+from lightning_prune.updates.latency import LatencyTable
+from lightning_prune.updates.parts import Parts, Shares, parts_left
 
-Measure = Literal["units", "parameters", "flops"]
+Measure = Literal["units", "parameters", "flops", "latency"]
+Cost = Callable[[Parts], float]  # from what is left of a model to the fraction of its cost that is left, 0 to 1
 
 
 class Budget:
@@ -24,7 +29,7 @@ class Budget:
 
     Args:
         units: The targets.
-        costs: What each part of the model costs as it is, by name.
+        cost: Which fraction of the cost is left of a smaller model; the less there is of it, the less.
         shares: By name of a target: the share, 0 to 1, that one unit has of a dimension of a part.
         floor: The fraction of every target, rounded down, that stays at least.
 
@@ -33,37 +38,46 @@ class Budget:
     >>> from lightning_prune.units.finding import make_units
     >>> layer = nn.Linear(4, 2)
     >>> units = make_units(find(layer), layer, Channel())
-    >>> Budget(units, {"weight": 8.0, "bias": 2.0}, {"weight": units[0].shares}).left({"weight": 1})
+    >>> cost = partial(summed, {"weight": 8.0, "bias": 2.0})
+    >>> Budget(units, cost, {"weight": units[0].shares}).left({"weight": 1})
     0.5
     """
 
-    def __init__(
-        self,
-        units: Sequence[Units],
-        costs: Mapping[str, float],
-        shares: Mapping[str, Mapping[tuple[str, int], float]],
-        floor: float = 0.0,
-    ) -> None:
+    def __init__(self, units: Sequence[Units], cost: Cost, shares: Shares, floor: float = 0.0) -> None:
         self._units = {unit.name: unit for unit in units}
-        self._costs = dict(costs)
+        self._cost = cost
         self._shares = shares
-        self._total = sum(costs.values())
         self._floor = {unit.name: max(1, int(floor * unit.size)) if floor else 0 for unit in units}
 
     def left(self, keep: Mapping[str, int]) -> float:
         """Return the fraction of the cost, 0 to 1, that is left when so many units of each target stay."""
-        parts: dict[tuple[str, int], float] = {}
-        for name, unit in self._units.items():
-            for place, share in self._shares[name].items():
-                parts[place] = parts.get(place, 1.0) - share * (unit.size - keep[name])
-        left = dict(self._costs)
-        for (name, _), part in parts.items():
-            left[name] = left.get(name, 0.0) * part
-        return sum(left.values()) / self._total
+        return self._cost(parts_left(self._units, self._shares, keep))
 
-    def with_floor(self, floor: float) -> "Budget":
-        """Return the same cost, of which this fraction of every target stays at least."""
-        return Budget(list(self._units.values()), self._costs, self._shares, floor)
+    def reaching(
+        self, sparsity: float, floor: float, min_density: float | None, what: str, granularity: object
+    ) -> "Budget":
+        """Return the same cost with a floor, which gives way to the sparsity unless it is one that the user wants.
+
+        Args:
+            sparsity: The fraction of the cost that has to go.
+            floor: The fraction of every target that stays at least.
+            min_density: The floor that the user wants, if any.
+            what: What the cost is counted in.
+            granularity: What the units are of.
+
+        Raises:
+            ValueError: If the units cannot reach it.
+        """
+        budget = Budget(list(self._units.values()), self._cost, self._shares, floor) if floor else self
+        if budget.max_sparsity < sparsity - 1e-9 and min_density is None:
+            budget = self
+        if budget.max_sparsity < sparsity - 1e-9:
+            raise ValueError(
+                f"sparsity must be at most {budget.max_sparsity:.4f} of the {what}, since {granularity} leaves some "
+                f"units in each target and others are not targets, got {sparsity}"
+                f"{f' with min_density={min_density}' if min_density else ''}"
+            )
+        return budget
 
     @property
     def max_sparsity(self) -> float:
@@ -78,9 +92,14 @@ class Budget:
         """
         total, pruned = sum(scores.sizes.values()), scores.pruned()
 
+        def stays(name: str, count: int) -> int:
+            most = scores.sizes[name] - pruned[name]
+            return min(round_keep(self._units[name], max(count, self._floor[name])), most)
+
+        share_out = scope.priced(scores, stays, self.left) if isinstance(scope, Knapsack) else scope
+
         def at(count: int) -> dict[str, int]:
-            wanted = {name: max(int(k), self._floor[name]) for name, k in scope(scores, count / total).items()}
-            return {n: min(round_keep(self._units[n], k), scores.sizes[n] - pruned[n]) for n, k in wanted.items()}
+            return {name: stays(name, int(k)) for name, k in share_out(scores, count / total).items()}
 
         low, high = 0, total  # the search is for the first count that is enough
         while low < high:
@@ -94,27 +113,46 @@ class Budget:
         return found
 
 
+def summed(costs: Mapping[str, float], parts: Parts) -> float:
+    """Return the fraction that is left of costs by name, each in proportion to what is left of its dimensions.
+
+    >>> summed({"weight": 8.0, "bias": 2.0}, {("weight", 0): 0.5, ("weight", 1): 0.5})
+    0.4
+    """
+    left = dict(costs)
+    for (name, _), part in parts.items():
+        left[name] = left.get(name, 0.0) * part
+    return sum(left.values()) / sum(costs.values())
+
+
 def make_budget(
-    measure: Measure, units: Sequence[Units], model: nn.Module, inputs: Inputs, distributed: bool = False
+    measure: Measure | LatencyTable,
+    units: Sequence[Units],
+    model: nn.Module,
+    inputs: Inputs,
+    distributed: bool = False,
 ) -> Budget:
-    """Return the budget of a model, in units, parameters or FLOPs.
+    """Return the budget of a model, in units, parameters, FLOPs or time.
 
     Args:
-        measure: What counts.
+        measure: What counts; a time by its table.
         units: The targets.
         model: Their model; it is left as it is.
         inputs: Example inputs, for FLOPs.
         distributed: Whether other ranks count the same model, perhaps with other inputs.
 
     Raises:
-        ValueError: If FLOPs are to be counted without example inputs, or there are none.
+        ValueError: If FLOPs are to be counted without example inputs, there are none, or a table is of another model.
     """
     if measure == "units":
         alone = {unit.name: {(unit.name, 0): 1.0 / unit.size} for unit in units}
-        return Budget(units, {unit.name: float(unit.size) for unit in units}, alone)
+        return Budget(units, partial(summed, {unit.name: float(unit.size) for unit in units}), alone)
     parameters, shares = named_parameters(model), {unit.name: unit.shares for unit in units}
     if measure == "parameters":
-        return Budget(units, {name: float(parameter.numel()) for name, parameter in parameters.items()}, shares)
+        return Budget(units, partial(summed, {name: float(p.numel()) for name, p in parameters.items()}), shares)
+    if isinstance(measure, LatencyTable):
+        measure.check(units, {name: parameter.shape for name, parameter in parameters.items()})
+        return Budget(units, measure.left, shares)
     if inputs is None:
         raise ValueError('of="flops" needs example inputs: example_input_array, or example_inputs of prune()')
     counted = dense_flops(hookless_copy(model), fitting(inputs, model))
@@ -123,4 +161,4 @@ def make_budget(
     found = over_ranks(flops) if distributed else flops
     if not found.sum():
         raise ValueError('of="flops" needs a model with products of matrices or convolutions, got none')
-    return Budget(units, dict(zip(names, found.tolist(), strict=True)), shares)
+    return Budget(units, partial(summed, dict(zip(names, found.tolist(), strict=True))), shares)

@@ -17,6 +17,8 @@ from lightning_prune.scopes import Scope
 from lightning_prune.tensors.selection import Scores
 from lightning_prune.units.units import Units
 from lightning_prune.updates.budget import Budget, Measure, make_budget
+from lightning_prune.updates.latency import LatencyTable, measure_name
+from lightning_prune.updates.latency_measuring import check_measure, latency_table
 from lightning_prune.validation.arguments import choice, fractions, number
 from lightning_prune.validation.instances import instance
 from lightning_prune.validation.values import shown
@@ -35,7 +37,8 @@ class SparsityTarget:
         sparsity: Fraction of zeros among the targets, in [0, 1), or ``{pattern: fraction}`` per layer.
         threshold: Instead of a sparsity: every unit that scores below it is pruned.
         min_density: Fraction of every target that is kept at least; None is that of the granularity.
-        of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model.
+        of: What the sparsity is a fraction of: the "units" of the targets, all "parameters" or "flops" of the model,
+            its "latency", or the latency that a table says.
         default_density: What None means: less is kept where there is no room.
 
     Raises:
@@ -49,7 +52,7 @@ class SparsityTarget:
     sparsity: Sparsity | None = None
     threshold: float | None = None
     min_density: float | None = None
-    of: Measure = "units"
+    of: Measure | LatencyTable = "units"
     default_density: float = 0.0
     floor: float = field(init=False, repr=False)  # the fraction of every target that is kept at least
 
@@ -67,7 +70,8 @@ class SparsityTarget:
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check(given))
         object.__setattr__(self, "floor", self.default_density if self.min_density is None else self.min_density)
-        choice("of", self.of, ("units", "parameters", "flops"))
+        if not isinstance(self.of, LatencyTable):
+            choice("of", self.of, ("units", "parameters", "flops", "latency"))
         if self.min_density and not self.is_single:
             raise ValueError(
                 f"min_density must go with one sparsity for all targets, got min_density={self.min_density}"
@@ -110,8 +114,8 @@ class SparsityTarget:
             raise ValueError(
                 f"threshold must be None for {granularity}, which compares within groups, got {self.threshold}"
             )
-        if self.of != "units" and not granularity.measures:
-            raise ValueError(f'of must be "units" for {granularity}, got {self.of!r}')
+        if self.of != "units":
+            check_measure(self.of, granularity)
         room = round((1.0 - self.final) / 2, 6) if self.is_single else 0.0
         return replace(self, default_density=min(granularity.default_min_density, room))
 
@@ -163,25 +167,21 @@ class SparsityTarget:
         model: nn.Module,
         inputs: Inputs,
         distributed: bool = False,
+        table: LatencyTable | None = None,
     ) -> Budget | None:
         """Return what it is counted in; None where it is a count of units that a scope can share out exactly.
+
+        Of the latency it is counted in a table, or else in what is measured now.
 
         Raises:
             ValueError: If the units cannot reach it.
         """
         if not self.is_single or (self.of == "units" and granularity.round_to == 1):
             return None
-        free = make_budget(self.of, units, model, inputs, distributed)
-        budget = free.with_floor(self.floor) if self.floor else free
-        if budget.max_sparsity < self.final - 1e-9 and self.min_density is None:
-            budget = free
-        if budget.max_sparsity < self.final - 1e-9:
-            raise ValueError(
-                f"sparsity must be at most {budget.max_sparsity:.4f} of the {self.of}, since {granularity} leaves some "
-                f"units in each target and others are not targets, got {self.sparsity}"
-                f"{f' with min_density={self.min_density}' if self.min_density else ''}"
-            )
-        return budget
+        given = (units, granularity, model, inputs, distributed)
+        measured = latency_table(*given) if table is None and self.of == "latency" else table
+        free = make_budget(self.of if measured is None else measured, units, model, inputs, distributed)
+        return free.reaching(self.final, self.floor, self.min_density, measure_name(self.of), granularity)
 
     def allocate(
         self,
@@ -244,7 +244,7 @@ class SparsityTarget:
         """Return it in words."""
         if self.threshold is not None:
             return f"threshold {self.threshold}"
-        of = "" if self.of == "units" else f" of the {self.of}"
+        of = "" if self.of == "units" else f" of the {measure_name(self.of)}"
         if isinstance(self.sparsity, Mapping):
             return "sparsity " + ", ".join(f"{part} of {pattern!r}" for pattern, part in self.sparsity.items())
         return f"sparsity {self.sparsity}{of}"

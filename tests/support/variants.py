@@ -25,6 +25,7 @@ from lightning_prune import (
     Granularity,
     GraSP,
     Head,
+    Knapsack,
     LotteryTicket,
     Magnitude,
     Movement,
@@ -68,6 +69,7 @@ SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
     "erk",
     "lamp",
     OWL(outliers=1.5, spread=0.2),
+    Knapsack(steps=4),
     {"net.0.*": 0.3, "net.*": 0.7},
     at_least,
 )

@@ -128,7 +128,10 @@ def test_a_goal_out_of_reach_is_refused_before_anything_changes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 0.5, "of": "channels"}, 'of must be "units", "parameters" or "flops", got \'channels\''),
+        (
+            {"sparsity": 0.5, "of": "channels"},
+            'of must be "units", "parameters", "flops" or "latency", got \'channels\'',
+        ),
         ({"threshold": 0.1, "of": "flops"}, 'of must be "units" for a threshold or a sparsity per layer'),
         ({"sparsity": {"*": 0.5}, "of": "flops"}, 'of must be "units" for a threshold or a sparsity per layer'),
         ({"sparsity": 0.5, "granularity": NM(), "of": "flops"}, r'of must be "units" for NM\(n=2, m=4\)'),

@@ -9,6 +9,7 @@ from lightning_prune.granularities import Channel, Granularity
 from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.training.pruning import Pruning
 from lightning_prune.updates.budget import Measure
+from lightning_prune.updates.latency import LatencyTable
 
 
 class RandomPruning(Pruning):
@@ -42,7 +43,7 @@ class RandomPruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
@@ -107,7 +108,7 @@ class EntropyPruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
@@ -169,7 +170,7 @@ class SensitivityPruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:

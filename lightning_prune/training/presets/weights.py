@@ -9,6 +9,7 @@ from lightning_prune.granularities import Granularity, Weight
 from lightning_prune.schedules import Schedule, ScheduleName
 from lightning_prune.training.pruning import Pruning
 from lightning_prune.updates.budget import Measure
+from lightning_prune.updates.latency import LatencyTable
 
 
 class MagnitudePruning(Pruning):
@@ -41,7 +42,7 @@ class MagnitudePruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
@@ -98,7 +99,7 @@ class MovementPruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
@@ -157,7 +158,7 @@ class WandaPruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:
@@ -221,7 +222,7 @@ class SNIPPruning(Pruning):
         threshold: float | None = None,
         log_layers: bool = False,
         min_density: float | None = None,
-        of: Measure = "units",
+        of: Measure | LatencyTable = "units",
         shrink_at_end: bool = False,
         initial: float = 0.0,
     ) -> None:

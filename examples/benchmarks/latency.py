@@ -1,0 +1,180 @@
+"""Ask for half of the time, and measure what it takes: `python examples/benchmarks/latency.py [--accuracy]`.
+
+Networks like ResNet-18 and MobileNet-v2 and a small transformer, with random weights, are pruned with `of="latency"`,
+and with `of="flops"` to the same fraction, shrunk, and timed in turns with the dense model. With `--accuracy`, two
+small networks are trained on 5,000 images of Fashion-MNIST, pruned to equal time by both and by a knapsack, shrunk, and
+fine-tuned.
+Finished runs are not repeated: delete results/latency.jsonl to start over.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from models import Transformer, cnn, mobilenet
+from timing import alternate, machine
+from torch import Tensor, nn
+
+from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, measure_latency, prune, shrink
+
+sys.path.insert(0, str(Path(__file__).parent / "scopes"))
+from networks import DATA, accuracy, fit
+from networks import cnn as small_cnn
+from networks import mobilenet as small_mobilenet
+
+REMOVED = 0.3  # of the time of the small networks; they hardly learn with much less
+RESULTS = Path(__file__).parent / "results" / "latency.jsonl"
+
+
+def images() -> Tensor:
+    return torch.randn(16, 3, 64, 64)
+
+
+def tokens() -> Tensor:
+    return torch.randint(100, (8, 64))
+
+
+def wide_transformer() -> nn.Module:
+    """Return a transformer of which half can go: its feed-forward layers take most of the time."""
+    return Transformer(words=100, width=256)
+
+
+CASES: dict[str, tuple[Any, Any, Any, float]] = {
+    "ResNet-18-like, round_to=16": (cnn, images, Channel(round_to=16), 0.5),
+    "ResNet-18-like, round_to=8": (cnn, images, Channel(round_to=8), 0.5),
+    "MobileNet-like, round_to=8": (mobilenet, images, Channel(round_to=8), 0.5),
+    "MobileNet-like, round_to=16": (mobilenet, images, Channel(round_to=16), 0.5),
+    "transformer, Channel": (wide_transformer, tokens, Channel(round_to=8), 0.3),
+    "transformer, Head": (wide_transformer, tokens, Head(), 0.15),
+    "transformer, Layer": (wide_transformer, tokens, Layer(), 0.45),
+}
+
+
+class Results:
+    """The finished runs, a line of JSON each."""
+
+    def __init__(self, path: Path = RESULTS) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def has(self, **wanted: Any) -> bool:
+        return any(all(row.get(name) == value for name, value in wanted.items()) for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+def ratios(models: dict[str, nn.Module], inputs: Tensor, rounds: int) -> dict[str, float]:
+    """Return the CPU time of each model relative to the first one: the median over rounds."""
+    with torch.inference_mode():
+        runs = {name: lambda model=model: model.eval()(inputs) for name, model in models.items()}
+        seconds = alternate(runs, rounds, clock=time.process_time)
+    dense = next(iter(seconds.values()))
+    return {name: round(median(a / b for a, b in zip(s, dense, strict=True)), 3) for name, s in seconds.items()}
+
+
+def half(results: Results, name: str) -> None:
+    """Prune a network to a fraction of its time, and measure it."""
+    if results.has(kind="time", case=name):
+        return
+    build, example, granularity, sparsity = CASES[name]
+    torch.manual_seed(0)
+    dense, inputs = build().eval(), example()
+    began = time.perf_counter()
+    table = measure_latency(dense, inputs, granularity)
+    took = time.perf_counter() - began
+    models: dict[str, nn.Module] = {"dense": dense}
+    for measure, of in (("latency", table), ("flops", "flops")):
+        model = copy.deepcopy(dense)
+        prune(model, sparsity, granularity=granularity, of=of, example_inputs=inputs)
+        models[measure] = shrink(model, inputs)
+    found = ratios(models, inputs, 31)
+    asked = round(1 - sparsity, 3)
+    shown = {"asked": asked, "latency": found["latency"], "flops": found["flops"]}
+    facts = {"dense_ms": round(table.dense, 2), "measuring_s": round(took, 1), "load": round(os.getloadavg()[0], 1)}
+    results.add(kind="time", case=name, **shown, **facts, cpu=machine()["cpu"])
+
+
+def compare(results: Results, network: str, seed: int) -> None:
+    """Train, prune by latency and by FLOPs to about the same time, fine-tune, and compare accuracies."""
+    if results.has(kind="accuracy", network=network, seed=seed):
+        return
+    data = DATA["Fashion-MNIST"]()
+    torch.manual_seed(seed)
+    dense = {"CNN": small_cnn, "MobileNet": small_mobilenet}[network]()
+    fit(dense, data, data.epochs, seed)
+    example = data.train[0][:64]
+    table = measure_latency(dense.eval(), example, Channel(round_to=4))
+    models, goals = {"dense": dense}, {"latency": REMOVED}
+    models["latency"] = pruned(dense, example, table, REMOVED)
+    models["knapsack"] = pruned(dense, example, table, REMOVED, Knapsack())
+    goals["flops"] = equal_time(dense, example, table)
+    models["flops"] = pruned(dense, example, "flops", goals["flops"])
+    times = ratios(models, example, 51)
+    if shapes(models["flops"]) == shapes(models["latency"]):  # the same share of every layer
+        models["flops"] = models["latency"]
+    for model in {models[name]: None for name in ("latency", "knapsack", "flops")}:
+        fit(model, data, data.fine_tuning, seed)
+    accuracies = {name: accuracy(model, data) for name, model in models.items()}
+    place = {"kind": "accuracy", "network": network, "seed": seed, "load": round(os.getloadavg()[0], 1)}
+    results.add(**place, goals=goals, times=times, accuracies=accuracies)
+
+
+def pruned(dense: nn.Module, example: Tensor, of: Any, sparsity: float, scope: Any = None) -> nn.Module:
+    """Return a smaller copy of a network."""
+    model = copy.deepcopy(dense)
+    prune(model, sparsity, granularity=Channel(round_to=4), of=of, scope=scope, example_inputs=example)
+    return shrink(model, example)
+
+
+def shapes(model: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in model.parameters()]
+
+
+def equal_time(dense: nn.Module, example: Tensor, table: LatencyTable) -> float:
+    """Return the fraction of FLOPs, in steps of 2 %, whose removal saves as much time according to the table."""
+    for percent in range(10, 98, 2):
+        small = pruned(dense, example, "flops", percent / 100)
+        whole = dict(dense.named_parameters())
+        parts = {
+            (name, dim): after / before
+            for name, parameter in small.named_parameters()
+            for dim, (after, before) in enumerate(zip(parameter.shape, whole[name].shape, strict=True))
+        }
+        if table.left(parts) <= 1 - REMOVED:
+            return percent / 100
+    return 0.96
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--accuracy", action="store_true", help="compare accuracies at equal time as well")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    results = Results()
+    for name in options.cases:
+        half(results, name)
+    for network in ("CNN", "MobileNet") if options.accuracy else ():
+        for seed in range(options.seeds):
+            compare(results, network, seed)
+
+
+if __name__ == "__main__":
+    main()

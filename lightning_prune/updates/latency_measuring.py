@@ -1,0 +1,148 @@
+"""Measuring latency: makes the table of what the layers of a model take on this machine."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+from torch import nn
+
+from lightning_prune.granularities import Channel, Granularity
+from lightning_prune.granularities.shrinkable import shrinkable
+from lightning_prune.models.forward import Inputs, call, device_of, fitting, needed_example_of, tensors
+from lightning_prune.models.parameters import find
+from lightning_prune.models.preserving import cacheless, eager
+from lightning_prune.models.summary import shape_text
+from lightning_prune.tensors.distributed import from_first_rank
+from lightning_prune.units.units import Units
+from lightning_prune.updates.latency import LatencyTable, measure_name, values_left
+from lightning_prune.updates.smaller_copies import SmallerCopy, smaller_copy
+from lightning_prune.updates.timed_layers import Clock, Sample, Spot, at_least_zero, fitted, watching
+from lightning_prune.validation.instances import instance
+
+_ALIKE = (0.25, 0.5, 0.75)  # of all units, in the first smaller models
+_RANDOM = 16  # more of them, each of whose targets keeps another part
+_LEAST, _MOST, _SECONDS = 5, 25, 0.1  # rounds of each, and what the dense model may take in all
+
+
+def measure_latency(
+    model: nn.Module, example_inputs: Inputs = None, granularity: Granularity = Channel()
+) -> LatencyTable:
+    """Return what each layer of a model takes on this machine, in eval mode: for ``of=``, to keep and to use again.
+
+    The model and some twenty smaller copies of it, of random widths, run in turns. Every layer is timed while they run,
+    and its time is fitted as a function of how many outputs and inputs it has. The batch size is that of the example
+    inputs, the number of threads the one that torch has now. With one thread, time is CPU time, which other processes
+    hardly disturb. It takes as long as some 300 forward passes.
+
+    Args:
+        model: Any module on the CPU; it is left as it is.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments, with the batch size of use; None
+            takes the ``example_input_array`` of a ``LightningModule``.
+        granularity: What is going to be pruned: ``Channel()``, ``Head()``, ``Layer()`` or ``ResidualChannel()``; its
+            ``round_to`` counts, since odd numbers of channels may be slow.
+
+    Raises:
+        ValueError: If the model is not on the CPU, or its units cannot be found.
+
+    Reference: Frantar and Alistarh, 2022, "SPDY: Accurate Pruning with Speedup Guarantees", arXiv:2201.13096.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> table = measure_latency(model, torch.randn(2, 8))
+    >>> [layer.weight for layer in table.layers], table.runtime, table.inputs
+    (['0.weight', '2.weight'], 'torch', '2 x 8')
+    """
+    instance("model", model, nn.Module)
+    inputs = needed_example_of(model, example_inputs)
+    granularity = shrinkable(granularity, "measure_latency")
+    units, _ = granularity.find_units(find(model), model, inputs)
+    return latency_table(units, granularity, model, inputs)
+
+
+def check_measure(of: str | LatencyTable, granularity: Granularity) -> None:
+    """Reject what a sparsity cannot be a fraction of with these units.
+
+    Raises:
+        ValueError: If they cannot be counted in it, or a table is one of other units.
+    """
+    if not granularity.measures:
+        raise ValueError(f'of must be "units" for {granularity}, got {of!r}')
+    if measure_name(of) == "latency":
+        shrinkable(granularity, f"of={of!r}")  # others make no model smaller
+    if isinstance(of, LatencyTable) and of.granularity != type(granularity).__name__:
+        raise ValueError(f"of must be a latency table for {granularity}, got one for {of.granularity}()")
+
+
+def latency_table(
+    units: Sequence[Units], granularity: Granularity, model: nn.Module, inputs: Inputs, distributed: bool = False
+) -> LatencyTable:
+    """Return the table for units that are known; with several ranks that of the first one, which all must call.
+
+    Raises:
+        ValueError: If there are no example inputs, or the model is not on the CPU.
+    """
+    if inputs is None:
+        raise ValueError('of="latency" needs example inputs: example_input_array, or example_inputs of prune()')
+    if device_of(model).type != "cpu":
+        raise ValueError(
+            f"the model must be on the CPU to be timed, got {device_of(model)}: give of= a LatencyTable that "
+            f"measure_latency(model, ...) has made on the CPU"
+        )
+    measure = partial(_measured, units, granularity, model, fitting(inputs, model))
+    return from_first_rank(measure) if distributed else measure()
+
+
+def _measured(units: Sequence[Units], granularity: Granularity, model: nn.Module, inputs: Inputs) -> LatencyTable:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    dense = smaller_copy(model, units, [1.0] * len(units))
+    samples: dict[Spot, list[Sample]] = {spot: [] for spot in dense.spots.values()}
+    rest, whole = list[Sample](), list[float]()
+    with torch.no_grad(), eager(), torch.random.fork_rng(devices=[]), cacheless(dense.model):
+        with watching(dense.spots, clock) as watch:
+            call(dense.model, inputs)
+        for levels in _designs(len(units)):
+            small = smaller_copy(model, units, levels)
+            with cacheless(small.model):
+                took, alone, inside = _in_turns(dense, small, inputs, clock)
+            whole.append(took)
+            rest.append((small.parts, (alone - sum(inside.values())) / took))
+            for spot, found in samples.items():
+                found.append((small.parts, inside.get(spot.weight, 0.0) / took))
+    ms = 1e3 * median(whole)
+    layers = [fitted(spot, watch.values.get(spot.weight, 0), ms, found) for spot, found in samples.items()]
+    columns = [[1.0, values_left(layers, parts)] for parts, _ in rest]
+    least, by_value = at_least_zero(torch.tensor(columns, dtype=torch.float64), [ms * part for _, part in rest])
+    shapes = ", ".join(shape_text(tensor.shape) for tensor in tensors(inputs))
+    kind, threads = type(granularity).__name__, torch.get_num_threads()
+    return LatencyTable(tuple(layers), (least, by_value), ms, kind, inputs=shapes, threads=threads)
+
+
+def _designs(targets: int) -> Iterator[list[float]]:
+    """Yield what is left of each target in each of the smaller models."""
+    source = random.Random(0)
+    yield from ([level] * targets for level in _ALIKE)
+    yield from ([source.uniform(0.1, 1.0) for _ in range(targets)] for _ in range(_RANDOM))
+
+
+def _in_turns(
+    dense: SmallerCopy, small: SmallerCopy, inputs: Inputs, clock: Clock
+) -> tuple[float, float, dict[str, float]]:
+    """Return the seconds of a model, of a smaller one, and of each spot of the latter by the name of its weight."""
+
+    def timed(model: nn.Module) -> float:
+        began = clock()
+        call(model, inputs)
+        return clock() - began
+
+    timed(small.model)  # what is set up at first is not measured
+    rounds = round(min(_MOST, max(_LEAST, _SECONDS / max(1e-6, timed(dense.model)))))
+    before, alone, inside = list[float](), list[float](), list[Mapping[str, float]]()
+    for _ in range(rounds):
+        before.append(timed(dense.model))
+        alone.append(timed(small.model))
+        with watching(small.spots, clock) as watch:
+            call(small.model, inputs)
+        inside.append(watch.seconds)
+    return median(before), median(alone), {name: median(each[name] for each in inside) for name in inside[0]}

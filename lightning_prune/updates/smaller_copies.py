@@ -1,0 +1,78 @@
+"""Smaller copies: a model with fewer units, to see what its parts take then."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_prune.models.copying import hookless_copy
+from lightning_prune.models.parameters import plain_name
+from lightning_prune.structure.cut_record import CutRecord
+from lightning_prune.structure.surgery import cut, kept_by
+from lightning_prune.units.coupled import CoupledUnits
+from lightning_prune.units.layers import LayerUnits
+from lightning_prune.units.units import Units
+from lightning_prune.updates.decision import round_keep
+from lightning_prune.updates.parts import Parts, parts_left
+from lightning_prune.updates.timed_layers import Spot, layer_spots
+
+
+@dataclass(frozen=True)
+class SmallerCopy:
+    """A model with fewer units.
+
+    Args:
+        model: The copy, in eval mode.
+        parts: What is left of the model.
+        spots: What of it can be timed: its layers, or the blocks of which some have been taken out.
+    """
+
+    model: nn.Module
+    parts: Parts
+    spots: Mapping[nn.Module, Spot]
+
+
+def smaller_copy(model: nn.Module, units: Sequence[Units], levels: Sequence[float]) -> SmallerCopy:
+    """Return a copy of a model with a part of the units of each target.
+
+    Args:
+        model: The model.
+        units: Its targets.
+        levels: Which fraction of each target is left; at least one unit is.
+
+    Raises:
+        ValueError: If units cannot be taken out of it.
+    """
+    keep = {unit.name: round_keep(unit, max(1, round(k * unit.size))) for unit, k in zip(units, levels, strict=True)}
+    stacks = [unit for unit in units if isinstance(unit, LayerUnits)]
+    if stacks:
+        return _shallower(model, stacks, keep)
+    copy = hookless_copy(model).eval()
+    coupled = [unit for unit in units if isinstance(unit, CoupledUnits)]
+    if len(coupled) < len(units):
+        raise ValueError(
+            'of="latency" needs units that shrink takes out, got channels of single layers: use Channel(coupled=True)'
+        )
+    parts = parts_left({unit.name: unit for unit in units}, {unit.name: unit.shares for unit in units}, keep)
+    spots = layer_spots(copy, parts)
+    cut(copy, kept_by(copy, [(unit.group, torch.arange(unit.size) < keep[unit.name]) for unit in coupled]))
+    return SmallerCopy(copy, parts, spots)
+
+
+def _shallower(model: nn.Module, stacks: Sequence[LayerUnits], keep: Mapping[str, int]) -> SmallerCopy:
+    """Return a copy without some blocks, chosen at random, that are the spots of it."""
+    copy = hookless_copy(model).eval()
+    names = {module: plain_name(name) for name, module in model.named_modules()}
+    blocks = {plain_name(name): module for name, module in copy.named_modules()}
+    parts, spots, removed = {}, {}, list[str]()
+    for stack in stacks:
+        kept = set(random.Random(keep[stack.name]).sample(range(stack.size), keep[stack.name]))
+        for place, (block, own) in enumerate(zip(stack.modules, stack.blocks, strict=True)):
+            weight = next(iter(own))
+            parts[weight, 0] = float(place in kept)
+            spots[blocks[names[block]]] = Spot(weight, (0, None))
+            removed += [] if place in kept else [names[block]]
+    cut(copy, CutRecord(removed=tuple(removed)))
+    return SmallerCopy(copy, parts, spots)

@@ -1,0 +1,356 @@
+"""Latency: a sparsity of the time of a forward pass, counted in tables made by hand, so that no clock decides."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import distributed
+import pytest
+import torch
+from architectures import CASES, build
+from lightning.pytorch import Callback
+from models import ConvNet, Deep, fit
+from ranks import run
+from torch import Tensor, nn
+
+from lightning_prune import (
+    Channel,
+    Granularity,
+    Head,
+    LatencyTable,
+    Layer,
+    Pruning,
+    ResidualChannel,
+    SharedFanIn,
+    Weight,
+    measure_latency,
+    prune,
+    shrink,
+)
+from lightning_prune.models.parameters import find
+from lightning_prune.training import observed
+from lightning_prune.updates import latency_measuring
+from lightning_prune.updates.latency import LayerTime
+from lightning_prune.updates.latency_measuring import latency_table
+from lightning_prune.updates.timed_layers import Spot, at_least_zero, fitted
+
+CHANNELS = Channel(coupled=True)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3))
+
+
+def table(first: float = 1.0, **changes: Any) -> LatencyTable:
+    """Return a table of that network in which the first layer takes so many milliseconds, and all the rest 3."""
+    layers = (
+        LayerTime("0.weight", (0, None), (0.1 * first, 0.9 * first, 0.0, 0.0), 160),
+        LayerTime("2.weight", (0, 1), (0.0, 0.25, 0.25, 1.0), 240),
+        LayerTime("4.weight", (None, 1), (0.0, 0.0, 0.5, 0.0), 24),
+    )
+    return replace(LatencyTable(layers, (0.5, 0.5), 3.0 + first, "Channel"), **changes)
+
+
+def by_hand(first: float, widths: tuple[int, int]) -> float:
+    """Return the fraction of the time that such a network takes with these widths."""
+    one, two = widths[0] / 20, widths[1] / 30
+    layers = first * (0.1 + 0.9 * one) + 0.25 * two + 0.25 * one + one * two + 0.5 * two
+    return (layers + 0.5 + 0.5 * (160 * one + 240 * two + 24) / 424) / (3.0 + first)
+
+
+def widths(model: nn.Module) -> tuple[int, int]:
+    return int(model[0].weight.any(1).sum()), int(model[2].weight.any(1).sum())
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "erk", "lamp"])
+@pytest.mark.parametrize("first", [0.01, 1.0, 100.0])
+def test_the_goal_is_met_in_the_times_of_the_table_and_a_channel_more_would_not(scope: Any, first: float) -> None:
+    model = network()
+    prune(model, 0.4, granularity=CHANNELS, of=table(first), scope=scope, example_inputs=torch.zeros(8, 6))
+    one, two = widths(model)
+    assert by_hand(first, (one, two)) <= 0.6
+    assert by_hand(first, (one + 1, two)) > 0.6 or by_hand(first, (one, two + 1)) > 0.6
+    small = shrink(model, torch.zeros(8, 6))
+    assert (small[0].out_features, small[2].out_features) == (one, two)
+
+
+def test_less_never_takes_longer() -> None:
+    source = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        layers = [LayerTime(n, (0, 1), tuple(torch.rand(4, generator=source).tolist()), 8) for n in ("a", "b")]
+        known = LatencyTable(tuple(layers), tuple(torch.rand(2, generator=source).tolist()), 1.0, "Channel")
+        more = {(n, d): float(torch.rand(1, generator=source)) for n in ("a", "b") for d in (0, 1)}
+        less = {place: part * float(torch.rand(1, generator=source)) for place, part in more.items()}
+        assert known.time(less) <= known.time(more) <= known.time({})
+        assert 0 <= known.left(less) <= known.left(more) <= known.left({}) <= 1
+
+
+def test_multiples_and_floors_hold() -> None:
+    model = network()
+    given: dict[str, Any] = {"granularity": Channel(coupled=True, round_to=4), "example_inputs": torch.zeros(8, 6)}
+    prune(model, 0.4, of=table(), min_density=0.5, **given)
+    one, two = widths(model)
+    assert one % 4 == 0
+    assert one >= 10
+    assert two >= 15
+    assert by_hand(1.0, (one, two)) <= 0.6
+    with pytest.raises(ValueError, match=r"sparsity must be at most 0\.\d+ of the latency, .* with min_density=0\.5"):
+        prune(network(), 0.5, of=table(), min_density=0.5, **given)
+
+
+def test_rounds_end_at_the_goal() -> None:
+    model = network()
+    prune(model, 0.4, granularity=CHANNELS, of=table(), rounds=3, example_inputs=torch.zeros(8, 6))
+    assert 0.5 < by_hand(1.0, widths(model)) <= 0.6
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_table_is_the_same_again_from_its_file(tmp_path: Path) -> None:
+    known = table(inputs="8 x 6", threads=3)
+    known.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == known
+    assert LatencyTable.from_dict(known.to_dict()) == known
+    assert repr(known) == "LatencyTable(3 layers, 4 ms in torch for 8 x 6, 3 threads)"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda values: values.pop("rest"), r"\['rest'\] in 'table'"),
+        (lambda values: values.update(dense="fast"), "a number in 'table.dense', got 'fast'"),
+        (lambda values: values.update(dense=0), "dense must be above 0, got 0"),
+        (lambda values: values.update(rest=[0.0, -1.0]), r"rest must be at least 0, got \(0.0, -1.0\)"),
+        (lambda values: values["layers"][0].update(ms=[1.0]), r"a list of 4 in 'table.layers\[0\].ms'"),
+        (lambda values: values["layers"][0].update(dims=[-1, None]), r"a whole number .* in 'table.layers\[0\].dims"),
+    ],
+)
+def test_a_damaged_file_is_refused(damage: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    values = table().to_dict()
+    damage(values)
+    (tmp_path / "table.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"path must be a file that LatencyTable.save wrote, .*{message}"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be
+
+
+@pytest.mark.parametrize("granularity", [Weight(), SharedFanIn(), Channel(coupled=False)])
+@pytest.mark.parametrize("of", ["latency", table()], ids=["latency", "table"])
+def test_units_that_make_no_model_smaller_are_refused(granularity: Granularity, of: Any) -> None:
+    with pytest.raises(ValueError, match=r"(granularity must be Channel.* with of=|of must be \"units\" for )"):
+        Pruning(0.5, granularity=granularity, of=of)
+    with pytest.raises(ValueError, match=r"(granularity must be Channel.* with of=|of must be \"units\" for )"):
+        prune(network(), 0.5, granularity=granularity, of=of, example_inputs=torch.zeros(8, 6))
+
+
+def test_a_threshold_or_a_sparsity_per_layer_is_none_of_the_latency() -> None:
+    for goal in ({"threshold": 0.1}, {"sparsity": {"*": 0.5}}):
+        with pytest.raises(ValueError, match='of must be "units" for a threshold or a sparsity per layer'):
+            Pruning(**goal, granularity=Channel(), of="latency")
+
+
+def test_a_table_of_other_units_or_another_model_is_refused() -> None:
+    given: dict[str, Any] = {"granularity": CHANNELS, "example_inputs": torch.zeros(8, 6)}
+    with pytest.raises(ValueError, match=r"of must be a latency table for Channel\(.*, got one for Head\(\)"):
+        prune(network(), 0.4, of=table(granularity="Head"), **given)
+    other = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    with pytest.raises(ValueError, match=r"of must be a latency table of this model, got one with '4.weight'"):
+        prune(other, 0.4, of=table(), **given)
+    with pytest.raises(ValueError, match=r"of must be a latency table that says what the units of '2.weight' cost"):
+        prune(network(), 0.4, of=table(layers=table().layers[:1]), **given)
+    with pytest.raises(
+        ValueError, match=r"of must be a latency table and Channel\(coupled=True\), got '0.weight' with"
+    ):
+        prune(network(), 0.4, of=table(), granularity=Channel())
+
+
+def test_measuring_needs_example_inputs_and_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"latency. needs example inputs"):
+        prune(network(), 0.4, granularity=Channel(), of="latency")
+    with pytest.raises(ValueError, match="the model must be on the CPU to be timed, got meta"):
+        latency_table([], Channel(), nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"granularity must be Channel.* with measure_latency"):
+        measure_latency(network(), torch.zeros(8, 6), Weight())
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def of_convolutions(first: float, second: float) -> LatencyTable:
+    """Return a table of the convolutions of ``ConvNet``."""
+    layers = [LayerTime(f"net.{n}.weight", (0, None), (0.0, ms, 0.0, 0.0)) for n, ms in ((0, first), (3, second))]
+    return LatencyTable(tuple(layers), (0.1, 0.0), first + second + 0.1, "Channel")
+
+
+def callback() -> Pruning:
+    return Pruning(0.5, granularity=CHANNELS, scope="global", schedule="linear", start=0, end=6, of="latency")
+
+
+@pytest.fixture
+def clock() -> Iterator[Any]:
+    """Every time it is measured, another layer is the slow one."""
+    tables = [of_convolutions(8.0, 1.0), of_convolutions(1.0, 8.0)]
+    with patch.object(observed, "latency_table", side_effect=tables) as measured:
+        yield measured
+
+
+class Saver(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_resumed_run_goes_on_by_the_kept_table(clock: Any, tmp_path: Path) -> None:
+    model, whole = ConvNet(), callback()
+    model.example_input_array = torch.zeros(8, 2, 6, 6)
+    fit(model, whole, Saver(tmp_path / "kept.ckpt"))
+    assert clock.call_count == 1
+    again, resumed = ConvNet(), callback()
+    again.example_input_array = model.example_input_array
+    fit(again, resumed, ckpt_path=str(tmp_path / "kept.ckpt"))
+    assert clock.call_count == 1
+    assert resumed.state.latency == whole.state.latency == of_convolutions(8.0, 1.0)
+    assert resumed.masks.keys() == whole.masks.keys()
+    assert all(torch.equal(resumed.masks[name], mask) for name, mask in whole.masks.items())
+    other = ConvNet()
+    other.example_input_array = model.example_input_array
+    masks = callback()
+    fit(other, masks)  # by the other clock
+    assert any(not torch.equal(masks.masks[name], mask) for name, mask in whole.masks.items())
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["array", "batch"])
+def test_training_meets_the_goal(stated: bool, clock: Any) -> None:
+    model, pruning = ConvNet(), callback()
+    model.example_input_array = torch.zeros(8, 2, 6, 6) if stated else None
+    fit(model, pruning)
+    kept = [int(pruning.masks[f"net.{n}.weight"].flatten(1).any(1).sum()) for n in (0, 3)]
+    assert 8.0 * kept[0] / 6 + kept[1] / 4 + 0.1 <= 0.5 * 9.1
+    assert "sparsity 0.5 of the latency" in pruning.explain()
+
+
+def test_another_measure_is_measured_again(clock: Any, tmp_path: Path) -> None:
+    model, first = ConvNet(), callback()
+    model.example_input_array = torch.zeros(8, 2, 6, 6)
+    fit(model, first, Saver(tmp_path / "kept.ckpt"))
+    again, given = ConvNet(), callback()
+    again.example_input_array = model.example_input_array
+    given.granularity = Channel(coupled=True, minimum=2)
+    with pytest.warns(UserWarning, match="its updates are planned again"):
+        fit(again, given, ckpt_path=str(tmp_path / "kept.ckpt"))
+    assert clock.call_count == 2
+    assert given.state.latency == of_convolutions(1.0, 8.0)
+
+
+def masks_of_rank() -> dict[str, Tensor]:
+    """Return the masks of a rank whose own clock says that another layer is the slow one."""
+    own = of_convolutions(*((1.0, 8.0) if distributed.rank() else (8.0, 1.0)))
+    model, pruning = ConvNet(), callback()
+    model.example_input_array, model.layout = torch.zeros(8, 2, 6, 6), "ddp"
+    with patch.object(latency_measuring, "_measured", return_value=own):
+        distributed.fit(model, pruning, max_epochs=2)
+    return dict(pruning.masks)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:It is recommended to use")
+def test_ranks_with_other_clocks_have_the_masks_of_the_first() -> None:
+    first, second = run(masks_of_rank, 2)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    kept = [int(first[f"net.{n}.weight"].flatten(1).any(1).sum()) for n in (0, 3)]
+    assert 8.0 * kept[0] / 6 + kept[1] / 4 + 0.1 <= 0.5 * 9.1
+
+
+def fails_on_the_first(_: Any) -> str:
+    model = network()
+    with patch.object(latency_measuring, "_measured", side_effect=ValueError("no clock")):
+        try:
+            prune(model, 0.4, granularity=CHANNELS, of="latency", example_inputs=torch.zeros(8, 6), distributed=True)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_ranks_fail_together() -> None:
+    assert run(fails_on_the_first, 2, None) == ["no clock", "no clock"]
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def test_times_that_were_samples_of_a_size_are_found_again() -> None:
+    source = torch.Generator().manual_seed(0)
+    known = LayerTime("a", (0, 1), (0.5, 1.0, 0.25, 2.0), 8)
+    samples = []
+    for outputs, inputs in torch.rand(12, 2, generator=source).tolist():
+        parts = {("a", 0): outputs, ("a", 1): inputs}
+        samples.append((parts, known.time(parts) / 10.0))
+    found = fitted(Spot("a", (0, 1)), 8, 10.0, samples)
+    assert found.ms == pytest.approx(known.ms, abs=1e-6)
+
+
+def test_no_factor_is_below_zero() -> None:
+    columns = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]], dtype=torch.float64)
+    assert at_least_zero(columns, [3.0, 2.0, 1.0]) == pytest.approx([2.0, 0.0])
+    assert at_least_zero(columns, [-1.0, -1.0, -1.0]) == [0.0, 0.0]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure less than usual: what comes out has the same form."""
+    monkeypatch.setattr(latency_measuring, "_RANDOM", 2)
+    monkeypatch.setattr(latency_measuring, "_MOST", 5)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("case", "granularity"),
+    [("resnet_basic", CHANNELS), ("mobilenet", Channel(coupled=True, round_to=2)), ("vit", Head()), ("gpt", CHANNELS)],
+    ids=["resnet", "mobilenet", "vit", "gpt"],
+)
+def test_a_measured_table_says_what_every_layer_takes(case: str, granularity: Granularity) -> None:
+    model, inputs = build(CASES[case])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    known = measure_latency(model, inputs, granularity)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    units, _ = granularity.find_units(find(model), model, inputs)
+    assert known.granularity == type(granularity).__name__
+    assert known.threads == torch.get_num_threads()
+    parameters = dict(model.named_parameters())
+    assert {layer.weight for layer in known.layers} <= parameters.keys()
+    assert {unit.name for unit in units} <= {layer.weight for layer in known.layers if layer.dims[0] is not None}
+    assert all(min(layer.ms) >= 0 and layer.values > 0 for layer in known.layers)
+    assert LatencyTable.from_dict(known.to_dict()) == known
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("granularity", [Layer(), ResidualChannel()], ids=["layers", "width"])
+def test_blocks_and_the_hidden_width_are_measured_too(granularity: Granularity) -> None:
+    model = Deep()
+    inputs = next(iter(model.train_dataloader()))[0]
+    if isinstance(granularity, ResidualChannel):
+        with pytest.raises(ValueError, match="ResidualChannel"):
+            measure_latency(model, inputs, granularity)
+        return
+    known = measure_latency(model, inputs, granularity)
+    assert len(known.layers) == 6
+    assert all(layer.dims == (0, None) and layer.ms[2:] == (0.0, 0.0) for layer in known.layers)
+    blocks = tuple(replace(layer, ms=(0.0, 1.0, 0.0, 0.0)) for layer in known.layers)
+    given = replace(known, layers=blocks, rest=(1.0, 0.0), dense=7.0)
+    prune(model, 0.5, granularity=granularity, of=given, example_inputs=inputs)
+    dead = sum(not block.up.weight.any() for block in model.modules() if hasattr(block, "up"))
+    assert dead == 4  # 3 of 7 milliseconds would leave more than half
