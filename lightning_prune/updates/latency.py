@@ -12,7 +12,9 @@ from lightning_prune.units.coupled import CoupledUnits
 from lightning_prune.units.layers import LayerUnits
 from lightning_prune.units.units import Units
 from lightning_prune.updates.parts import Parts
+from lightning_prune.validation.arguments import integer, number, numbers
 from lightning_prune.validation.instances import path as as_path
+from lightning_prune.validation.instances import sequence_of, settle, text
 from lightning_prune.validation.states import NUMBER, TEXT, Rule, items, optional, record, row, whole
 
 
@@ -77,16 +79,18 @@ class LatencyTable:
     dense: float
     granularity: str
     runtime: str = "torch"
-    inputs: str = ""
+    inputs: str = "unknown"
     threads: int = 1
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not self.dense > 0:
-            raise ValueError(f"dense must be above 0, got {self.dense}")
-        for name, ms in [("rest", self.rest), *((f"ms of {layer.weight!r}", layer.ms) for layer in self.layers)]:
-            if not min(ms) >= 0:  # so that less never takes longer
-                raise ValueError(f"{name} must be at least 0, got {ms}")
+        layers = sequence_of("layers", self.layers, LayerTime)
+        settle(self, layers=layers, dense=number("dense", self.dense, "(0, inf)"), rest=_times("rest", self.rest, 2))
+        settle(self, granularity=text("granularity", self.granularity, "the name of a granularity"))
+        settle(self, runtime=text("runtime", self.runtime, "what ran the model"))
+        settle(self, threads=integer("threads", self.threads, 1), inputs=text("inputs", self.inputs, "shapes"))
+        for layer in layers:
+            _times(f"ms of {layer.weight!r}", layer.ms, 4)
 
     def time(self, parts: Parts) -> float:
         """Return the milliseconds of a model of whose parameters these parts are left."""
@@ -184,6 +188,14 @@ def values_left(layers: Sequence[LayerTime], parts: Parts) -> float:
     """
     total = sum(layer.values for layer in layers)
     return sum(layer.values * layer.left(parts)[0] for layer in layers) / total if total else 1.0
+
+
+def _times(argument: str, value: Any, count: int) -> tuple[float, ...]:
+    """Return milliseconds, none below 0, so that less of a model never takes longer."""
+    found = numbers(argument, value, "[0, inf)")
+    if len(found) != count:
+        raise ValueError(f"{argument} must be {count} numbers, got {value}")
+    return tuple(found)
 
 
 def _frozen(value: Any) -> Any:

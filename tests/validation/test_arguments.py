@@ -67,10 +67,12 @@ def analysis() -> lp.SensitivityAnalysis:
 VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "GuardedPruning": lambda: {"monitor": "acc"},
     "SensitivityAnalysis": lambda: {"metric": "acc", "mode": "max", "dense": 0.9, "scores": {"a": {0.5: 0.9}}},
+    "LatencyTable": lambda: {"layers": (), "rest": (0.5, 1.5), "dense": 4.0, "granularity": "Channel"},
     "export_onnx": lambda: {"model": network(), "example_inputs": torch.zeros(2, 4), "path": "model.onnx"},
     "load_compressed": lambda: {"path": "model.safetensors"},
     "load_fast": lambda: {"model": network, "path": fast_file()},
     "load_shrunk": lambda: {"model": network, "checkpoint": checkpoint()},
+    "measure_latency": lambda: {"model": network(), "example_inputs": torch.zeros(1, 4)},
     "plot_history": lambda: {"history": lp.History([(0, 0.0)], {"acc": [(1, 0.9)]}), "metric": "acc"},
     "plot_masks": lambda: {"masks": {"weight": torch.ones(2, 2, dtype=torch.bool)}},
     "plot_schedule": lambda: {"callback": lp.MagnitudePruning(0.5), "length": 10},
