@@ -19,6 +19,7 @@ from lightning_prune.structure.links import Key, Link, Mixed, linked
 from lightning_prune.structure.probing import any_along, reach, touched
 
 FEW = 4  # layers whose outputs are those of a model
+OUTPUTS = "its channels are outputs of the model"
 
 
 class ChannelFlow:
@@ -68,7 +69,7 @@ class ChannelFlow:
         """
         sources = [step.leaf for step in self.steps] + list(self.parameters.values())
         if self.outputs:
-            self._mix(touched(self.outputs, sources), "its channels are outputs of the model")
+            self._mix(touched(self.outputs, sources), OUTPUTS)
         before: Step | None = None
         link: Link | None = None
         for step in (step for step in self.steps if step.values is not None):

@@ -15,13 +15,14 @@ from lightning_prune.models.kept_norms import forget_channels
 from lightning_prune.models.orientation import untransposed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager
-from lightning_prune.structure.channel_flow import ChannelFlow
+from lightning_prune.structure.channel_flow import OUTPUTS, ChannelFlow
 from lightning_prune.structure.grouping import ROOTS, GroupBuilder, packed_heads
 from lightning_prune.structure.groups import Direction, Graph
 from lightning_prune.structure.layer_slices import UnsupportedError
 from lightning_prune.validation.values import install, shown
 
 Found = TypeVar("Found")
+LOST = 0.1  # of the layers at most
 
 
 def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
@@ -43,9 +44,12 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     [('0.weight', 0, 'producer'), ('0.bias', 0, 'dependent'), ('2.weight', 1, 'consumer')]
     """
     flow = _flow(model, inputs, heads)
-    # Torch-Pruning takes minutes where the outputs of many layers are joined, as in detectors
-    if flow is not None and (flow.attends or flow.detects):
+    if flow is not None and flow.attends:
         return _followed(flow, model)
+    if flow is not None and flow.detects:
+        graph = _followed(flow, model)
+        if _is_nearly_whole(graph):  # Torch-Pruning takes minutes where the outputs of many layers are joined
+            return graph
     try:
         return _depending(model, inputs, heads)
     except ValueError:
@@ -53,6 +57,12 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
         if graph.groups:
             return graph
         raise
+
+
+def _is_nearly_whole(graph: Graph) -> bool:
+    """Return whether most layers whose channels could go are in groups; they are not where channels are split."""
+    lost = sum(reason != OUTPUTS for reason in graph.left_out.values())
+    return lost <= LOST * (len(graph.groups) + len(graph.left_out))
 
 
 def of_copy(function: Callable[[nn.Module, Inputs], Found], model: nn.Module, inputs: Inputs) -> Found:

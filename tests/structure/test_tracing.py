@@ -1,5 +1,7 @@
 """Tracing: which of the two ways to follow channels serves a model, and that they agree."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,8 +72,29 @@ def test_a_detector_is_traced_by_its_forward_pass_alone(
     assert small.stem[0].out_channels == 4
 
 
-def test_few_outputs_of_a_convolutional_net_are_traced_by_torch_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = Detector(2).eval(), []
+class Splitting(nn.Module):
+    """Halves the channels of each map and joins three of them, as YOLO does; with five heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3 if i == 0 else 12, 8, 1) for i in range(5))
+        self.halves = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(5))
+        self.heads = nn.ModuleList(nn.Conv2d(12, 4, 1) for _ in range(5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features, found = images, []
+        for convolution, half, head in zip(self.convolutions, self.halves, self.heads, strict=True):
+            one, other = convolution(features).chunk(2, 1)
+            features = torch.cat([one, other, half(other)], 1)
+            found.append(head(features).flatten(2))
+        return torch.cat(found, 2)
+
+
+@pytest.mark.parametrize("build", [Splitting, lambda: Detector(2)], ids=["channels that are split", "few outputs"])
+def test_other_convolutional_nets_are_traced_by_torch_pruning(
+    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = build().eval(), []
     expected = tracing._depending(model, IMAGES, None)
     monkeypatch.setattr(tracing, "_depending", lambda *args: asked.append(args) or expected)
     assert tracing.trace(model, IMAGES) is expected
