@@ -701,7 +701,7 @@ def fuzz(examples: int) -> settings:
     )
 
 
-@fuzz(44)
+@fuzz(36)
 @given(several(1))
 def test_any_run_keeps_every_promise(cases: list[Case]) -> None:
     check(*cases)

@@ -226,7 +226,7 @@ class TestLives(Lives.TestCase):  # type: ignore[name-defined, misc]
     """Runs the machine; ``FUZZ=1000 pytest tests/integration/test_lives.py`` tries so many lives, others each time."""
 
     settings = settings(
-        max_examples=EXAMPLES or 16,
+        max_examples=EXAMPLES or 12,
         stateful_step_count=6,
         derandomize=not EXAMPLES,
         database=None,
