@@ -21,6 +21,7 @@ from typing import Any
 
 from marked import replace, table
 from post_training import SETTINGS, Task, batches, smollm2
+from runs import Runs
 from timing import RESULTS, load, machine, quiet
 
 from lightning_prune import Evolve, Wanda, prune, sparsity
@@ -51,7 +52,7 @@ def measure(task: Task, setting: str) -> Row:
 def read() -> list[Row]:
     """Return the rows so far, and those of the other benchmark on the same data."""
     rows = [row for row in load("post_training")["rows"] if row["model"] == "SmolLM2-135M"]
-    return rows + ([json.loads(line) for line in PATH.read_text().splitlines()] if PATH.exists() else [])
+    return rows + Runs(PATH).rows
 
 
 def make_table(rows: list[Row]) -> str:
@@ -72,8 +73,7 @@ def main() -> None:
     for setting in missing if task else ():
         row = measure(task, setting)
         print({name: value for name, value in row.items() if name != "levels"}, flush=True)
-        with PATH.open("a") as file:
-            file.write(json.dumps({**row, "machine": machine()}) + "\n")
+        Runs(PATH).add(**row, machine=machine())
     print(found := make_table(read()))
     replace(Path(__file__).parents[2] / "docs" / "strategies" / "evolve.md", "evolve", found)
 

@@ -9,7 +9,6 @@ Finished runs are not repeated: delete results/latency.jsonl to start over.
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from models import Transformer, cnn, mobilenet
+from runs import Runs
 from timing import alternate, machine
 from torch import Tensor, nn
 
@@ -58,25 +58,6 @@ CASES: dict[str, tuple[Any, Any, Any, float]] = {
 }
 
 
-class Results:
-    """The finished runs, a line of JSON each."""
-
-    def __init__(self, path: Path = RESULTS) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def has(self, **wanted: Any) -> bool:
-        return any(all(row.get(name) == value for name, value in wanted.items()) for row in self.rows)
-
-    def add(self, **row: Any) -> None:
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
-
-
 def ratios(models: dict[str, nn.Module], inputs: Tensor, rounds: int) -> dict[str, float]:
     """Return the CPU time of each model relative to the first one: the median over rounds."""
     with torch.inference_mode():
@@ -86,9 +67,9 @@ def ratios(models: dict[str, nn.Module], inputs: Tensor, rounds: int) -> dict[st
     return {name: round(median(a / b for a, b in zip(s, dense, strict=True)), 3) for name, s in seconds.items()}
 
 
-def half(results: Results, name: str) -> None:
+def half(results: Runs, name: str) -> None:
     """Prune a network to a fraction of its time, and measure it."""
-    if results.has(kind="time", case=name):
+    if results.have(kind="time", case=name):
         return
     build, example, granularity, sparsity = CASES[name]
     torch.manual_seed(0)
@@ -106,11 +87,12 @@ def half(results: Results, name: str) -> None:
     shown = {"asked": asked, "latency": found["latency"], "flops": found["flops"]}
     facts = {"dense_ms": round(table.dense, 2), "measuring_s": round(took, 1), "load": round(os.getloadavg()[0], 1)}
     results.add(kind="time", case=name, **shown, **facts, cpu=machine()["cpu"])
+    print(results.rows[-1], flush=True)
 
 
-def compare(results: Results, network: str, seed: int) -> None:
+def compare(results: Runs, network: str, seed: int) -> None:
     """Train, prune by latency and by FLOPs to about the same time, fine-tune, and compare accuracies."""
-    if results.has(kind="accuracy", network=network, seed=seed):
+    if results.have(kind="accuracy", network=network, seed=seed):
         return
     data = DATA["Fashion-MNIST"]()
     torch.manual_seed(seed)
@@ -131,6 +113,7 @@ def compare(results: Results, network: str, seed: int) -> None:
     accuracies = {name: accuracy(model, data) for name, model in models.items()}
     place = {"kind": "accuracy", "network": network, "seed": seed, "load": round(os.getloadavg()[0], 1)}
     results.add(**place, goals=goals, times=times, accuracies=accuracies)
+    print(results.rows[-1], flush=True)
 
 
 def pruned(dense: nn.Module, example: Tensor, of: Any, sparsity: float, scope: Any = None) -> nn.Module:
@@ -168,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    results = Results()
+    results = Runs(RESULTS)
     for name in options.cases:
         half(results, name)
     for network in ("CNN", "MobileNet") if options.accuracy else ():

@@ -12,7 +12,6 @@ written from that file.
 
 import argparse
 import copy
-import json
 import sys
 import time
 import warnings
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import torch_pruning
 from marked import replace, spread, table
+from runs import Runs
 from timing import RESULTS
 from torch import Tensor, nn
 from torch_pruning import importance
@@ -143,7 +143,7 @@ def run(dense: nn.Module, library: str, criterion: str, speedup: int, seed: int,
     }
 
 
-def fill(rows: list[dict[str, Any]], seeds: int) -> None:
+def fill(runs: Runs, seeds: int) -> None:
     """Run what is missing, seed by seed."""
     wanted = [(OURS, name) for name in CRITERIA] + [(PEER, name) for name in PEERS]
     for seed in range(seeds):
@@ -152,17 +152,15 @@ def fill(rows: list[dict[str, Any]], seeds: int) -> None:
             for speedup in reversed(SPEEDUPS)
             for library, name in wanted
         ]
-        missing = [place for place in places if not any(place.items() <= row.items() for row in rows)]
+        missing = [place for place in places if not runs.have(**place)]
         if not missing:
             continue
         torch.manual_seed(seed)
         data, dense = fashion(), resnet()
         fit(dense, data, data.epochs, seed)
         for place in missing:
-            rows.append({**place, **run(dense, **place, data=data)})
-            print(rows[-1], flush=True)
-            with PATH.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            runs.add(**place, **run(dense, **place, data=data))
+            print(runs.rows[-1], flush=True)
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
@@ -202,12 +200,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    rows: list[dict[str, Any]] = [json.loads(line) for line in PATH.read_text().splitlines()] if PATH.exists() else []
+    runs = Runs(PATH)
     if not args.tables:
-        fill(rows, args.seeds)
-    dense = {row["seed"]: row["dense"] for row in rows}
+        fill(runs, args.seeds)
+    dense = {row["seed"]: row["dense"] for row in runs.rows}
     replace(PAGE, "dense", f"Dense: {_spread(list(dense.values()))}. Seeds: {len(dense)}.")
-    replace(PAGE, "table", make_table(rows))
+    replace(PAGE, "table", make_table(runs.rows))
 
 
 if __name__ == "__main__":

@@ -85,10 +85,10 @@ def test_the_search_goes_down_to_the_first_miss_and_up_to_the_last_target(
         accuracy = 99.9 if weights >= 90 else 96.0 if weights >= 40 else 80.0
         return {"accuracy": accuracy, "left": weights, "connected": weights - 1, "with_biases": weights + 9}
 
-    runs = searching.Runs(tmp_path / "runs.jsonl", 512, run)
+    runs = searching.Accuracies(tmp_path / "runs.jsonl", 512, run)
     searching.search(runs, "gradual", 0)
     assert tried == [50, 40, 33, 65, 90]
-    searching.search(searching.Runs(runs.path, 512, run), "gradual", 0)
+    searching.search(searching.Accuracies(runs.path, 512, run), "gradual", 0)
     assert len(tried) == 5  # finished runs are not repeated
     least = spiral["outcome"].least
     assert [least(runs.rows, "gradual", target) for target in (95.0, 99.5)] == [[40], [90]]

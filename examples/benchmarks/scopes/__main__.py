@@ -7,7 +7,6 @@ shrunk and fine-tuned. Finished runs are not repeated: delete results/scopes.jso
 import argparse
 import copy
 import itertools
-import json
 import sys
 import time
 import warnings
@@ -20,6 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from marked import replace
 from networks import DATA, NETWORKS, Data, accuracy, fit
+from runs import Runs
 from tables import make_tables
 from variants import CRITERIA, VARIANTS
 
@@ -28,26 +28,6 @@ from lightning_prune import Channel, prune, shrink
 RESULTS = Path(__file__).parents[1] / "results" / "scopes.jsonl"
 PAGE = Path(__file__).parents[3] / "docs" / "strategies" / "structured.md"
 LEVELS = (0.3, 0.5, 0.7)
-
-
-class Results:
-    """The finished runs, a line of JSON each."""
-
-    def __init__(self, path: Path = RESULTS) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def have(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Return the runs with these values."""
-        return [row for row in self.rows if all(row.get(name) == value for name, value in wanted.items())]
-
-    def add(self, **row: Any) -> None:
-        """Store a run."""
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def kept(model: nn.Module) -> list[int]:
@@ -75,7 +55,7 @@ def pruned(dense: nn.Module, data: Data, criterion: str, variant: str, level: fl
     return shrink(model, example)
 
 
-def run(results: Results, network: str, images: str, seed: int, criterion: str) -> None:
+def run(results: Runs, network: str, images: str, seed: int, criterion: str) -> None:
     """Train a network, then prune and fine-tune copies of it; two scopes that keep the same share one run."""
     setting: dict[str, Any] = {"network": network, "data": images, "seed": seed}
     wanted = [(level, variant) for level in LEVELS for variant in VARIANTS]
@@ -108,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".* leaves ")  # what the floor is there for
-    results = Results()
+    results = Runs(RESULTS)
     grid = itertools.product(DATA, CRITERIA, range(args.seeds), NETWORKS)
     for images, criterion, seed, network in () if args.tables else grid:
         run(results, network, images, seed, criterion)

@@ -22,13 +22,13 @@ from drawing import panels_of
 from marked import replace
 from outcome import draw, make_table, small_table
 from running import Results
-from searching import Runs, search
+from searching import Accuracies, search
 
 ROOT, PATH = Path(__file__).parents[3], Path(__file__).parents[1] / "results" / "spiral.jsonl"
 DENSE_SEEDS = 5
 
 
-def fill(runs: Runs, seeds: int, names: list[str]) -> None:
+def fill(runs: Accuracies, seeds: int, names: list[str]) -> None:
     """Run what is missing, seed by seed."""
     if find_spec("fasterai") is None and any("fasterai" in name for name in names):
         print("fasterai is skipped, since it is not installed: pip install --no-deps fasterai fastcore einops")
@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
-    runs = Runs(PATH, args.batch)
+    runs = Accuracies(PATH, args.batch)
     if not args.tables:
         fill(runs, args.seeds, args.methods)
     rows, page = [row for row in runs.rows if row["batch"] == args.batch], ROOT / "docs" / "spiral.md"

@@ -1,12 +1,12 @@
 """The search for the least number of weights, and its runs, each stored as a line of JSON."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compared import BEGIN, BOTH, ROUNDS, SMALL, TARGETS, TICKETS, levels_of, sparsity_of
 from cubist import fit
+from runs import Runs
 
 
 def run(method: str, weights: int, seed: int, batch: int) -> dict[str, Any]:
@@ -17,8 +17,8 @@ def run(method: str, weights: int, seed: int, batch: int) -> dict[str, Any]:
     return fit(seed, batch, BOTH[method](sparsity_of(method, weights), seed), trainings=trainings)
 
 
-class Runs:
-    """The finished runs, a line of JSON each.
+class Accuracies(Runs):
+    """The accuracies of finished runs, and of new ones where these are asked for.
 
     Args:
         path: The file.
@@ -27,25 +27,19 @@ class Runs:
     """
 
     def __init__(self, path: Path, batch: int, run: Callable[[str, int, int, int], dict[str, Any]] = run) -> None:
-        self.path, self.batch, self.run = path, batch, run
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
+        super().__init__(path)
+        self.batch, self.run = batch, run
 
     def accuracy(self, method: str, weights: int, seed: int) -> float:
         """Return the accuracy with so many weights, from the file or from a new run."""
         place = {"method": method, "weights": weights, "seed": seed, "batch": self.batch}
-        found = next((row for row in self.rows if place.items() <= row.items()), None)
-        if found is None:
-            found = {**place, **self.run(method, weights, seed, self.batch)}
-            self.rows.append(found)
-            with self.path.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            print(found, flush=True)
-        return float(found["accuracy"])
+        if not self.have(**place):
+            self.add(**place, **self.run(method, weights, seed, self.batch))
+            print(self.rows[-1], flush=True)
+        return float(self.have(**place)[0]["accuracy"])
 
 
-def search(runs: Runs, method: str, seed: int) -> None:
+def search(runs: Accuracies, method: str, seed: int) -> None:
     """Run what tells with how few weights a method reaches each accuracy."""
     levels = levels_of(method)
     begin = next(place for place, weights in enumerate(levels) if weights >= min(BEGIN, levels[-1]))
