@@ -14,12 +14,11 @@ from lightning_prune.models.kept_norms import takes_statistics
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager, evaluating
 from lightning_prune.structure.following import Following, Place, Step
-from lightning_prune.structure.groups import Graph, Role
+from lightning_prune.structure.groups import OUTPUTS, Graph, Role
 from lightning_prune.structure.links import Key, Link, Mixed, linked
 from lightning_prune.structure.probing import any_along, reach, touched
 
 FEW = 4  # layers whose outputs are those of a model
-OUTPUTS = "its channels are outputs of the model"
 
 
 class ChannelFlow:

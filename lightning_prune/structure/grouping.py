@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.orientation import UntransposedLinear
 from lightning_prune.models.parameters import plain_name
-from lightning_prune.structure.groups import HEADS, Group, Item, Member
+from lightning_prune.structure.groups import HEADS, OUTPUTS, Group, Item, Member
 from lightning_prune.structure.layer_slices import UnsupportedError, channels_of_units, slices, units_of
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.Embedding)  # layers that produce channels
@@ -74,7 +74,7 @@ class GroupBuilder:
         """
         layers = [item for item in items if self._is_layer(item[0])]
         if not any(direction == "in" for _, direction, *_ in layers):
-            raise UnsupportedError("its channels are outputs of the model")
+            raise UnsupportedError(OUTPUTS)
         for module, *_ in layers:
             owner = self.owners.get(module) if isinstance(module, nn.Parameter) else module
             if isinstance(owner, _ACROSS_CHANNELS):

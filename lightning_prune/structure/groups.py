@@ -10,6 +10,7 @@ Role = Literal["producer", "dependent", "consumer"]
 Direction = Literal["in", "out", "both"]  # which channels of a layer are removed
 Item = tuple[Any, Direction, list[int], list[Any]]  # module, direction, its channels, the channels of the first layer
 
+OUTPUTS = "its channels are outputs of the model"  # why these are in no group
 
 HEADS = (
     *("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h"),

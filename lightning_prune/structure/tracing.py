@@ -15,9 +15,9 @@ from lightning_prune.models.kept_norms import forget_channels
 from lightning_prune.models.orientation import untransposed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager
-from lightning_prune.structure.channel_flow import OUTPUTS, ChannelFlow
+from lightning_prune.structure.channel_flow import ChannelFlow
 from lightning_prune.structure.grouping import ROOTS, GroupBuilder, packed_heads
-from lightning_prune.structure.groups import Direction, Graph
+from lightning_prune.structure.groups import OUTPUTS, Direction, Graph
 from lightning_prune.structure.layer_slices import UnsupportedError
 from lightning_prune.validation.values import install, shown
 
@@ -44,16 +44,17 @@ def trace(model: nn.Module, inputs: Inputs, heads: int | None = None) -> Graph:
     [('0.weight', 0, 'producer'), ('0.bias', 0, 'dependent'), ('2.weight', 1, 'consumer')]
     """
     flow = _flow(model, inputs, heads)
-    if flow is not None and flow.attends:
-        return _followed(flow, model)
-    if flow is not None and flow.detects:
+    graph = None
+    if flow is not None and (flow.attends or flow.detects):
         graph = _followed(flow, model)
-        if _is_nearly_whole(graph):  # Torch-Pruning takes minutes where the outputs of many layers are joined
+        # Torch-Pruning takes minutes where the outputs of many layers are joined
+        if flow.attends or _is_nearly_whole(graph):
             return graph
     try:
         return _depending(model, inputs, heads)
     except ValueError:
-        graph = _followed(flow, model) if flow is not None else Graph(())
+        if graph is None:
+            graph = _followed(flow, model) if flow is not None else Graph(())
         if graph.groups:
             return graph
         raise
