@@ -54,6 +54,7 @@ from lightning_prune.methods.straight_through import SRSTE
 from lightning_prune.models.summary import sparsity, summary
 from lightning_prune.posttraining.batch_norms import recalibrate
 from lightning_prune.posttraining.fitting import Reconstruction
+from lightning_prune.posttraining.permutation import permute_rows
 from lightning_prune.posttraining.prune import prune
 from lightning_prune.posttraining.sensitivity import SensitivityAnalysis, sensitivity
 from lightning_prune.posttraining.sparsegpt import sparsegpt
@@ -154,6 +155,7 @@ __all__ = [
     "load_fast",
     "load_shrunk",
     "measure_latency",
+    "permute_rows",
     "plot_history",
     "plot_masks",
     "plot_schedule",

@@ -11,7 +11,7 @@ from lightning_prune.models.forward import Inputs, convert, device_of, differenc
 from lightning_prune.models.kept_norms import follow_masks
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.surgery import Decision, cut, kept_by, zero_units
+from lightning_prune.structure.surgery import Decision, Order, cut, kept_by, reorder, zero_units
 
 Part = TypeVar("Part")
 TOLERANCE = 1e-5
@@ -51,28 +51,33 @@ def equivalent_cuts(model: nn.Module, decisions: Sequence[Decision], inputs: Inp
 
     All decisions are tried together first, then halves of them where the outputs differ. The model is left as it is.
     """
-    return _equivalent(model, decisions, inputs, kept_by)
+    return _equivalent(model, decisions, inputs, lambda trial, part: cut(trial, kept_by(trial, part)))
 
 
 def equivalent_removals(model: nn.Module, blocks: Sequence[str], inputs: Inputs) -> list[str]:
     """Return the blocks, by name, without which the outputs of a model are as they are; likewise."""
-    return _equivalent(model, blocks, inputs, lambda _, part: CutRecord(removed=tuple(part)))
+    return _equivalent(model, blocks, inputs, lambda trial, part: cut(trial, CutRecord(removed=tuple(part))))
+
+
+def equivalent_orders(model: nn.Module, orders: Sequence[Order], inputs: Inputs) -> list[Order]:
+    """Return the orders of units that leave the outputs of a model as they are; likewise."""
+    return _equivalent(model, orders, inputs, reorder)
 
 
 def _equivalent(
     model: nn.Module,
     parts: Sequence[Part],
     inputs: Inputs,
-    record: Callable[[nn.Module, Sequence[Part]], CutRecord],
+    change: Callable[[nn.Module, Sequence[Part]], None],
 ) -> list[Part]:
-    """Return the parts of a cut that leave the outputs of a model as they are."""
+    """Return the parts of a change that leave the outputs of a model as they are."""
     exact, inputs = precise(model, inputs)
     expected = run(exact, inputs)
 
     def equivalent(some: Sequence[Part]) -> bool:
         trial = copied(exact)
         try:
-            cut(trial, record(trial, some))
+            change(trial, some)
             return difference(expected, run(trial, inputs)) <= TOLERANCE
         except Exception:  # the user's forward may rely on its sizes
             return False

@@ -17,6 +17,7 @@ from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
 from lightning_prune.validation.warning import warn
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
+Order = tuple[Group, Tensor]  # in which order (int64) the units of a group come
 
 
 def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> CutRecord:
@@ -56,6 +57,18 @@ def zero_units(model: nn.Module, decisions: Iterable[Decision]) -> None:
     for (name, dim), kept in kept_by(model, decisions).places.items():
         if name in parameters:
             parameters[name].index_fill_(dim, (~kept).nonzero().squeeze(1).to(parameters[name].device), 0.0)
+
+
+@torch.no_grad()
+def reorder(model: nn.Module, orders: Iterable[Order]) -> None:
+    """Put, in place, the units of groups into other orders; parameters stay the same objects."""
+    tensors = named_tensors(model)
+    for group, order in orders:
+        for member in group.members:
+            tensor = tensors[member.name]
+            places = torch.arange(tensor.shape[member.dim])
+            places[member.index.flatten()] = member.index[order].flatten()
+            tensor.copy_(tensor.index_select(member.dim, places.to(tensor.device)))
 
 
 @torch.no_grad()

@@ -1,0 +1,118 @@
+"""Permutation: brings the rows of layers that have most inputs in common into one group, at no cost at run time."""
+
+import logging
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.models.copying import copied
+from lightning_prune.models.forward import Inputs, needed_example_of
+from lightning_prune.models.parameters import find, named_parameters
+from lightning_prune.posttraining.row_order import best_order, kept_by_groups
+from lightning_prune.structure.equivalence import equivalent_orders
+from lightning_prune.structure.groups import Group, Member
+from lightning_prune.structure.surgery import Order, reorder
+from lightning_prune.structure.tracing import trace
+from lightning_prune.validation.arguments import integer, number
+from lightning_prune.validation.instances import by_name, flag, instance
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger("lightning_prune")
+
+
+def permute_rows(
+    model: Model,
+    example_inputs: Inputs = None,
+    *,
+    sparsity: float,
+    rows: int = 16,
+    scores: Mapping[str, Tensor] | None = None,
+    inplace: bool = False,
+) -> Model:
+    """Return the model with its channels in an order in which ``SharedFanIn(rows)`` keeps more of the weights.
+
+    Rows that need the same inputs come into one group. The order of the channels of a hidden layer is free: the norms
+    and the columns of the next layers follow, so that the outputs stay the same, the model stays of its class, and
+    nothing is permuted at run time. That is compared in double precision and eval mode; channels whose order has an
+    effect stay as they are. Permute before training or pruning: optimizers, masks and averages do not follow.
+
+    Args:
+        model: Any module.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the
+            ``example_input_array`` of a ``LightningModule``.
+        sparsity: The sparsity that the layers are to have.
+        rows: Output channels in a group.
+        scores: The importance of weights by name, in the shapes of the weights; None takes the magnitude.
+        inplace: Whether to permute the model itself rather than a copy. Parameters stay the same objects.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model cannot be run or traced.
+        ImportError: If torch-pruning is not installed.
+
+    Reference: Tan et al., 2022, "Accelerating Sparse Convolution with Column Vector-Wise Sparsity", NeurIPS; Pool and
+    Yu, 2021, "Channel Permutations for N:M Sparsity", NeurIPS.
+
+    >>> import torch
+    >>> from lightning_prune import SharedFanIn, prune
+    >>> model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 1))
+    >>> model[0].weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> better = permute_rows(model, torch.randn(3, 2), sparsity=0.5, rows=2)
+    >>> masks = prune(better, 0.5, granularity=SharedFanIn(rows=2), ignore=["2.*"])
+    >>> bool((better[0].weight[masks["0.weight"]] == 1).all())
+    True
+    """
+    instance("model", model, nn.Module)
+    sparsity = number("sparsity", sparsity, "[0, 1)")
+    rows, inplace = integer("rows", rows, 1), flag("inplace", inplace)
+    given = {} if scores is None else by_name("scores", scores, Tensor)
+    inputs = needed_example_of(model, example_inputs)
+    parameters = named_parameters(model)
+    for name, score in given.items():
+        if name in parameters and score.shape != parameters[name].shape:
+            raise ValueError(
+                f"scores must have the shapes of the weights, got {tuple(score.shape)} for {name}, "
+                f"which is {tuple(parameters[name].shape)}"
+            )
+    found = {target.name: given.get(target.name, target.parameter) for target in find(model, frozen=True)}
+    weights = {name: tensor.detach().float().abs().cpu() for name, tensor in found.items()}
+    groups = [group for group in trace(model, inputs).groups if _has_rows(group, weights)]
+    done = equivalent_orders(model, [_ordered(group, weights, sparsity, rows) for group in groups], inputs)
+    permuted = model if inplace else copied(model)
+    reorder(permuted, done)
+    for group, order in done:
+        kept = [_kept(group, each, weights, sparsity, rows) for each in (torch.arange(group.size), order)]
+        _log.info("permute_rows: %s keeps %.1f%% of its scores instead of %.1f%%", group.name, *kept[::-1])
+    return permuted
+
+
+def _made(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:
+    """Return where the weights that are pruned and produce the units of a group lie."""
+    return [member for member in group.role("producer") if member.name in weights]
+
+
+def _has_rows(group: Group, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether the units of a group are the rows of the weights that produce it, one each."""
+    made = _made(group, weights)
+    lengths = {weights[member.name].shape[member.dim] for member in made}
+    whole = torch.arange(group.size)[:, None]
+    return not group.owners and lengths == {group.size} and all(member.index.equal(whole) for member in made)
+
+
+def _layers(group: Group, weights: Mapping[str, Tensor], sparsity: float) -> tuple[list[Tensor], list[int]]:
+    """Return the scores of the layers that produce a group, a row a unit, and how many inputs each of them keeps."""
+    layers = [weights[member.name].movedim(member.dim, 0).flatten(1) for member in _made(group, weights)]
+    return layers, [max(1, round((1 - sparsity) * layer.shape[1])) for layer in layers]
+
+
+def _ordered(group: Group, weights: Mapping[str, Tensor], sparsity: float, rows: int) -> Order:
+    layers, keep = _layers(group, weights, sparsity)
+    return group, best_order(layers, rows, keep)
+
+
+def _kept(group: Group, order: Tensor, weights: Mapping[str, Tensor], sparsity: float, rows: int) -> float:
+    """Return how many percent of their scores the layers keep in an order."""
+    layers, keep = _layers(group, weights, sparsity)
+    return 100 * kept_by_groups(layers, order, rows, keep) / max(1e-30, sum(float(layer.sum()) for layer in layers))
