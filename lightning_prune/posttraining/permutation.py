@@ -1,22 +1,25 @@
 """Permutation: brings the rows of layers that have most inputs in common into one group, at no cost at run time."""
 
 import logging
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.criteria import Criterion, Loss, Magnitude
+from lightning_prune.granularities import Weight
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, needed_example_of
-from lightning_prune.models.parameters import find, named_parameters
+from lightning_prune.models.parameters import find
+from lightning_prune.posttraining.observing import observed_units
 from lightning_prune.posttraining.row_order import best_order, kept_by_groups
 from lightning_prune.structure.equivalence import equivalent_orders
 from lightning_prune.structure.groups import Group, Member
 from lightning_prune.structure.surgery import Order, reorder
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import integer, number
-from lightning_prune.validation.instances import by_name, flag, instance
+from lightning_prune.validation.instances import flag, instance
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,7 +32,9 @@ def permute_rows(
     *,
     sparsity: float,
     rows: int = 16,
-    scores: Mapping[str, Tensor] | None = None,
+    criterion: Criterion = Magnitude(),
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     inplace: bool = False,
 ) -> Model:
     """Return the model with its channels in an order in which ``SharedFanIn(rows)`` keeps more of the weights.
@@ -45,11 +50,14 @@ def permute_rows(
             ``example_input_array`` of a ``LightningModule``.
         sparsity: The sparsity that the layers are to have.
         rows: Output channels in a group.
-        scores: The importance of weights by name, in the shapes of the weights; None takes the magnitude.
+        criterion: Scores the weights; that of the pruning to come.
+        data: Batches for a criterion that needs forward passes or gradients.
+        loss: A function of the model and a batch, for a criterion that needs gradients, as in ``prune``.
         inplace: Whether to permute the model itself rather than a copy. Parameters stay the same objects.
 
     Raises:
-        ValueError: If an argument is out of range, or the model cannot be run or traced.
+        ValueError: If an argument is out of range, the criterion needs data that are not given, or the model cannot be
+            run or traced.
         ImportError: If torch-pruning is not installed.
 
     Reference: Tan et al., 2022, "Accelerating Sparse Convolution with Column Vector-Wise Sparsity", NeurIPS; Pool and
@@ -67,17 +75,11 @@ def permute_rows(
     instance("model", model, nn.Module)
     sparsity = number("sparsity", sparsity, "[0, 1)")
     rows, inplace = integer("rows", rows, 1), flag("inplace", inplace)
-    given = {} if scores is None else by_name("scores", scores, Tensor)
+    instance("criterion", criterion, Criterion)
     inputs = needed_example_of(model, example_inputs)
-    parameters = named_parameters(model)
-    for name, score in given.items():
-        if name in parameters and score.shape != parameters[name].shape:
-            raise ValueError(
-                f"scores must have the shapes of the weights, got {tuple(score.shape)} for {name}, "
-                f"which is {tuple(parameters[name].shape)}"
-            )
-    found = {target.name: given.get(target.name, target.parameter) for target in find(model, frozen=True)}
-    weights = {name: tensor.detach().float().abs().cpu() for name, tensor in found.items()}
+    units = observed_units(model, find(model, frozen=True), criterion, Weight(), data, loss)
+    with torch.no_grad():
+        weights = {u.name: criterion.scores(u).view(u.parameter.shape).detach().float().abs().cpu() for u in units}
     groups = [group for group in trace(model, inputs).groups if _has_rows(group, weights)]
     done = equivalent_orders(model, [_ordered(group, weights, sparsity, rows) for group in groups], inputs)
     permuted = model if inplace else copied(model)

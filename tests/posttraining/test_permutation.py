@@ -10,7 +10,7 @@ from architectures import CASES, build
 from models import Narrow, fit
 from torch import Tensor, nn
 
-from lightning_prune import Pruning, SharedFanIn, permute_rows, prune
+from lightning_prune import Pruning, SharedFanIn, Wanda, permute_rows, prune
 from lightning_prune.models.forward import difference, run
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.posttraining.row_order import best_order, kept_by_groups
@@ -62,15 +62,14 @@ def test_rows_that_need_the_same_inputs_come_together(caplog: pytest.LogCaptureF
     assert (model[0].weight[worse["0.weight"]] == 0.01).any()
 
 
-def test_scores_decide_instead_of_magnitudes() -> None:
-    model, inputs = Hidden(), torch.randn(4, 8)
-    scores = torch.zeros(6, 8)
-    scores[:3, :4], scores[3:, 4:] = 1.0, 1.0  # rows that lie together already
-    assert permute_rows(model, inputs, sparsity=0.5, rows=3, scores={"0.weight": scores})[0].weight.equal(
-        model[0].weight
-    )
-    with pytest.raises(ValueError, match=r"scores must have the shapes of the weights, got \(6,\) for 0.weight"):
-        permute_rows(model, inputs, sparsity=0.5, scores={"0.weight": scores[:, 0]})
+def test_the_criterion_decides() -> None:
+    model = Hidden()
+    seen = torch.cat([torch.ones(4, 4), torch.full((4, 4), 1e-6)], 1)  # the last inputs hardly matter to Wanda
+    by_magnitude = permute_rows(model, seen, sparsity=0.5, rows=3)
+    by_wanda = permute_rows(model, seen, sparsity=0.5, rows=3, criterion=Wanda(), data=[seen])
+    assert not by_magnitude[0].weight.equal(by_wanda[0].weight)
+    with pytest.raises(ValueError, match="data must be given: Wanda needs forwards"):
+        permute_rows(model, seen, sparsity=0.5, criterion=Wanda())
 
 
 def test_in_place_the_parameters_stay_the_same_objects_and_it_trains() -> None:

@@ -73,6 +73,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "load_fast": lambda: {"model": network, "path": fast_file()},
     "load_shrunk": lambda: {"model": network, "checkpoint": checkpoint()},
     "measure_latency": lambda: {"model": network(), "example_inputs": torch.zeros(1, 4)},
+    "permute_rows": lambda: {"model": network(), "example_inputs": torch.zeros(1, 4), "sparsity": 0.5},
     "plot_history": lambda: {"history": lp.History([(0, 0.0)], {"acc": [(1, 0.9)]}), "metric": "acc"},
     "plot_masks": lambda: {"masks": {"weight": torch.ones(2, 2, dtype=torch.bool)}},
     "plot_schedule": lambda: {"callback": lp.MagnitudePruning(0.5), "length": 10},
