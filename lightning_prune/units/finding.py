@@ -21,6 +21,8 @@ from lightning_prune.units.coupled import CoupledUnits, Coupling, JoinedUnits, R
 from lightning_prune.units.scored import Norms
 from lightning_prune.units.units import Units
 
+_NAMED = 5  # layers in a message
+
 
 class MakesUnits(Protocol):
     """What a granularity says about units that do not depend on one another."""
@@ -109,17 +111,27 @@ def coupled_units(
         reasons.update({member.name: reason for member in group.role("producer")})
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}
     if not kept:
-        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        if coupling.by_head and not why:
-            why = "; ".join(f"{name}: {reason}" for name, reason in graph.attentions.items())
-        if coupling.by_head and not why:
-            why = f"no attention with {coupling.heads or 'a stated number of'} heads is known"
-        raise ValueError(f"{coupling} must find units to prune, got none ({why})")
+        raise ValueError(_nothing_found(coupling, left_out, graph.attentions))
     norms = cache(partial(following_norms, model))
     owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
     names = list(targets)
     units = [_units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in kept]
     return list(units), left_out
+
+
+def _nothing_found(coupling: Coupling, left_out: Mapping[str, str], attentions: Mapping[str, str]) -> str:
+    """Return why there are no units, and what can be done."""
+    reasons = left_out or (attentions if coupling.by_head else {})
+    why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_NAMED])
+    more = f"; and {len(reasons) - _NAMED} others" if len(reasons) > _NAMED else ""
+    if coupling.by_head:
+        why = why or f"no attention with {coupling.heads or 'a stated number of'} heads is known"
+        instead = "say Head(heads=...) if no module states it, or prune channels by Channel() or ResidualChannel()"
+    else:
+        instead = (
+            "prune single weights (granularity=Weight()), or Channel(coupled=False), which cuts nothing"
+        )
+    return f"{coupling} must find units to prune, got none ({why}{more}): {instead}"
 
 
 def check_whole(model: nn.Module, granularity: object, instead: str) -> None:
