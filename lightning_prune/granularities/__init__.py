@@ -3,6 +3,7 @@
 from lightning_prune.granularities.base import Granularity
 from lightning_prune.granularities.blocks import Block
 from lightning_prune.granularities.channels import Channel, Head, InputChannel
+from lightning_prune.granularities.experts import Expert
 from lightning_prune.granularities.layers import Layer
 from lightning_prune.granularities.residual import ResidualChannel
 from lightning_prune.granularities.shared_fan_in import SharedFanIn
@@ -13,6 +14,7 @@ __all__ = [
     "NM",
     "Block",
     "Channel",
+    "Expert",
     "Granularity",
     "Head",
     "InputChannel",

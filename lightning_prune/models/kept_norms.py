@@ -1,4 +1,7 @@
-"""Kept norms: norms that take their statistics over the channels that are left, as the smaller model will."""
+"""Kept norms: norms that take their statistics over the channels that are left, as the smaller model will.
+
+Routers choose among the experts that are left in the same way.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_prune.models.experts import as_before, expert_layers, left_of, routes
 from lightning_prune.models.layer_kinds import is_norm
 from lightning_prune.models.parameters import plain_name
 
@@ -33,11 +37,13 @@ class KeptChannels:
         self.kept = kept
         self.index = kept.nonzero().squeeze(1)
 
-    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return what the norm makes of the channels that are left, among zeros."""
+    def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return what the norm makes of the channels that are left, among zeros; or what the router chooses."""
         values, *others = args
         if self.index.device != values.device:  # the model has moved
             self.index = self.index.to(values.device)
+        if routes(norm):
+            return as_before(left_of(norm, self.index).forward(values, *others), output, self.index)
         made: Tensor = self._small(norm).forward(values.index_select(-1, self.index), *others)
         return output.new_zeros(output.shape).index_copy(-1, self.index, made.to(output.dtype))
 
@@ -85,6 +91,11 @@ def forget_channels(norm: nn.Module) -> None:
             del norm._forward_hooks[key]
 
 
+def norms_and_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the norms over all channels of a model, and the routers to experts, by the name of their weight."""
+    return {**norms_by_weight(model), **{f"{each.router_name}.weight": each.router for each in expert_layers(model)}}
+
+
 def norms_by_weight(model: nn.Module) -> dict[str, nn.Module]:
     """Return the norms over all channels of a model, by the name of their weight.
 
@@ -98,12 +109,14 @@ def norms_by_weight(model: nn.Module) -> dict[str, nn.Module]:
 def kept_channels(model: nn.Module) -> dict[str, Tensor]:
     """Return which channels (bool) norms take their statistics over, where these are not all, by names of weights.
 
+    Likewise which experts routers choose among.
+
     >>> model = nn.Sequential(nn.LayerNorm(2), nn.LayerNorm(2))
     >>> keep_channels(model[0], torch.tensor([True, False]))
     >>> kept_channels(model)
     {'0.weight': tensor([ True, False])}
     """
-    hooks = {name: KeptChannels.of(norm) for name, norm in norms_by_weight(model).items()}
+    hooks = {name: KeptChannels.of(norm) for name, norm in norms_and_routers(model).items()}
     return {name: hook.kept for name, hook in hooks.items() if hook is not None}
 
 
@@ -111,17 +124,18 @@ def check_weights_suffice(model: nn.Module) -> None:
     """Reject a model whose weights alone are not all of it.
 
     Raises:
-        ValueError: If norms take their statistics over some of their channels.
+        ValueError: If norms take their statistics over some of their channels, or routers choose among some experts.
     """
     if found := list(kept_channels(model)):
         raise ValueError(
             f"the model must be shrunk before its weights are saved alone, since norms take their statistics over the "
-            f"channels that are left, as of {found[:3]}: save shrink(model, example_inputs)"
+            f"channels that are left, or routers choose among the experts that are left, as of {found[:3]}: save "
+            f"shrink(model, example_inputs)"
         )
 
 
 def follow_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Let norms take their statistics over the channels that masks of their weights keep, if they have any.
+    """Let norms take their statistics over the channels that masks of their weights keep, and routers choose likewise.
 
     >>> model = nn.Sequential(nn.LayerNorm(2))
     >>> follow_masks(model, {"0.weight": torch.tensor([True, False])})
@@ -129,12 +143,12 @@ def follow_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     {'0.weight': tensor([ True, False])}
     """
     changed = False
-    for name, norm in norms_by_weight(model).items():
+    for name, norm in norms_and_routers(model).items():
         if name in masks:
-            hook = KeptChannels.of(norm)
-            before = torch.ones_like(masks[name]) if hook is None else hook.kept.to(masks[name].device)
-            if not masks[name].equal(before):
-                keep_channels(norm, masks[name])
+            hook, kept = KeptChannels.of(norm), masks[name].flatten(1).any(1) if masks[name].ndim > 1 else masks[name]
+            before = torch.ones_like(kept) if hook is None else hook.kept.to(kept.device)
+            if not kept.equal(before):
+                keep_channels(norm, kept)
                 changed = True
     if changed and "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # compiled code does not see hooks that have changed

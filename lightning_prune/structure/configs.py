@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.models.experts import COUNTS
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.depth import own_configs
@@ -14,6 +15,7 @@ from lightning_prune.structure.groups import HEADS
 _WIDTHS = (
     *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"),
     *("hidden_dim", "moe_intermediate_size"),
+    *COUNTS,
 )
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "word_embed_proj_dim")
 

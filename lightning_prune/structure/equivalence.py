@@ -19,13 +19,18 @@ TOLERANCE = 1e-5
 
 def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
     """Return the names of the groups whose units can be removed, as a trial with random weights shows."""
-    decisions = [(group, torch.arange(group.size) % 2 == 0) for group in groups]
+    decisions = [(group, _half(group)) for group in groups]
     trial = hookless_copy(model)
     _randomize(trial)
     zero_units(trial, decisions)
     places = kept_by(trial, decisions).places
-    follow_masks(trial, {name: places[name, 0] for group, _ in decisions for name in group.norms})
+    follow_masks(trial, {name: places[name, 0] for group, _ in decisions for name in group.compared_by})
     return {group.name for group, _ in equivalent_cuts(trial, decisions, inputs)}
+
+
+def _half(group: Group) -> Tensor:
+    """Return a decision that keeps every other unit, or as many as have to stay."""
+    return (torch.arange(group.size) % 2 == 0) | (torch.arange(group.size) < group.least)
 
 
 @torch.no_grad()

@@ -48,17 +48,26 @@ class Group:
         members: Where they lie.
         owners: The attention modules whose heads they are, several if these are tied; () for channels.
         norms: The weights of the norms that take statistics over the units, if these are a residual stream.
+        router: The weight of the router that chooses among the units, if these are experts.
+        least: How many units stay at least.
     """
 
     name: str
     members: tuple[Member, ...]
     owners: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    router: str | None = None
+    least: int = 1
 
     @property
     def size(self) -> int:
         """The number of units."""
         return self.members[0].index.shape[0]
+
+    @property
+    def compared_by(self) -> tuple[str, ...]:
+        """The weights of the norms and routers that see all units together, so that zeros have an effect, too."""
+        return self.norms if self.router is None else (*self.norms, self.router)
 
     def role(self, role: Role) -> list[Member]:
         """Return the members of one role."""
@@ -80,7 +89,8 @@ class Graph:
     attentions: Mapping[str, str] = field(default_factory=dict)
 
     def with_streams(self, streams: "Graph") -> "Graph":
-        """Return the graph with the groups of another one, that of residual streams, added."""
+        """Return the graph with the groups of another one, that of residual streams or of experts, added."""
         made = {member.name for group in streams.groups for member in group.role("producer")}
+        made |= {group.router for group in streams.groups if group.router is not None}
         left_out = {name: reason for name, reason in self.left_out.items() if name not in made}
         return replace(self, groups=(*self.groups, *streams.groups), left_out=left_out)

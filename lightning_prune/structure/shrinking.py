@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.masks import Masks
 from lightning_prune.models.copying import copied, hookless_copy
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
-from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_by_weight
+from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_and_routers
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.models.sizes import Size, outputs_second
 from lightning_prune.structure.blocks import children_of_containers, find_blocks, is_zero
@@ -21,6 +21,7 @@ from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.configs import tell_configs
 from lightning_prune.structure.cut_record import CutRecord, record_cut
 from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_removals
+from lightning_prune.structure.expert_groups import expert_graph
 from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.hidden_width import stated_width
 from lightning_prune.structure.streams import find_streams
@@ -147,7 +148,7 @@ def _graph(model: nn.Module, averages: Sequence[nn.Module], inputs: Inputs, othe
     """
     over = kept_channels(model)
     for average in averages if over else ():
-        norms = norms_by_weight(average)
+        norms = norms_and_routers(average)
         for name, kept in over.items():
             keep_channels(norms[name], kept)
     try:
@@ -156,7 +157,9 @@ def _graph(model: nn.Module, averages: Sequence[nn.Module], inputs: Inputs, othe
         if not otherwise and not over:
             raise
         graph = Graph(())
-    return graph.with_streams(find_streams(model, inputs)) if over else graph
+    graph = graph.with_streams(expert_graph(model, over))
+    by_norms = over.keys() - {group.router for group in graph.groups}
+    return graph.with_streams(find_streams(model, inputs)) if by_norms else graph
 
 
 def cut_all(
@@ -197,9 +200,9 @@ def _removable(
     for group in graph.groups:
         produced = [m for m in (*group.role("producer"), *group.role("dependent")) if m.name in parameters[0]]
         dead[group.name] = dead_units(parameters, produced) | unread[group.name]
-        if group.norms:  # those that they take their statistics over have an effect, even if they are zero
+        if group.compared_by:  # those that are compared have an effect, even if they are zero
             dead[group.name] = unread[group.name] = dead[group.name] & ~_normalized(group, over)
-    first = [(group, _rounded(~dead[group.name], 1 if group.norms else round_to)) for group in graph.groups]
+    first = [(group, _rounded(~dead[group.name], 1 if group.compared_by else round_to)) for group in graph.groups]
     first = [decision for decision in first if not decision[1].all()]
     done = equivalent_cuts(model, first, inputs)
     kept = {group.name for group, _ in done}
@@ -209,9 +212,9 @@ def _removable(
 
 
 def _normalized(group: Group, over: Mapping[str, Tensor]) -> Tensor:
-    """Return over which units (bool) of a stream any norm takes its statistics."""
+    """Return over which units (bool) any norm takes its statistics, or among which a router chooses."""
     everything = torch.ones(group.size, dtype=torch.bool)
-    norms = [member for member in group.members if member.name in group.norms]
+    norms = [member for member in group.members if member.name in group.compared_by]
     seen = [over[norm.name].cpu()[norm.index].any(1) if norm.name in over else everything for norm in norms]
     return torch.stack(seen).any(0)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_by_weight, takes_statistics
+from lightning_prune.models.experts import expert_layers, state_counts
+from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_and_routers, takes_statistics
 from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
@@ -42,7 +43,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def dead_units(models: Iterable[Mapping[str, Tensor]], members: Sequence[Member]) -> Tensor:
     """Return which units (bool) are zero in all of these members and in the tensors of all models."""
     found = [unit_weights(tensors[m.name].detach() != 0, m).any(1).cpu() for tensors in models for m in members]
-    return ~torch.stack(found).any(0)
+    return ~torch.stack(found).any(0) if found else torch.tensor(False)
 
 
 def unit_weights(tensor: Tensor, member: Member) -> Tensor:
@@ -87,6 +88,7 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
     """
     optimizers, tensors = list(optimizers), named_tensors(model)
     kept.check(tensors)
+    experts = {layer.count for layer in expert_layers(model)}
     for (name, dim), places in kept.places.items():
         tensor = tensors[name]
         for optimizer in optimizers:
@@ -95,6 +97,7 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
         tensor.data = select(tensor.data, dim, places)
         tensor.grad = None if grad is None else select(grad, dim, places)
     _cut_norms(model, kept)
+    state_counts(model, experts.pop() if len(experts) == 1 else None)
     for module in model.modules():
         update_sizes(module)
     for name, module in model.named_modules():  # from the sizes of their layers
@@ -106,7 +109,7 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
 
 def _cut_norms(model: nn.Module, kept: CutRecord) -> None:
     """Let norms that take their statistics over some channels find these where they are now."""
-    norms = norms_by_weight(model)
+    norms = norms_and_routers(model)
     for name, over in kept_channels(model).items():
         if (name, 0) in kept.places:
             keep_channels(norms[name], select(over, 0, kept.places[name, 0]))

@@ -77,7 +77,7 @@ class CoupledUnits(Units):
             (parameter, member) for parameter, member in self.members if member.role == "producer"
         ]
         self.weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
-        self.minimum = min(coupling.minimum, self.size)
+        self.minimum = min(max(coupling.minimum, group.least), self.size)
         self.round_to = coupling.round_to
         self.over = {name: owners[parameters[name]] for name in group.norms}
         self._owners = owners
