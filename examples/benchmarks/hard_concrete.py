@@ -28,11 +28,8 @@ from second_order import PAGE, RESULTS, accuracy, be_quiet, fill, gradual, signe
 from tasks import SGD, TASKS, Classifier, cosine, lenet
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the paper
-OPEN, RATE, END = (
-    2.0,
-    0.05,
-    0.7,
-)  # where gates start, the learning rate of Adam for them, the part of the run they train
+OPEN, RATE = 2.0, 0.05  # where gates start, and the learning rate of Adam for them
+END = 0.7  # the part of the run in which they are trained
 STRENGTHS = {  # of the penalty, by unit and sparsity: those with which so many gates are closed on seed 0
     "weights": {0.9: 11.0, 0.95: 21.6, 0.98: 45.5, 0.99: 80.0, 0.995: 140.0},
     "neurons": {0.5: 0.8, 0.75: 2.2, 0.9: 7.5},

@@ -42,7 +42,7 @@ IN_TRAINING, AT_END = 1e-5, 1e-7  # damping: the best of five in gradual pruning
 CRITERIA = ("magnitude", "Fisher", "block Fisher")
 LEVELS = {"gradual": (0.9, 0.95, 0.98, 0.99, 0.995), "transfer": (0.97,)}
 AT_ONCE = {"mnist": (0.8, 0.9, 0.95, 0.98), "cnn": (0.7, 0.9)}
-TITLES = {"gradual": "from scratch", "transfer": "from other digits", "mnist": "LeNet-300-100", "cnn": "CNN"}
+TITLES = {"gradual": "from scratch", "transfer": "from other digits", "mnist": "LeNet", "cnn": "CNN"}
 BATCHES, SMALL = 36, 16  # one-shot pruning observes so many batches, in parts of so many images
 STEPS = {"mnist": 100}  # of fine-tuning
 OF_MAGNITUDE = ("magnitude, updated", "magnitude, recalibrated", "magnitude, reconstructed")
@@ -266,12 +266,12 @@ def of_at_once(runs: Runs) -> str:
         for kind in ("pruned", "tuned")[: 1 + (task in STEPS)]
         for level in levels
     ]
-    when = {"pruned": "at once", "tuned": "fine-tuned"}
+    when = {"pruned": "", "tuned": ", tuned"}
     lines = []
     for way in WAYS:
         found = [values_of(runs, kind, [(task, way, level)])[0] for task, level, kind in cases]
         lines.append([way, *(spread(values) if len(values) > 1 else "" for values in found)])
-    return table(["", *(f"{TITLES[task]}, {level:.0%}, {when[kind]}" for task, level, kind in cases)], lines)
+    return table(["", *(f"{TITLES[task]} {level:.0%}{when[kind]}" for task, level, kind in cases)], lines)
 
 
 def values_of(runs: Runs, kind: str, columns: Sequence[tuple[str, str, float]]) -> list[list[float]]:
