@@ -24,7 +24,6 @@ from lightning_prune.models.summary import counted_as
 from lightning_prune.schedules import Horizon
 from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
-from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.plan_text import listing
@@ -120,9 +119,8 @@ class LearnedMasks(MaskedTraining):
         goal = f"{self.n} of {self.m} weights kept, sparsity {self.granularity.least:g}"
         count = sum(logits.numel() for logits in self.state.logits.values())
         others = f", and {self.state.others:,} by train={self.train}" if self.train else ""
-        last = (
-            f"trained: {counted_as(count, 'logit')}{others}; temperature and scale change until step {self.state.last}"
-        )
+        trained = f"{counted_as(count, 'logit')}{others}"
+        last = f"trained: {trained}; temperature and scale reach their last values at step {self.state.last}"
         return listing(f"{type(self).__name__} to {goal}", self.state.dense, last, self.state.left_out)
 
     # ------------------------------------------------------------------------------------------------ start
@@ -166,15 +164,9 @@ class LearnedMasks(MaskedTraining):
         if not state.resumed:
             state.last = max(1, Horizon(0, self.end).window(length(trainer, "step", self.max_epochs))[1])
         state.left_out = left_out(pl_module, self.targets, self.ignore)
-        self._hold(pl_module)
+        self.state.hold(named_parameters(pl_module), of_kind_or_name(pl_module, "train", self.train))
         warn_of_zeros(state.dense, state.masks)
         log_info(self.explain())
-
-    def _hold(self, pl_module: LightningModule) -> None:
-        others = set(of_kind_or_name(pl_module, "train", self.train))
-        parameters = named_parameters(pl_module)
-        self.state.held = {parameter: name for name, parameter in parameters.items() if name not in others}
-        self.state.others = sum(parameters[name].numel() for name in others if parameters[name].requires_grad)
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,7 +175,7 @@ class LearnedMasks(MaskedTraining):
         if gone:
             self.state.drop(gone)
             rank_zero_warn(f"LearnedMasks drops the logits of {gone[:5]}: these layers have been replaced")
-        self._hold(pl_module)
+        self.state.hold(named_parameters(pl_module), of_kind_or_name(pl_module, "train", self.train))
         super().rebuild(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------ a batch
@@ -206,21 +198,17 @@ class LearnedMasks(MaskedTraining):
             self._refuse(optimizer)
         state.stepping.add(id(optimizer))
         regularization = self.regularization * gradient_scale(trainer, optimizer)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = state.held.get(parameter)
-                if name in state.learned and state.draw is not None:
-                    if parameter.grad is not None:
-                        reject_sparse_gradient("LearnedMasks", name, parameter.grad)
-                    state.learned[name].take_gradient(state.draw, regularization)
-                elif name is not None:
-                    parameter.grad = None
+        for name in state.held_by(optimizer):
+            gradient = state.held[name].grad
+            if name in state.learned and gradient is not None:
+                reject_sparse_gradient("LearnedMasks", name, gradient)
+            state.take_gradient(name, regularization)
 
     @override
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         self.state.stepping.discard(id(optimizer))
-        mine, learned = parameter_ids(optimizer), self.state.learned
-        names = [name for name, each in learned.items() if id(each.weight) in mine]
+        learned = self.state.learned
+        names = [name for name in self.state.held_by(optimizer) if name in learned]
         if any(learned[name].weight.grad is not None for name in names):
             self._refuse(optimizer)
         self.state.masks = Masks({**self.masks, **{name: learned[name].choose(self.masks[name]) for name in names}})

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.methods.pattern_logits import Draw, PatternLogits, prior_logits
 from lightning_prune.tensors.distributed import local
+from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.state import TRANSIENT, RunState, saved
 from lightning_prune.units.weights import WeightUnits
 from lightning_prune.validation.states import TENSOR, table
@@ -28,7 +30,7 @@ class LearnedState(RunState):
         learned: Both with their parameter, by name.
         draw: The random numbers of the batch that is under way; None between two batches.
         soft: The names of the weights that are under soft masks at this moment.
-        held: The parameters that no optimizer may step, with their names.
+        held: The parameters that no optimizer may step, by name.
         stepping: The optimizers that are in a step, by id.
         others: How many weights are trained beside the logits.
         manual: Whether a batch may have several optimizer steps.
@@ -45,7 +47,7 @@ class LearnedState(RunState):
     learned: dict[str, PatternLogits] = field(default_factory=dict, metadata=TRANSIENT)
     draw: Draw | None = field(default=None, metadata=TRANSIENT)
     soft: set[str] = field(default_factory=set, metadata=TRANSIENT)
-    held: dict[nn.Parameter, str] = field(default_factory=dict, metadata=TRANSIENT)
+    held: dict[str, nn.Parameter] = field(default_factory=dict, metadata=TRANSIENT)
     stepping: set[int] = field(default_factory=set, metadata=TRANSIENT)
     others: int = field(default=0, metadata=TRANSIENT)
     manual: bool = field(default=False, metadata=TRANSIENT)
@@ -72,6 +74,22 @@ class LearnedState(RunState):
             if known is None or not (self.resumed or bool(((weight == known) | (weight == 0)).all())):
                 known = weight.clone()
             self.dense[name] = each.dense = known
+
+    def hold(self, parameters: Mapping[str, nn.Parameter], others: Sequence[str]) -> None:
+        """Hold all parameters but these."""
+        self.held = {name: parameter for name, parameter in parameters.items() if name not in others}
+        self.others = sum(parameters[name].numel() for name in others if parameters[name].requires_grad)
+
+    def held_by(self, optimizer: Optimizer) -> list[str]:
+        """Return the names of the parameters of an optimizer that it must not step."""
+        mine = parameter_ids(optimizer)
+        return [name for name, parameter in self.held.items() if id(parameter) in mine]
+
+    def take_gradient(self, name: str, regularization: float) -> None:
+        """Turn the gradient of a weight into that of its logits; other parameters lose theirs."""
+        if name in self.learned and self.draw is not None:
+            self.learned[name].take_gradient(self.draw, regularization)
+        self.held[name].grad = None
 
     def soften(self, names: Sequence[str]) -> dict[nn.Parameter, Tensor]:
         """Put weights under soft masks, and return masks by which everything is kept."""

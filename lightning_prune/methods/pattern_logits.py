@@ -62,6 +62,27 @@ def groups(values: Tensor, axis: int, m: int) -> Tensor:
     return rows[..., : whole * m].unflatten(-1, (whole, m))
 
 
+def gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random numbers of the standard Gumbel distribution, of the shape and type of a tensor."""
+    # a fourth of the time of exponential_ on a CPU
+    uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    return uniform.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_().log_().neg_()
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return which row is the largest in each column, the first of equals.
+
+    >>> most_likely(torch.tensor([[0.0, 2.0], [1.0, 2.0]])).tolist()
+    [1, 0]
+    """
+    # as argmax, but on a CPU that takes four times as long along the first dimension
+    best, found = logits[0].clone(), torch.zeros(logits.shape[1], dtype=torch.long, device=logits.device)
+    for number, row in enumerate(logits[1:], 1):
+        found.masked_fill_(row > best, number)
+        torch.maximum(best, row, out=best)
+    return found
+
+
 def prior_logits(mask: Tensor, axis: int, n: int, m: int, strength: float, dtype: torch.dtype) -> Tensor:
     """Return the logits to start from, (patterns, groups): the more weights a pattern shares with the mask, the higher.
 
@@ -98,13 +119,15 @@ class PatternLogits:
         """Yield the Gumbel softmax over the patterns of some groups at a time, (patterns, groups)."""
         logits = self.logits.detach()
         generator = draw.generator(self.name, logits.device)
-        size = _PART if logits.device.type == "cpu" else _PART_ELSEWHERE
-        for begin in range(0, logits.shape[1], size):
-            at = slice(begin, begin + size)
+        for at in self._parts():
             part = logits[:, at] * draw.scale
-            noise = torch.empty_like(part).exponential_(generator=generator)
-            part -= noise.clamp_(min=torch.finfo(part.dtype).tiny).log_()
+            part += gumbel(part, generator)
             yield at, part.div_(draw.temperature).softmax(0)
+
+    def _parts(self) -> list[slice]:
+        """Return the groups in parts that fit into the cache."""
+        size = _PART if self.logits.device.type == "cpu" else _PART_ELSEWHERE
+        return [slice(begin, begin + size) for begin in range(0, self.logits.shape[1], size)]
 
     def _groups(self, values: Tensor) -> Tensor:
         """Return the groups of a tensor of the weight's shape, one a row."""
@@ -150,7 +173,10 @@ class PatternLogits:
     @torch.no_grad()
     def choose(self, mask: Tensor) -> Tensor:
         """Return the mask of the most likely patterns; what is in no whole group stays as it is in this one."""
-        chosen = patterns(self.n, self.m, mask.device)[self.logits.argmax(0)]
+        table, logits = patterns(self.n, self.m, mask.device), self.logits.detach()
+        chosen = torch.empty(logits.shape[1], self.m, dtype=torch.bool, device=mask.device)
+        for at in self._parts():
+            chosen[at] = table[most_likely(logits[:, at])]
         mask = mask.clone()
         inside = groups(mask, self.axis, self.m)
         inside.copy_(chosen.view(inside.shape))
