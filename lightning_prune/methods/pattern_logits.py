@@ -59,7 +59,8 @@ def groups(values: Tensor, axis: int, m: int) -> Tensor:
     """
     rows = values.movedim(axis, -1)
     whole = rows.shape[-1] // m
-    return rows[..., : whole * m].unflatten(-1, (whole, m))
+    found: Tensor = rows[..., : whole * m].unflatten(-1, (whole, m))
+    return found
 
 
 def gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
