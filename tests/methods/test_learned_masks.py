@@ -454,3 +454,15 @@ def test_an_optimizer_that_runs_the_model_inside_its_step_is_refused() -> None:
     model.configure_optimizers = lambda: SAM(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="must not run the model inside its step for LearnedMasks, got SAM"):
         fit(model, LearnedMasks())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_longer_resumed_run_keeps_its_schedule_and_its_groups(tmp_path: Path) -> None:
+    model = MLP(optimizer="adam")
+    saver = ModelCheckpoint(tmp_path, "last")
+    fit(model, LearnedMasks(2, 4), saver, enable_checkpointing=True)
+    path = str(tmp_path / "last.ckpt")
+    fit(MLP(optimizer="adam"), longer := LearnedMasks(2, 4), ckpt_path=path, max_epochs=4)
+    assert longer.state.last == 2 * BATCHES
+    with pytest.raises(ValueError, match=re.escape("got n=1 (2 before)")):
+        fit(MLP(optimizer="adam"), LearnedMasks(1, 4), ckpt_path=path, max_epochs=4)
