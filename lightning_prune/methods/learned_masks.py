@@ -40,9 +40,9 @@ class LearnedMasks(MaskedTraining):
 
     Each group of m weights has a logit for each way to keep n of them. In training the model has the weights times a
     soft mask: the patterns weighted by a Gumbel softmax of the logits, which is random at first and nearly one pattern
-    in the end. An optimizer steps the logits in the place of the weights, with the options of their group. Between two
-    batches, in validation and in checkpoints the model has the weights under the most likely pattern of each group, bit
-    for bit. Parameters that are neither targets nor in ``train`` keep their values, too.
+    in the end. An optimizer steps the logits in the place of the weights, with the options of their group. After each
+    backward pass, in validation and in checkpoints the model has the weights under the most likely pattern of each
+    group, bit for bit. Parameters that are neither targets nor in ``train`` keep their values, too.
 
     The callback holds the weights without zeros, and they and the logits (6 for each group of 4 at 2:4) are part of
     checkpoints. The logits want a larger learning rate than weights: 0.001 to 0.01 with Adam, more in short runs.
@@ -68,8 +68,8 @@ class LearnedMasks(MaskedTraining):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
-            is prunable, one is sharded or uninitialised, the prior lacks a mask, or the length of a run that a fraction
-            needs is unknown; if an optimizer (LBFGS, SAM) runs the model inside its step, or a gradient is sparse.
+            is prunable, one is sharded or uninitialised, the prior lacks a mask, or ``end`` is a fraction of a run
+            without end; if an optimizer (LBFGS, SAM) runs the model inside its step, or a gradient is sparse.
 
     Reference: Fang et al., 2024, "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
     arXiv:2409.17481.
@@ -119,11 +119,9 @@ class LearnedMasks(MaskedTraining):
         goal = f"{self.n} of {self.m} weights kept, sparsity {self.granularity.least:g}"
         count = sum(logits.numel() for logits in self.state.logits.values())
         others = f", and {self.state.others:,} by train={self.train}" if self.train else ""
-        trained = f"{counted_as(count, 'logit')}{others}"
-        last = f"trained: {trained}; temperature and scale reach their last values at step {self.state.last}"
+        until = f"temperature and scale reach their last values at step {self.state.last}"
+        last = f"trained: {counted_as(count, 'logit')}{others}; {until}"
         return listing(f"{type(self).__name__} to {goal}", self.state.dense, last, self.state.left_out)
-
-    # ------------------------------------------------------------------------------------------------ start
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +162,7 @@ class LearnedMasks(MaskedTraining):
         if not state.resumed:
             state.last = max(1, Horizon(0, self.end).window(length(trainer, "step", self.max_epochs))[1])
         state.left_out = left_out(pl_module, self.targets, self.ignore)
-        self.state.hold(named_parameters(pl_module), of_kind_or_name(pl_module, "train", self.train))
+        state.hold(named_parameters(pl_module), of_kind_or_name(pl_module, "train", self.train))
         warn_of_zeros(state.dense, state.masks)
         log_info(self.explain())
 
@@ -175,10 +173,8 @@ class LearnedMasks(MaskedTraining):
         if gone:
             self.state.drop(gone)
             rank_zero_warn(f"LearnedMasks drops the logits of {gone[:5]}: these layers have been replaced")
-        self.state.hold(named_parameters(pl_module), of_kind_or_name(pl_module, "train", self.train))
+        self.state.hold(parameters, of_kind_or_name(pl_module, "train", self.train))
         super().rebuild(trainer, pl_module)
-
-    # ------------------------------------------------------------------------------------------------ a batch
 
     def _draw(self) -> Draw:
         progress = min(1.0, self.state.steps / max(1, self.state.last - 1))
@@ -189,6 +185,12 @@ class LearnedMasks(MaskedTraining):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.state.draw = self._draw()
         self.enforcement.replace(self.state.soften(list(self.state.learned)))
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_after_backward(trainer, pl_module)
+        if not self.state.manual:  # of several backward passes, the others are to see soft weights, too
+            self.enforcement.replace(self.state.harden(list(self.state.soft)))
 
     @override
     def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:

@@ -13,6 +13,7 @@ import torch
 from foreign import SAM
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from models import BATCHES, MLP, ConvNet, On, Tiny, TwoOptimizers, agrees, fit, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -222,7 +223,7 @@ def test_training_sees_soft_masks_and_everything_else_hard_ones(
     keys = list(model.state_dict())
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer_kwargs = {"accumulate_grad_batches": accumulate, "val_check_interval": 1, "enable_checkpointing": True}
-    fit(model, callback, between, saver, max_epochs=EPOCHS, **trainer_kwargs)
+    fit(model, between, callback, saver, max_epochs=EPOCHS, **trainer_kwargs)
     assert seen == {"training": EPOCHS * BATCHES, "validation": EPOCHS * BATCHES, "between": EPOCHS * BATCHES}
     assert exact(model, callback, before)
     assert list(model.state_dict()) == keys
@@ -308,6 +309,33 @@ def test_weights_in_bfloat16_have_logits_in_single_precision() -> None:
     assert {logits.dtype for logits in callback.state.logits.values()} == {torch.float32}
     assert exact(model, callback, before)
     assert callback.sparsity_now == pytest.approx(0.5, abs=0.02)
+
+
+def test_skipped_steps_change_nothing_and_fused_gradients_are_scaled_alike() -> None:
+    class Overflow(MLP):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (torch.inf if batch_idx == 1 else 1.0)
+
+    ends = []
+    for fused in (False, True):
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+        model, callback, seen = Overflow(), LearnedMasks(2, 4, regularization=0.1), []
+        before = start(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+        model.configure_optimizers = lambda optimizer=optimizer: optimizer
+
+        def look(*anything: Any, model: Any = model, callback: Any = callback, before: Any = before) -> None:
+            assert exact(model, callback, before)
+
+        def note(*anything: Any, callback: Any = callback, seen: Any = seen) -> None:
+            seen.append({name: logits.detach().clone() for name, logits in callback.state.logits.items()})
+
+        fit(model, On(on_train_batch_end=look), callback, On(on_train_batch_end=note), plugins=[plugin], max_epochs=1)
+        assert all(torch.equal(seen[0][name], logits) for name, logits in seen[1].items())
+        assert not any(torch.equal(seen[2][name], logits) for name, logits in seen[1].items())
+        ends.append(seen[-1])
+    for name, logits in ends[0].items():
+        torch.testing.assert_close(ends[1][name], logits, rtol=1e-3, atol=1e-4)
 
 
 def test_manual_optimization_with_two_optimizers() -> None:
