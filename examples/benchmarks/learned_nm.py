@@ -1,4 +1,4 @@
-"""What learned masks gain at 2:4: `python examples/benchmarks/learned_nm.py`, 20 minutes on an idle core.
+"""What learned masks gain at 2:4: `python examples/benchmarks/learned_nm.py`, half an hour on a busy core.
 
 SmolLM2-135M-Instruct (weights de-quantised from 4 bits), all linear layers of its 30 blocks at 2:4: perplexity on BBC
 news, in the 16 windows of 256 tokens that post_training.py and reconstruction.py score. Learning starts from the masks
