@@ -49,6 +49,7 @@ from lightning_prune.methods.dynamic_sparse import SET
 from lightning_prune.methods.gating import SparseEarlyStopping, SparseModelCheckpoint
 from lightning_prune.methods.group_lasso import GroupLasso
 from lightning_prune.methods.guarded import GuardedPruning
+from lightning_prune.methods.learned_masks import LearnedMasks
 from lightning_prune.methods.lottery import LotteryTicket
 from lightning_prune.methods.rigl import RigL
 from lightning_prune.methods.straight_through import SRSTE
@@ -123,6 +124,7 @@ __all__ = [
     "Knapsack",
     "LatencyTable",
     "Layer",
+    "LearnedMasks",
     "LotteryTicket",
     "Magnitude",
     "MagnitudePruning",

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_prune.models.layer_kinds import holds_experts
 from lightning_prune.models.parameters import Target
@@ -27,6 +26,11 @@ class Adapter:
     down: nn.Parameter
     up: nn.Parameter
     base: Tensor | None = None
+
+    @property
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The two factors, by what they add to the name of the weight."""
+        return {"down": self.down, "up": self.up}
 
     def take_gradient(self, mask: Tensor, scale: float) -> None:
         """Turn the gradient of the weight into those of the two factors."""
@@ -73,19 +77,3 @@ def new_factors(target: Target, rank: int, generator: torch.Generator) -> tuple[
     dtype = torch.promote_types(target.parameter.dtype, torch.float32)  # small steps would be lost in bfloat16
     down = torch.rand(*experts, rank, columns, generator=generator, dtype=dtype).mul_(2).sub_(1).div_(columns**0.5)
     return down, down.new_zeros(*experts, rows, rank)
-
-
-def join(optimizer: Optimizer, adapters: dict[nn.Parameter, Adapter]) -> None:
-    """Put the factors of each weight behind it, into its group: they are stepped with its options; idempotent."""
-    for group in optimizer.param_groups:
-        known = {id(parameter) for parameter in group["params"]}
-        names = group.get("param_names") or [""] * len(group["params"])
-        joined: list[tuple[nn.Parameter, str]] = []
-        for parameter, name in zip(group["params"], names, strict=True):
-            joined.append((parameter, name))
-            adapter = adapters.get(parameter)
-            if adapter is not None and id(adapter.up) not in known:
-                joined += [(adapter.down, f"{name}.down"), (adapter.up, f"{name}.up")]
-        group["params"][:] = [parameter for parameter, _ in joined]
-        if "param_names" in group:
-            group["param_names"][:] = [name for _, name in joined]

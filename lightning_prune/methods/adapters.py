@@ -9,8 +9,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_prune.methods.adapter import join
 from lightning_prune.methods.adapters_state import AdaptersState
+from lightning_prune.methods.joining import join
 from lightning_prune.models.parameters import Target, find, named_parameters
 from lightning_prune.models.small_parameters import of_kind_or_name
 from lightning_prune.models.summary import counted_as
@@ -99,7 +99,7 @@ class MaskedAdapters(ConstantSparsity):
         reject_lbfgs("MaskedAdapters", trainer.optimizers, "not run the model inside its step")
         self.state.adapt(self._find(pl_module), self.rank, self.seed)
         for optimizer in trainer.optimizers:
-            join(optimizer, {adapter.weight: adapter for adapter in self.state.adapters.values()})
+            join(optimizer, {adapter.weight: adapter.factors for adapter in self.state.adapters.values()})
 
     def _find(self, pl_module: LightningModule) -> list[Target]:
         """Return the weights to adapt."""

@@ -25,6 +25,7 @@ from variants import METHODS
 from lightning_prune import (
     ConstantSparsity,
     GuardedPruning,
+    LearnedMasks,
     LotteryTicket,
     MagnitudePruning,
     MaskedAdapters,
@@ -151,6 +152,14 @@ def test_averages_of_adapted_weights_are_under_the_masks(average: str, order: st
         fit(model, *callbacks, max_epochs=3)
     assert not probe.dense
     assert_pruned(model, callback)
+
+
+@in_pairs(average=("swa", "mean", "ema"), order=("masks first", "averaging first"))
+def test_averages_of_weights_with_learned_masks_are_under_the_masks(average: str, order: str) -> None:
+    model, callback = Regression(mlp(), optimizer=SGD), LearnedMasks(2, 4)
+    callbacks = [callback, AVERAGES[average]()] if order == "masks first" else [AVERAGES[average](), callback]
+    fit(model, *callbacks, max_epochs=3)
+    assert_masked(model, callback)
 
 
 def test_guarded_pruning_refuses_an_average_that_replaces_schedulers() -> None:

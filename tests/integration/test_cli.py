@@ -287,6 +287,10 @@ GIVEN = {
         **{"monitor": "val_loss", "mode": "min", "max_drop": 0.5, "sparsity": 0.8, "reference": 2.0, "step": 0.6},
         **{"precision": 0.1, "patience": 2, "criterion": "Random", "granularity": "Channel", "ignore": ["net.6.*"]},
     },
+    "LearnedMasks": {
+        **{"n": 1, "m": 2, "prior": "Random", "strength": 2.0, "temperature": [2.0, 0.1], "scale": [50.0, 100.0]},
+        **{"regularization": 0.0, "end": 4, "train": ["bias"], "ignore": ["net.6.*"], "seed": 3},
+    },
     "LotteryTicket": {
         **{"sparsity": 0.75, "rounds": 2, "rewind": "random", "rewind_to": 1, "frequency": 2, "interval": "step"},
         **{"criterion": "Random", "granularity": "Channel", "scope": "local", "seed": 3, "ignore": ["net.6.*"]},
@@ -338,7 +342,7 @@ def test_print_config_round_trips(name: str, tmp_path: Path, capsys: pytest.Capt
     first, second = run("--config", by_short_name, train=False), run("--config", str(again))
     assert type(callback_of(first)) is type(callback_of(second)) is PUBLIC[name]
     for argument, value in GIVEN.get(name, SHARED).items():
-        if argument not in ("criterion", "granularity", "teacher"):
+        if argument not in ("criterion", "granularity", "prior", "teacher"):
             wanted = tuple(value) if isinstance(value, list) else value
             assert getattr(callback_of(second), argument) == wanted
     callback = callback_of(second)

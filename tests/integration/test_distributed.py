@@ -38,6 +38,7 @@ from lightning_prune import (
     GraSP,
     InputChannel,
     Layer,
+    LearnedMasks,
     Magnitude,
     MagnitudePruning,
     MaskedAdapters,
@@ -578,6 +579,30 @@ def test_adapters_are_the_same_on_every_rank() -> None:
     expected = adapt("one")
     assert zeros(expected["weights"]) == round(0.6 * sum(w.numel() for w in expected["weights"].values() if w.ndim > 1))
     assert_same(run(adapt, 2, "ddp"), expected)
+
+
+def learn(layout: Layout) -> dict[str, Any]:
+    model, callback = Net(layout), LearnedMasks(2, 4)
+    torch.manual_seed(100 + rank())
+    fit(model, callback)
+    return outcome(model, callback)
+
+
+@distributed
+def test_learned_masks_are_the_same_on_every_rank() -> None:
+    found, expected = run(learn, 2, "ddp"), learn("one")
+    assert_same(found, expected)
+
+
+def learn_pieces() -> str:
+    with pytest.raises(ValueError, match="must be whole on every rank for LearnedMasks") as raised:
+        learn("fsdp")
+    return str(raised.value)
+
+
+@distributed
+def test_masks_of_weights_in_pieces_are_not_learned() -> None:
+    assert all("net.0.weight" in message for message in run(learn_pieces, 2))
 
 
 def adapt_pieces() -> str:

@@ -24,6 +24,7 @@ CALLS = [
     "ConstantSparsity(targets=('a.*', 'b'), log_layers=True)",
     "GroupLasso(strength=0.01, growth=4.0, proximal=True)",
     "Distillation()",
+    "LearnedMasks(n=1, m=8, temperature=(2.0, 0.1), end=100)",
     "MaskedAdapters(rank=8, train=('bias', 'head.*'))",
     "Distillation(teacher='dense.ckpt', temperature=4.0)",
     "EntropyPruning(0.5, prune='low', bins=8, window=2, scope='local', min_density=0.1)",
