@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 
 def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
     """Return the names of the groups whose units can be removed, as a trial with random weights shows."""
-    decisions = [(group, torch.arange(group.size) % 2 == 0) for group in groups]
+    decisions = [(group, torch.arange(group.size) % (group.size // group.parts) % 2 == 0) for group in groups]
     trial = hookless_copy(model)
     _randomize(trial)
     zero_units(trial, decisions)

@@ -23,6 +23,7 @@ from lightning_prune.structure.cut_record import CutRecord, record_cut
 from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_removals
 from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.hidden_width import stated_width
+from lightning_prune.structure.queries import cut_queries
 from lightning_prune.structure.streams import find_streams
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
@@ -126,14 +127,16 @@ def what_to_keep(
     for copy in copies if blocks.removed else ():
         cut(copy, blocks)
     graph = _graph(first, others, inputs, bool(blocks.removed))
+    queries = cut_queries(copies, graph, inputs, round_to)
+    graph = _graph(first, others, inputs, True) if queries.places else graph
     done = _removable(first, graph, inputs, round_to, others)
     for other in (*others, first) if others else ():
         done = equivalent_cuts(other, done, inputs)
-    _warn_of_remaining(first, graph, done, bool(blocks.removed))
+    _warn_of_remaining(first, graph, done, bool(blocks.removed or queries.places))
     kept = kept_by(first, done)
     if streams := [decision for decision in done if decision[0].norms]:
         kept = replace(kept, hidden=stated_width(first, kept, streams, inputs))
-    return blocks.then(kept)
+    return blocks.then(queries).then(kept)
 
 
 def _graph(model: nn.Module, averages: Sequence[nn.Module], inputs: Inputs, otherwise: bool) -> Graph:
