@@ -1,4 +1,4 @@
-"""Queries: the single queries of attentions whose heads of keys and values serve several, and which of them are dead."""
+"""Queries: the single queries of attentions that share keys and values, and which of them are dead."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -82,7 +82,7 @@ class CoupledUnits(Units):
             (parameter, member) for parameter, member in self.members if member.role == "producer"
         ]
         self.weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
-        self.parts, self.even = group.parts, group.parts > 1
+        self._parts, self.even = group.parts, group.parts > 1
         self.minimum = min(-(-coupling.minimum // group.parts) * group.parts, self.size)
         self.round_to = group.parts if self.even else coupling.round_to
         self.over = {name: owners[parameters[name]] for name in group.norms}
@@ -135,7 +135,7 @@ class CoupledUnits(Units):
     def compared(self, scores: Tensor, kept: Tensor | None, by_row: bool) -> Tensor:
         alive = scores if kept is None else scores.masked_fill(~kept, -torch.inf)
         if self.even:
-            return rank_within(alive.view(self.parts, -1), self.size // self.parts).view(-1)
+            return rank_within(alive.view(self._parts, -1), self.size // self._parts).view(-1)
         # those of the units that have to stay are above all others
         return scores.index_fill(0, alive.topk(self.minimum).indices, torch.inf)
 

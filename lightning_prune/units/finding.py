@@ -130,9 +130,7 @@ def _nothing_found(coupling: Coupling, left_out: Mapping[str, str], attentions: 
         why = why or f"no attention with {coupling.heads or 'a stated number of'} heads is known"
         instead = "say Head(heads=...) if no module states it, or prune channels by Channel() or ResidualChannel()"
     else:
-        instead = (
-            "prune single weights (granularity=Weight()), or Channel(coupled=False), which cuts nothing"
-        )
+        instead = "prune single weights (granularity=Weight()), or Channel(coupled=False), which cuts nothing"
     return f"{coupling} must find units to prune, got none ({why}{more}): {instead}"
 
 
