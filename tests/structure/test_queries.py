@@ -8,7 +8,7 @@ import torch
 from models import GroupedAttention, Tiny, agrees, fit
 from torch import nn
 
-from lightning_prune import Head, Pruning, Random, load_shrunk, prune, save_shrunk, shrink
+from lightning_prune import Head, Pruning, Random, load_shrunk, prune, save_shrunk, shrink, sparsegpt
 from lightning_prune.structure.cut_record import CutRecord, cut_record_of
 
 TOKENS = torch.randn(2, 3, 12, dtype=torch.float64)
@@ -145,11 +145,29 @@ def test_a_second_cut_and_the_file_have_the_numbers_of_both(tmp_path: Path) -> N
         CutRecord.from_state_dict({**record.state_dict(), "queries": {"0": [1, 3]}})
 
 
-def test_attention_without_groups_is_refused_and_left_out_beside_others() -> None:
+def test_what_does_not_fit_is_refused() -> None:
     packed = nn.MultiheadAttention(12, 3, batch_first=True).double()
     with pytest.raises(ValueError, match=r"in_proj_weight: each of its queries has keys and values of its own: use"):
         prune(packed, 0.5, granularity=Head(queries=True), example_inputs=(TOKENS, TOKENS, TOKENS))
     with pytest.raises(ValueError, match=r"threshold must be None for Head\(.*queries=True.*within groups, got 0\.5"):
         Pruning(threshold=0.5, granularity=Head(queries=True))
+    with pytest.raises(ValueError, match=r"granularity must be Weight\(\), .* got Head\(.*queries=True\)"):
+        sparsegpt(net(), 0.5, data=[TOKENS], granularity=Head(queries=True), scope="local")
     with pytest.raises(TypeError, match="queries must be"):
         Head(queries=1)  # type: ignore[arg-type]
+
+
+def test_attention_without_groups_is_left_out_beside_others() -> None:
+    model = nn.Sequential(GroupedAttention(12, 6, 2), nn.Tanh(), GroupedAttention(12, 6, 6)).double()
+    masks = prune(model, 1 / 3, granularity=Head(queries=True), example_inputs=TOKENS)
+    assert set(masks) == {"0.q.weight", "0.q.bias", "0.o.weight"}
+    small = shrink(model, TOKENS)
+    assert [numbers(small[place])[-2:] for place in (0, 2)] == [(4, 2), (6, 6)]
+
+
+def test_where_all_queries_share_one_head_of_keys_single_queries_go() -> None:
+    model = nn.Sequential(GroupedAttention(12, 6, 1), nn.Tanh()).double()
+    prune(model, 1 / 2, granularity=Head(queries=True), example_inputs=TOKENS)
+    small = shrink(model, TOKENS)
+    assert numbers(small[0]) == (6, 2, 2, 6, 3, 1)
+    assert_same(small, model)
