@@ -44,7 +44,7 @@ class Granularity:
     single: ClassVar[bool] = False
     follows: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
-    even: ClassVar[bool] = False
+    even: bool = False
     measures: ClassVar[bool] = True
     within_blocks: ClassVar[bool] = True
     normalized: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """Channels, input channels and attention heads as units."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -47,6 +47,7 @@ class Channel(Granularity):
 
     follows: ClassVar[bool] = True
     by_head: ClassVar[bool] = False
+    queries: ClassVar[bool] = False
     heads: ClassVar[int | None] = None
     default_scope: ClassVar[Literal["global", "local"]] = "local"  # scores of layers are rarely on one scale
     default_min_density: ClassVar[float] = FLOOR
@@ -131,9 +132,12 @@ class Head(Granularity):
     Args:
         heads: The number of heads of the latter; None finds it by what the output layer reads.
         minimum: How many heads of an attention stay, at least 1.
+        queries: Whether a unit is a single query, where several share keys and values: these stay, each with equally
+            many queries. Where all queries share one head of keys and values, a unit is a single query anyway.
 
     Raises:
-        ValueError: If an argument is out of range; later on, if the model has no attention that is known.
+        ValueError: If an argument is out of range; later on, if the model has no attention that is known, or none whose
+            queries share keys and values, with ``queries``.
 
     Reference: Michel et al., 2019, "Are Sixteen Heads Really Better than One?", arXiv:1905.10650.
 
@@ -148,12 +152,15 @@ class Head(Granularity):
 
     heads: int | None = None
     minimum: int = 1
+    queries: bool = False
+    even: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         if self.heads is not None:
             settle(self, heads=integer("heads", self.heads, 1))
-        settle(self, minimum=integer("minimum", self.minimum, 1))
+        settle(self, minimum=integer("minimum", self.minimum, 1), queries=flag("queries", self.queries))
+        settle(self, even=self.queries)
 
     @override
     def find_units(

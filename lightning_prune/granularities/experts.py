@@ -43,6 +43,7 @@ class Expert(Granularity):
     coupled = True
     by_head: ClassVar[bool] = False
     heads: ClassVar[int | None] = None
+    queries: ClassVar[bool] = False
     normalized = True
     default_scope: ClassVar[Literal["global", "local"]] = "local"
 

@@ -43,6 +43,7 @@ class ResidualChannel(Granularity):
 
     coupled = True
     by_head: ClassVar[bool] = False
+    queries: ClassVar[bool] = False
     heads: ClassVar[int | None] = None
     within_blocks = False
     normalized = True

@@ -41,7 +41,7 @@ class SharedFanIn(Granularity):
     """
 
     measures: ClassVar[bool] = False
-    even: ClassVar[bool] = True
+    even = True
 
     rows: int = 16
 

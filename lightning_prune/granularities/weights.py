@@ -80,7 +80,7 @@ class NM(Weight):
     0.5
     """
 
-    even: ClassVar[bool] = True
+    even = True
     measures: ClassVar[bool] = False
 
     n: int = 2

@@ -7,6 +7,7 @@ from types import MethodType, ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.models.kept_norms import KeptChannels
 
@@ -68,3 +69,8 @@ def hookless_copy(model: Module) -> Module:
         if own is not None:
             module.register_forward_hook(own)
     return copy
+
+
+def unwrapped(average: nn.Module) -> nn.Module:
+    """Return the model in an ``AveragedModel``; any other model as it is."""
+    return average.module if isinstance(average, AveragedModel) else average

@@ -82,7 +82,7 @@ def sparsegpt(
     optional(text, "sequential", sequential, "the name of a container of blocks")
     instance("granularity", granularity, Granularity)
     goal = SparsityTarget(fractions_in("sparsity", sparsity)).for_granularity(granularity)
-    if not (granularity.single or granularity.even):
+    if granularity.coupled or not (granularity.single or granularity.even):
         raise ValueError(f"granularity must be Weight(), NM(n, m) or SharedFanIn(rows), got {granularity}")
     allocate = scopes.resolve(scope)
     if granularity.even and allocate is not scopes.local:

@@ -1,6 +1,6 @@
 """Configs of Hugging Face models: what they say of the sizes of a model that was cut, where they can say it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from lightning_prune.models.experts import COUNTS
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.depth import own_configs
-from lightning_prune.structure.groups import HEADS
+from lightning_prune.structure.groups import HEADS, QUERIES
 
 _WIDTHS = (
     *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"),
@@ -33,7 +33,8 @@ def tell_configs(model: nn.Module, kept: CutRecord) -> None:
     for owner in list(pretrained(model)) if kept.places else []:
         own_configs(owner)
         # attentions may have got copies of their own, with the heads that they have now
-        attentions = [m for n, m in model.named_modules() if plain_name(n) in kept.heads and "config" in vars(m)]
+        cut = {*kept.heads, *kept.queries}
+        attentions = [m for n, m in model.named_modules() if plain_name(n) in cut and "config" in vars(m)]
         others = set(owner.modules()).difference(attentions)
         found = [part for module in others for part in _parts(vars(module).get("config"))]
         configs = list({id(config): config for config in found}.values())
@@ -87,14 +88,15 @@ def _state(config: Any, kept: CutRecord) -> None:
             before = 4 * config.hidden_size  # what None stands for in GPT-2
         if type(before) is int and len(lengths.get(before, ())) == 1:
             setattr(config, name, next(iter(lengths[before])))
-    if len(set(kept.heads.values())) == 1:
-        _state_heads(config, *next(iter(kept.heads.values())))
+    for counts, names in ((kept.heads, HEADS), (kept.queries, QUERIES)):
+        if len(set(counts.values())) == 1:
+            _state_heads(config, *next(iter(counts.values())), names)
     if kept.hidden is not None:
         _state_hidden(config, *kept.hidden)
 
 
-def _state_heads(config: Any, before: int, now: int) -> None:
-    stated = {name: getattr(config, name, None) for name in HEADS}
+def _state_heads(config: Any, before: int, now: int, names: Sequence[str]) -> None:
+    stated = {name: getattr(config, name, None) for name in names}
     numbers = {n: count for n, count in stated.items() if type(count) is int and count % before == 0}
     if "num_attention_heads" in numbers:
         _state_head_dim(config, numbers["num_attention_heads"])

@@ -22,6 +22,7 @@ _STATE = record(
     places=every(MASKS, record(shapes=every(_KEY, table(_VECTOR)))),
     heads=table(every(row(whole(), whole()), _HEADS)),
 )
+_QUERIES = table(every(row(whole(), whole()), _HEADS))
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class CutRecord:
         heads: The number of heads before and after the cut, by name of the attention.
         removed: The names of the blocks that are taken out as a whole, after that.
         hidden: The hidden width before and after the cut, if the config of the model says so.
+        queries: The number of queries of each head of keys and values before and after the cut, likewise by attention.
     """
 
     places: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
     hidden: tuple[int, int] | None = None
+    queries: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def then(self, later: "CutRecord") -> "CutRecord":
         """Return the record of both cuts, this one and a later one.
@@ -47,19 +50,27 @@ class CutRecord:
         >>> first.then(CutRecord({("weight", 0): torch.tensor([False, True])})).places
         {('weight', 0): tensor([False, False,  True])}
         """
-        places, heads = dict(self.places), dict(self.heads)
+        places = dict(self.places)
         for (name, dim), kept in later.places.items():
             place = name_before(name, self.removed), dim  # blocks have other numbers since some were taken out
             earlier = self.places.get(place, torch.ones_like(kept))
             places[place] = torch.zeros_like(earlier).masked_scatter(earlier, kept)
-        for name, counts in later.heads.items():
-            name = name_before(name, self.removed)
-            heads[name] = (self.heads.get(name, counts)[0], counts[1])
         removed = (*self.removed, *(name_before(name, self.removed) for name in later.removed))
         places = {(name, dim): kept for (name, dim), kept in places.items() if not is_inside(name, removed)}
-        heads = {n: counts for n, counts in heads.items() if not is_inside(n, removed)}
+        heads, queries = (
+            self._counts(earlier, after, removed)
+            for earlier, after in ((self.heads, later.heads), (self.queries, later.queries))
+        )
         hidden = self.hidden and later.hidden and (self.hidden[0], later.hidden[1])
-        return CutRecord(places, heads, removed, hidden or later.hidden or self.hidden)
+        return CutRecord(places, heads, removed, hidden or later.hidden or self.hidden, queries)
+
+    def _counts(
+        self, earlier: Mapping[str, tuple[int, int]], later: Mapping[str, tuple[int, int]], removed: tuple[str, ...]
+    ) -> dict[str, tuple[int, int]]:
+        """Return the numbers before and after both cuts, by attention, without those that are removed."""
+        after = {name_before(name, self.removed): counts for name, counts in later.items()}
+        both = {name: (earlier.get(name, counts)[0], counts[1]) for name, counts in after.items()}
+        return {name: counts for name, counts in {**earlier, **both}.items() if not is_inside(name, removed)}
 
     def of_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parts of masks that are kept, by the names that parameters have after the cut.
@@ -101,7 +112,8 @@ class CutRecord:
         heads = {name: list(counts) for name, counts in self.heads.items()}
         removed = {"removed": list(self.removed)} if self.removed else {}
         hidden = {} if self.hidden is None else {"hidden": list(self.hidden)}
-        return {"version": 1, "places": places, "heads": heads, **removed, **hidden}
+        queries = {"queries": {n: list(counts) for n, counts in self.queries.items()}} if self.queries else {}
+        return {"version": 1, "places": places, "heads": heads, **removed, **hidden, **queries}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "CutRecord":
@@ -124,15 +136,18 @@ class CutRecord:
             _STATE("lightning_prune", state)
             _NAMES("lightning_prune.removed", state.get("removed", ()))
             _WIDTH("lightning_prune.hidden", state.get("hidden"))
+            _QUERIES("lightning_prune.queries", state.get("queries", {}))
         except ValueError as error:
             raise ValueError(f"the kept channels must have {error}") from error
         places = {}
         for name, kept in unpack_all(state["places"]).items():
             dim, _, plain = name.partition(":")
             places[plain, int(dim)] = kept
-        heads = {name: (before, now) for name, (before, now) in state["heads"].items()}
-        hidden = state.get("hidden")
-        return cls(places, heads, tuple(state.get("removed", ())), None if hidden is None else (hidden[0], hidden[1]))
+        heads, queries = (
+            {name: (before, now) for name, (before, now) in state.get(key, {}).items()} for key in ("heads", "queries")
+        )
+        hidden = None if state.get("hidden") is None else (state["hidden"][0], state["hidden"][1])
+        return cls(places, heads, tuple(state.get("removed", ())), hidden, queries)
 
 
 Kept = CutRecord  # the name in models that version 0.1 pickled

@@ -29,8 +29,9 @@ def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) 
 
 
 def _half(group: Group) -> Tensor:
-    """Return a decision that keeps every other unit, or as many as have to stay."""
-    return (torch.arange(group.size) % 2 == 0) | (torch.arange(group.size) < group.least)
+    """Return a decision that keeps every other unit of each part, or as many as have to stay."""
+    places = torch.arange(group.size)
+    return (places % (group.size // group.parts) % 2 == 0) | (places < group.least)
 
 
 @torch.no_grad()

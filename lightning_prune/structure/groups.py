@@ -12,11 +12,8 @@ Item = tuple[Any, Direction, list[int], list[Any]]  # module, direction, its cha
 
 OUTPUTS = "its channels are outputs of the model"  # why these are in no group
 
-HEADS = (
-    *("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h"),
-    *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv"),
-)
-
+QUERIES = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads", "h")  # how many of them
+HEADS = (*QUERIES, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
 
 WIDTHS = ("all_head_size", "inner_dim", "inner_features", "attn_dim", "split_size")
 
@@ -50,6 +47,8 @@ class Group:
         norms: The weights of the norms that take statistics over the units, if these are a residual stream.
         router: The weight of the router that chooses among the units, if these are experts.
         least: How many units stay at least.
+        parts: How many parts the units form, one behind the other, of which equally many have to stay: the queries of
+            each head of keys and values.
     """
 
     name: str
@@ -58,6 +57,7 @@ class Group:
     norms: tuple[str, ...] = ()
     router: str | None = None
     least: int = 1
+    parts: int = 1
 
     @property
     def size(self) -> int:

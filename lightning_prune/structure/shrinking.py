@@ -8,10 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.masks import Masks
-from lightning_prune.models.copying import copied, hookless_copy
+from lightning_prune.models.copying import copied, hookless_copy, unwrapped
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_and_routers
 from lightning_prune.models.parameters import named_parameters, plain_name
@@ -24,6 +23,7 @@ from lightning_prune.structure.equivalence import equivalent_cuts, equivalent_re
 from lightning_prune.structure.expert_groups import expert_graph
 from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.hidden_width import stated_width
+from lightning_prune.structure.queries import cut_queries
 from lightning_prune.structure.streams import find_streams
 from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
 from lightning_prune.structure.tracing import trace
@@ -127,14 +127,16 @@ def what_to_keep(
     for copy in copies if blocks.removed else ():
         cut(copy, blocks)
     graph = _graph(first, others, inputs, bool(blocks.removed))
+    queries = cut_queries(copies, graph, inputs, round_to)
+    graph = _graph(first, others, inputs, True) if queries.places else graph
     done = _removable(first, graph, inputs, round_to, others)
     for other in (*others, first) if others else ():
         done = equivalent_cuts(other, done, inputs)
-    _warn_of_remaining(first, graph, done, bool(blocks.removed))
+    _warn_of_remaining(first, graph, done, bool(blocks.removed or queries.places))
     kept = kept_by(first, done)
     if streams := [decision for decision in done if decision[0].norms]:
         kept = replace(kept, hidden=stated_width(first, kept, streams, inputs))
-    return blocks.then(kept)
+    return blocks.then(queries).then(kept)
 
 
 def _graph(model: nn.Module, averages: Sequence[nn.Module], inputs: Inputs, otherwise: bool) -> Graph:
@@ -171,11 +173,6 @@ def cut_all(
         tell_configs(each, kept)
         record_cut(each, kept)
         travel_along(each)
-
-
-def unwrapped(average: nn.Module) -> nn.Module:
-    """Return the model in an ``AveragedModel``; any other model as it is."""
-    return average.module if isinstance(average, AveragedModel) else average
 
 
 def _removable_blocks(models: Sequence[nn.Module], inputs: Inputs) -> list[str]:

@@ -14,7 +14,7 @@ from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
 from lightning_prune.structure.depth import remove_blocks
-from lightning_prune.structure.groups import HEADS, WIDTHS, Group, Member
+from lightning_prune.structure.groups import HEADS, QUERIES, WIDTHS, Group, Member
 from lightning_prune.validation.warning import warn
 
 Decision = tuple[Group, Tensor]  # which units (bool) of a group are kept
@@ -31,8 +31,10 @@ def kept_by(model: nn.Module, decisions: Iterable[Decision]) -> CutRecord:
             key = (member.name, member.dim)
             kept = places.setdefault(key, torch.ones(shapes[member.name][member.dim], dtype=torch.bool))
             kept[member.index[~keep.cpu()].flatten()] = False
-    heads = {owner: (group.size, int(keep.sum())) for group, keep in decisions for owner in group.owners}
-    return CutRecord(places, heads)
+    counts = [(group, group.size // group.parts, int(keep.sum()) // group.parts) for group, keep in decisions]
+    heads = {owner: (size, now) for group, size, now in counts if group.parts == 1 for owner in group.owners}
+    queries = {owner: (size, now) for group, size, now in counts if group.parts > 1 for owner in group.owners}
+    return CutRecord(places, heads, queries=queries)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -102,7 +104,10 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
         update_sizes(module)
     for name, module in model.named_modules():  # from the sizes of their layers
         if plain_name(name) in kept.heads:
-            _update_heads(module, *kept.heads[plain_name(name)])
+            _update_heads(module, *kept.heads[plain_name(name)], HEADS)
+        if plain_name(name) in kept.queries:
+            _scale(module, ("num_key_value_groups",), *kept.queries[plain_name(name)])
+            _update_heads(module, *kept.queries[plain_name(name)], QUERIES)
     if kept.removed:
         remove_blocks(model, kept.removed, optimizers)
 
@@ -174,13 +179,13 @@ def _update_convolution(module: nn.modules.conv._ConvNd) -> None:
     module.in_channels = module.weight.shape[1 - outputs] * (1 if module.transposed else module.groups)
 
 
-def _update_heads(module: Any, before: int, now: int) -> None:
-    _scale(module, (*HEADS, *WIDTHS), before, now)
+def _update_heads(module: Any, before: int, now: int, names: Sequence[str]) -> None:
+    _scale(module, (*names, *WIDTHS), before, now)
     code = getattr(type(module).forward, "__code__", None)
     reads = set() if code is None else set(code.co_names)
     if "config" in reads and reads.intersection(HEADS):  # the other attentions may have other numbers of heads
         module.config = copy.copy(module.config)
-        _scale(module.config, HEADS, before, now)
+        _scale(module.config, names, before, now)
     queries, keys = getattr(module, "q_proj", None), getattr(module, "k_proj", None)
     if hasattr(module, "num_key_value_groups") and isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear):
         module.num_key_value_groups = queries.out_features // keys.out_features

@@ -13,6 +13,7 @@ from lightning_prune.models.parameters import Target, channel_dim
 from lightning_prune.structure.groups import Group, Member
 from lightning_prune.structure.surgery import unit_weights
 from lightning_prune.tensors.distributed import local
+from lightning_prune.tensors.ranking import rank_within
 from lightning_prune.units.gates import affine_of, among, weight_times_gradient
 from lightning_prune.units.scored import Norms, Values
 from lightning_prune.units.units import Units
@@ -35,6 +36,10 @@ class Coupling(Protocol):
     @property
     def by_head(self) -> bool:
         """Whether a unit is an attention head, and not a channel."""
+
+    @property
+    def queries(self) -> bool:
+        """Whether a unit is a single query of an attention, and not a head of keys and values with its queries."""
 
     @property
     def heads(self) -> int | None:
@@ -77,8 +82,9 @@ class CoupledUnits(Units):
             (parameter, member) for parameter, member in self.members if member.role == "producer"
         ]
         self.weights = {m.name: parameter for parameter, m in self.members if m.name in counted}
-        self.minimum = min(max(coupling.minimum, group.least), self.size)
-        self.round_to = coupling.round_to
+        self._parts, self.even = group.parts, group.parts > 1
+        self.minimum = min(-(-max(coupling.minimum, group.least) // group.parts) * group.parts, self.size)
+        self.round_to = group.parts if self.even else coupling.round_to
         self.over = {name: owners[parameters[name]] for name in group.norms}
         self._owners = owners
 
@@ -122,9 +128,15 @@ class CoupledUnits(Units):
         return [(p, m) for p, m in gates if self._owners[p] in layers or among(p, affine)]
 
     @override
+    def ranks(self, by_row: bool) -> bool:
+        return self.even
+
+    @override
     def compared(self, scores: Tensor, kept: Tensor | None, by_row: bool) -> Tensor:
-        # those of the units that have to stay are above all others
         alive = scores if kept is None else scores.masked_fill(~kept, -torch.inf)
+        if self.even:
+            return rank_within(alive.view(self._parts, -1), self.size // self._parts).view(-1)
+        # those of the units that have to stay are above all others
         return scores.index_fill(0, alive.topk(self.minimum).indices, torch.inf)
 
     @override

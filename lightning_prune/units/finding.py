@@ -15,6 +15,7 @@ from lightning_prune.models.parameters import Target, channel_dim, named_paramet
 from lightning_prune.structure.equivalence import removable_groups
 from lightning_prune.structure.grouping import packed_heads
 from lightning_prune.structure.groups import Graph, Group
+from lightning_prune.structure.queries import by_query
 from lightning_prune.structure.tracing import trace
 from lightning_prune.tensors.distributed import is_sharded, over_ranks
 from lightning_prune.units.coupled import CoupledUnits, Coupling, JoinedUnits, RowUnits
@@ -102,6 +103,7 @@ def coupled_units(
     check_whole(model, coupling, "use Channel(coupled=False)")
     inputs = fitting(inputs, model)
     graph = _graph(model, coupling, inputs)
+    graph = by_query(graph) if coupling.queries else graph
     targets, parameters = {target.name: target for target in found}, named_parameters(model)
     candidates, reasons = _candidates(graph, coupling, targets, parameters)
     kept = proven(model, candidates, inputs, distributed)
@@ -162,7 +164,7 @@ def _candidates(
     """Return the groups whose units may be pruned, and why other targets have none."""
     heads = coupling.by_head
     reasons = dict.fromkeys(targets, "no layer is known to make its channels") if not heads else {}
-    reasons.update({} if heads else graph.left_out)
+    reasons.update(graph.left_out if coupling.queries or not heads else {})
     candidates = []
     for group in graph.groups:
         reason = _unfit(group, heads, targets, parameters)

@@ -15,7 +15,7 @@ from distributed import BATCH, Layout, Net, build, fit, rank, ranks, reshard, re
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from models import QUIET, Mean, On, Residual
+from models import QUIET, GroupedAttention, Mean, On, Residual
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +36,7 @@ from lightning_prune import (
     Entropy,
     EntropyPruning,
     GraSP,
+    Head,
     InputChannel,
     Layer,
     LearnedMasks,
@@ -217,6 +218,34 @@ def test_with_ddp_the_hidden_width_is_that_of_one_process() -> None:
     found, expected = run(train_narrow, 2, "ddp"), train_narrow("one")
     for number, one in enumerate(expected):
         assert one["masks"]["net.4.weight"].sum() == 2
+        assert_masked_alike([outcomes[number] for outcomes in found], one)
+
+
+class Sharing(Net):
+    """Attention of 4 queries over two tokens, of which 2 each share keys and values."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                attention = GroupedAttention(4, 4, 2)
+                self.net = nn.Sequential(nn.Unflatten(1, (2, 4)), attention, nn.Flatten(), nn.Linear(8, 4))
+
+
+def train_sharing(layout: Layout) -> list[dict[str, Any]]:
+    outcomes = []
+    for criterion in (Magnitude(), Sensitivity(window=2)):
+        model, callback = Sharing(layout), Pruning(0.5, criterion, Head(queries=True), **GRADUAL)
+        fit(model, callback)
+        outcomes.append(outcome(model, callback))
+    return outcomes
+
+
+@distributed
+def test_with_ddp_single_queries_are_those_of_one_process() -> None:
+    found, expected = run(train_sharing, 2, "ddp"), train_sharing("one")
+    for number, one in enumerate(expected):
+        assert one["masks"]["net.1.q.weight"].any(1).view(2, 2).sum(1).tolist() == [1, 1]
         assert_masked_alike([outcomes[number] for outcomes in found], one)
 
 

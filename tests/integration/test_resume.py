@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from models import Attention, Mean, Residual, agrees, fit
+from models import Attention, GroupedAttention, Mean, Residual, agrees, fit
 from modes import ADAM, KINDS, SGD, Probe, Regression, StatefulLoader, assert_masked, assert_pruned, leftovers, mlp
 from torch import Tensor, nn
 from variants import COUPLED, CRITERIA, GRANULARITIES, METHODS, OF_LAYERS, OF_STREAMS, label
@@ -27,12 +27,14 @@ from lightning_prune import (
     ConstantSparsity,
     Criterion,
     Granularity,
+    Head,
     Layer,
     LearnedMasks,
     MagnitudePruning,
     MaskedAdapters,
     Pruning,
     ResidualChannel,
+    Sensitivity,
     Weight,
     prune,
 )
@@ -233,6 +235,19 @@ def test_coupled_units_resume_exactly(
     arguments = {"criterion": criterion, "granularity": granularity, **REGIMES[regime]}
     model = Resumable if isinstance(granularity, Channel) else Attending
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), model, taken=third(turn), check=assert_zero)
+
+
+class Sharing(Attending):
+    """Attention of 4 queries over sequences of 3 tokens, of which 2 each share keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GroupedAttention(8, 4, 2), nn.Flatten(), nn.Linear(24, 4))
+
+
+def test_single_queries_resume_exactly(tmp_path: Path) -> None:
+    arguments = {"criterion": Sensitivity(window=2), "granularity": Head(queries=True), **REGIMES["step"]}
+    assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), Sharing, taken=fifth(1), check=assert_zero)
 
 
 class Deep(Attending):

@@ -100,6 +100,47 @@ def test_a_shrunk_decoder_generates() -> None:
     assert torch.equal(*written)
 
 
+QUERIES = {
+    "LLaMA": ("LlamaForCausalLM", {}),
+    "odd numbers": ("LlamaForCausalLM", {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "Mistral": ("MistralForCausalLM", {}),
+    "biases": ("Qwen2ForCausalLM", {}),
+    "norms of queries and keys": ("Qwen3ForCausalLM", {"head_dim": 8}),
+    "fused": ("Phi3ForCausalLM", {}),
+    "fused, one behind the other": (
+        "FalconForCausalLM",
+        {"ffn_hidden_size": 24, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "experts": ("MixtralForCausalLM", {"num_local_experts": 3}),
+    "one key": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", QUERIES)
+def test_single_queries_go_and_their_keys_stay(kind: str) -> None:
+    torch.manual_seed(0)
+    name, sizes = QUERIES[kind]
+    cls = getattr(transformers, name)
+    config = cls.config_class(**{**SIZES, "num_attention_heads": 8, "num_key_value_heads": 2, **sizes})
+    config._experts_implementation = "eager"
+    model, ids = cls(config).double().eval(), torch.randint(3, 30, (2, 5))
+    before = output(model, {"input_ids": ids})
+    masks = prune(model, 1 / 3, granularity=Head(queries=True), example_inputs={"input_ids": ids})
+    small = shrink(model, {"input_ids": ids})
+    assert torch.allclose(output(small, {"input_ids": ids}), output(model, {"input_ids": ids}), rtol=0.0, atol=1e-10)
+    assert not torch.allclose(before, output(model, {"input_ids": ids}), atol=1e-6)
+    former, now = dict(model.named_parameters()), dict(small.named_parameters())
+    cut = {name for name in former if former[name].shape != now[name].shape}
+    assert cut == set(masks)
+    assert not any(".k_proj" in name or ".v_proj" in name for name in cut)
+    queries = config.num_attention_heads
+    kept = 6 if queries == 9 else 5 if kind == "one key" else 6
+    (read,) = {now[name].shape[1] / former[name].shape[1] for name in cut if ".o_proj." in name or ".dense." in name}
+    assert read == kept / queries
+    cached, whole = (small.generate(ids, max_new_tokens=3, do_sample=False, use_cache=use) for use in (True, False))
+    assert cached.equal(whole)
+
+
 def test_what_stays_has_a_reason_that_names_the_layer() -> None:
     model, batch = build("gated, grouped queries")
     reasons = trace(model, batch).left_out
@@ -212,6 +253,14 @@ SAYING: dict[str, tuple[str, dict[str, Any], Granularity, dict[str, int]]] = {
     "heads": (
         *("LlamaForCausalLM", GROUPED, Head()),
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 32, "intermediate_size": 48},
+    ),
+    "single queries": (
+        *("LlamaForCausalLM", GROUPED, Head(queries=True)),
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32, "intermediate_size": 48},
+    ),
+    "single queries of fused layers": (
+        *("Phi3ForCausalLM", GROUPED, Head(queries=True)),
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
     ),
     "no name for the size of a head": ("BertModel", WIDE, Channel(), {"intermediate_size": 24}),
     "four times the width": ("GPT2LMHeadModel", {**SHORT, "n_layer": 2, "n_inner": None}, Channel(), {"n_inner": 64}),

@@ -121,6 +121,21 @@ class Attention(nn.Module):
         return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class GroupedAttention(nn.Module):
+    """Self-attention whose queries share keys and values, as its users write it."""
+
+    def __init__(self, width: int, queries: int, keys: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.size = queries, keys, width // queries
+        self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = (nn.Linear(width, keys * self.size) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (shared.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for shared in (k, v))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Attending(Tiny):
     """Two attentions of 6 and 2 heads over sequences of 3 tokens, and a linear layer."""
 
