@@ -12,7 +12,7 @@ from lightning_prune.granularities import Weight
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, needed_example_of
 from lightning_prune.models.parameters import find
-from lightning_prune.posttraining.observing import observed_units
+from lightning_prune.posttraining.observing import check_data, observed_units
 from lightning_prune.posttraining.row_order import best_order, kept_by_groups
 from lightning_prune.structure.equivalence import equivalent_orders
 from lightning_prune.structure.groups import Group, Member
@@ -76,6 +76,7 @@ def permute_rows(
     sparsity = number("sparsity", sparsity, "[0, 1)")
     rows, inplace = integer("rows", rows, 1), flag("inplace", inplace)
     instance("criterion", criterion, Criterion)
+    check_data(criterion, data, loss)
     inputs = needed_example_of(model, example_inputs)
     units = observed_units(model, find(model, frozen=True), criterion, Weight(), data, loss)
     with torch.no_grad():

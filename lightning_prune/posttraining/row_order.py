@@ -27,7 +27,7 @@ def best_order(layers: Sequence[Tensor], rows: int, keep: Sequence[int]) -> Tens
     >>> kept_by_groups([scores], order, 2, [1])
     4.0
     """
-    given = torch.arange(len(layers[0]))
+    given, rows = torch.arange(len(layers[0])), min(rows, len(layers[0]))
     least = kept_by_groups(layers, given, rows, keep) * (1 + _LEAST)
     found = [_improved(layers, order, rows, keep) for order in (given, _apart(layers))]
     kept, order = max(((kept_by_groups(layers, each, rows, keep), each) for each in found), key=lambda pair: pair[0])

@@ -159,6 +159,8 @@ def test_a_dense_model_and_one_with_too_few_experts_are_refused() -> None:
     ):
         prune(nn.Linear(4, 4), 0.5, granularity=Expert(), example_inputs=torch.zeros(1, 4))
     model, inputs = build()
+    with pytest.raises(ValueError, match='of must be "units" for Expert'):
+        prune(model, 0.5, granularity=Expert(), of="flops", example_inputs=inputs)
     with pytest.raises(ValueError, match="needs example inputs"):
         prune(model, 0.5, granularity=Expert())
     with pytest.raises(ValueError, match=r"experts.down_proj.*not among the targets|not among the targets"):
