@@ -2,7 +2,7 @@
 
 Every family of transformers, and the models of torchvision and timm where these are installed, with random weights:
 pruned by single weights, by channels, by heads, by channels to 80 % of the FLOPs, and shrunk; beside them the pruner of
-Torch-Pruning. Each model has a process of its own and a time limit. Results are kept in results/zoo.jsonl, from which
+Torch-Pruning. Each model has a process of its own, and each part a limit of processor time. Results are kept in results/zoo.jsonl, from which
 the table in docs/strategies/structured.md is written; models that are there are not run again. With names of zoos or of
 models as arguments, these alone, again; -v shows errors.
 """
@@ -22,7 +22,7 @@ from trial import run
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
 PAGE = Path(__file__).parents[3] / "docs" / "strategies" / "structured.md"
 HEADER = ["", "models", "weights", "`Channel`", "`Head`", '`of="flops"`', "Torch-Pruning", "wrong", "slowest"]
-LIMIT = 300  # seconds
+LIMIT = 1800  # seconds for a model, where its parts have no limit of their own or hang
 EXACT = 1e-10
 PARTS = ("weights", "channels", "heads", "flops", "peer")
 # processes that share the imports, where there are such

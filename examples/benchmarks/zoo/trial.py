@@ -1,6 +1,7 @@
 """One model: pruned by weights, channels, heads and FLOPs, and shrunk, beside Torch-Pruning; and what came of it."""
 
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune import Channel, Granularity, Head, prune, shrink, sparsity
 from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.forward import call
+
+LIMIT = 120  # seconds of processor time for a part, whatever else the machine does
 
 
 def size(model: nn.Module) -> int:
@@ -84,13 +87,24 @@ def peer(model: nn.Module, inputs: Any) -> dict[str, Any]:
 
 
 def attempt(function: Any, *arguments: Any) -> Any:
-    """Return what a function returns, or its error as text."""
+    """Return what a function returns, or its error as text; where the system can tell, within the limit."""
+    limited = hasattr(signal, "setitimer")
     try:
+        if limited:
+            signal.setitimer(signal.ITIMER_PROF, LIMIT)
         return function(*arguments)
     except Exception as error:
         if "-v" in sys.argv:
             traceback.print_exc()
         return f"{type(error).__name__}: {error}"
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def stop(*_: Any) -> None:
+    """End the part that has used up its time."""
+    raise TimeoutError(f"over {LIMIT} s")
 
 
 def run(zoo: str, name: str, pipe: Any) -> None:
@@ -98,6 +112,8 @@ def run(zoo: str, name: str, pipe: Any) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, stop)
     built = attempt(build, zoo, name)
     if isinstance(built, str):
         pipe.send({"built": built})
