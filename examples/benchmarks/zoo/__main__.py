@@ -2,9 +2,9 @@
 
 Every family of transformers, and the models of torchvision and timm where these are installed, with random weights:
 pruned by single weights, by channels, by heads, by channels to 80 % of the FLOPs, and shrunk; beside them the pruner of
-Torch-Pruning. Each model has a process of its own, and each part a limit of processor time. Results are kept in results/zoo.jsonl, from which
-the table in docs/strategies/structured.md is written; models that are there are not run again. With names of zoos or of
-models as arguments, these alone, again; -v shows errors.
+Torch-Pruning. Each model has a process of its own, and each part a limit of processor time. Results are kept in
+results/zoo.jsonl, from which the table in docs/strategies/structured.md is written; models that are there are not run
+again. With names of zoos or of models as arguments, these alone, again; -v shows errors.
 """
 
 import json
