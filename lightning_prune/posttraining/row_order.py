@@ -27,7 +27,7 @@ def best_order(layers: Sequence[Tensor], rows: int, keep: Sequence[int]) -> Tens
     >>> kept_by_groups([scores], order, 2, [1])
     4.0
     """
-    given, rows = torch.arange(len(layers[0])), min(rows, len(layers[0]))
+    given = torch.arange(len(layers[0]))
     least = kept_by_groups(layers, given, rows, keep) * (1 + _LEAST)
     found = [_improved(layers, order, rows, keep) for order in (given, _apart(layers))]
     kept, order = max(((kept_by_groups(layers, each, rows, keep), each) for each in found), key=lambda pair: pair[0])
@@ -52,6 +52,7 @@ def _apart(layers: Sequence[Tensor]) -> Tensor:
 
 def _group_sums(scores: Tensor, rows: int) -> Tensor:
     """Return the sums over groups of rows: (groups, inputs)."""
+    rows = min(rows, len(scores))
     short = -len(scores) % rows
     return pad(scores, (0, 0, 0, short)).reshape(-1, rows, scores.shape[1]).sum(1)
 
