@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -14,8 +13,13 @@ from lightning_prune.methods.joining import join
 from lightning_prune.models.parameters import Target, find, named_parameters
 from lightning_prune.models.small_parameters import of_kind_or_name
 from lightning_prune.models.summary import counted_as
-from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
+from lightning_prune.training.checks import (
+    reject_lazy,
+    reject_lbfgs,
+    reject_running,
+    reject_shards,
+    reject_sparse_gradient,
+)
 from lightning_prune.training.constant import ConstantSparsity
 from lightning_prune.training.plan_text import listing
 from lightning_prune.training.state import RunState
@@ -96,38 +100,25 @@ class MaskedAdapters(ConstantSparsity):
         # before the state of optimizers is restored, which has the factors in it
         if not self.state.concerns(pl_module):
             self.reset()
-        reject_lbfgs("MaskedAdapters", trainer.optimizers, "not run the model inside its step")
+        reject_lbfgs("MaskedAdapters", trainer.optimizers)
         self.state.adapt(self._find(pl_module), self.rank, self.seed)
         for optimizer in trainer.optimizers:
             join(optimizer, {adapter.weight: adapter.factors for adapter in self.state.adapters.values()})
 
     def _find(self, pl_module: LightningModule) -> list[Target]:
         """Return the weights to adapt."""
-        if any(map(is_lazy, pl_module.parameters())):
-            raise ValueError(
-                "parameters must be whole for MaskedAdapters, got uninitialised ones: run a batch through the model"
-            )
+        reject_lazy("MaskedAdapters", pl_module)
         others = set(of_kind_or_name(pl_module, "train", self.train))
         found = find(pl_module, self.targets, self.ignore) if self.rank else []
         found = [target for target in found if target.name not in others]
-        for target in found:
-            if is_sharded(target.parameter):
-                raise ValueError(
-                    f"parameters must be whole on every rank for MaskedAdapters, got shards of {target.name!r}: use DDP"
-                )
+        reject_shards("MaskedAdapters", found)
         return found
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._hold(pl_module)
+        self.state.hold(pl_module, self.train)
         super().on_start(trainer, pl_module)
         self.state.begin()
-
-    def _hold(self, pl_module: LightningModule) -> None:
-        others = set(of_kind_or_name(pl_module, "train", self.train))
-        parameters = named_parameters(pl_module)
-        self.state.held = {parameter: name for name, parameter in parameters.items() if name not in others}
-        self.state.others = sum(parameters[name].numel() for name in others if parameters[name].requires_grad)
 
     @override
     def rebuild(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +127,7 @@ class MaskedAdapters(ConstantSparsity):
         if gone:
             self.state.drop(gone)
             rank_zero_warn(f"MaskedAdapters drops the adapters of {gone[:5]}: these layers have been replaced")
-        self._hold(pl_module)
+        self.state.hold(pl_module, self.train)
         super().rebuild(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------ a step
@@ -144,32 +135,22 @@ class MaskedAdapters(ConstantSparsity):
     @override
     def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         state = self.state
-        # a gradient scaler may have skipped the last step
-        if id(optimizer) in state.open and getattr(trainer.precision_plugin, "scaler", None) is None:
-            self._refuse(optimizer)
-        state.open.add(id(optimizer))
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = state.held.get(parameter)
-                if name in state.adapters:
-                    if parameter.grad is not None:
-                        reject_sparse_gradient("MaskedAdapters", name, parameter.grad)
-                    state.adapters[name].take_gradient(self.masks[name], self._scale)
-                elif name is not None:
-                    parameter.grad = None
+        state.begin_step("MaskedAdapters", trainer, optimizer)
+        for name in state.held_by(optimizer):
+            gradient = state.held[name].grad
+            if name not in state.adapters:
+                state.held[name].grad = None
+                continue
+            if gradient is not None:
+                reject_sparse_gradient("MaskedAdapters", name, gradient)
+            state.adapters[name].take_gradient(self.masks[name], self._scale)
 
     @override
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.state.open.discard(id(optimizer))
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = self.state.held.get(parameter)
-                if name in self.state.adapters:
-                    if parameter.grad is not None:
-                        self._refuse(optimizer)
-                    self.state.adapters[name].merge(self._scale)
-
-    def _refuse(self, optimizer: Optimizer) -> None:
-        raise ValueError(
-            f"optimizer must not run the model inside its step for MaskedAdapters, got {type(optimizer).__name__}"
-        )
+        state = self.state
+        state.stepping.discard(id(optimizer))
+        for name in state.held_by(optimizer):
+            if name in state.adapters:
+                if state.held[name].grad is not None:
+                    reject_running("MaskedAdapters", type(optimizer).__name__)
+                state.adapters[name].merge(self._scale)

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_prune.methods.adapter import Adapter, new_factors
+from lightning_prune.methods.replacing_state import ReplacingState
 from lightning_prune.models.parameters import Target
 from lightning_prune.tensors.distributed import local
 from lightning_prune.tensors.masking import zero_pruned
-from lightning_prune.training.state import TRANSIENT, RunState, saved
+from lightning_prune.training.state import TRANSIENT, on_cpu, saved
 from lightning_prune.validation.states import TENSOR, table
 
 
 @dataclass(eq=False)
-class AdaptersState(RunState):
+class AdaptersState(ReplacingState):
     """What ``MaskedAdapters`` knows of its run.
 
     Attributes:
@@ -26,25 +27,19 @@ class AdaptersState(RunState):
         base: The weights that training started from, likewise; in checkpoints, only what their masks keep.
         packed: Whether the bases come from a checkpoint, and wait for their masks.
         adapters: The adapters of the model, by the name of their weight.
-        held: The parameters that no optimizer may step, with their names.
-        others: How many weights are trained beside the adapters.
-        open: The optimizers that are in a step, by id.
     """
 
     down: dict[str, Tensor] = field(
-        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: _on_cpu(state.down), load=dict)
+        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: on_cpu(state.down), load=dict)
     )
     up: dict[str, Tensor] = field(
-        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: _on_cpu(state.up), load=dict)
+        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: on_cpu(state.up), load=dict)
     )
     base: dict[str, Tensor] = field(
-        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: _on_cpu(state.kept()), load=dict)
+        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: on_cpu(state.kept()), load=dict)
     )
     packed: bool = False
     adapters: dict[str, Adapter] = field(default_factory=dict, metadata=TRANSIENT)
-    held: dict[nn.Parameter, str] = field(default_factory=dict, metadata=TRANSIENT)
-    others: int = field(default=0, metadata=TRANSIENT)
-    open: set[int] = field(default_factory=set, metadata=TRANSIENT)
 
     def kept(self) -> dict[str, Tensor]:
         """Return the elements of the bases that their masks keep."""
@@ -87,7 +82,8 @@ class AdaptersState(RunState):
 
     @override
     def release(self) -> None:
-        self.adapters, self.held, self.open = {}, {}, set()
+        super().release()
+        self.adapters = {}
 
     @classmethod
     @override
@@ -105,11 +101,6 @@ class AdaptersState(RunState):
         state = super().load(owner, values)
         state.packed = True
         return state
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return plain copies, which a checkpoint can hold."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _parameters(factors: tuple[Tensor, Tensor], device: torch.device) -> list[nn.Parameter]:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -22,8 +21,13 @@ from lightning_prune.models.parameters import find, left_out, named_parameters
 from lightning_prune.models.small_parameters import of_kind_or_name
 from lightning_prune.models.summary import counted_as
 from lightning_prune.schedules import Horizon
-from lightning_prune.tensors.distributed import is_sharded
-from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
+from lightning_prune.training.checks import (
+    reject_lazy,
+    reject_lbfgs,
+    reject_running,
+    reject_shards,
+    reject_sparse_gradient,
+)
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.plan_text import listing
@@ -128,7 +132,7 @@ class LearnedMasks(MaskedTraining):
         # before the state of optimizers is restored, which has the logits in it
         if not self.state.concerns(pl_module):
             self.reset()
-        reject_lbfgs("LearnedMasks", trainer.optimizers, "not run the model inside its step")
+        reject_lbfgs("LearnedMasks", trainer.optimizers)
         self.state.resumed = self.state.restored
         units = self._find(pl_module)
         if not self.masks:
@@ -138,17 +142,11 @@ class LearnedMasks(MaskedTraining):
             join(optimizer, {each.weight: {"logits": each.logits} for each in self.state.learned.values()})
 
     def _find(self, pl_module: LightningModule) -> list[WeightUnits]:
-        if any(map(is_lazy, pl_module.parameters())):
-            raise ValueError(
-                "parameters must be whole for LearnedMasks, got uninitialised ones: run a batch through the model"
-            )
+        reject_lazy("LearnedMasks", pl_module)
         found = find(pl_module, self.targets, self.ignore)
+        reject_shards("LearnedMasks", found)
         others = set(of_kind_or_name(pl_module, "train", self.train))
         for target in found:
-            if is_sharded(target.parameter):
-                raise ValueError(
-                    f"parameters must be whole on every rank for LearnedMasks, got shards of {target.name!r}: use DDP"
-                )
             if target.name in others:
                 raise ValueError(f"train must have no targets in it, got {self.train}, which has {target.name!r}")
         return [WeightUnits(target, self.m) for target in found]
@@ -162,7 +160,7 @@ class LearnedMasks(MaskedTraining):
         if not state.resumed:
             state.last = max(1, Horizon(0, self.end).window(length(trainer, "step", self.max_epochs))[1])
         state.left_out = left_out(pl_module, self.targets, self.ignore)
-        state.hold(named_parameters(pl_module), of_kind_or_name(pl_module, "train", self.train))
+        state.hold(pl_module, self.train)
         warn_of_zeros(state.dense, state.masks)
         log_info(self.explain())
 
@@ -173,7 +171,7 @@ class LearnedMasks(MaskedTraining):
         if gone:
             self.state.drop(gone)
             rank_zero_warn(f"LearnedMasks drops the logits of {gone[:5]}: these layers have been replaced")
-        self.state.hold(parameters, of_kind_or_name(pl_module, "train", self.train))
+        self.state.hold(pl_module, self.train)
         super().rebuild(trainer, pl_module)
 
     def _draw(self) -> Draw:
@@ -195,10 +193,7 @@ class LearnedMasks(MaskedTraining):
     @override
     def before_optimizer_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         state = self.state
-        # a gradient scaler may have skipped the last step
-        if id(optimizer) in state.stepping and getattr(trainer.precision_plugin, "scaler", None) is None:
-            self._refuse(optimizer)
-        state.stepping.add(id(optimizer))
+        state.begin_step("LearnedMasks", trainer, optimizer)
         regularization = self.regularization * gradient_scale(trainer, optimizer)
         for name in state.held_by(optimizer):
             gradient = state.held[name].grad
@@ -212,7 +207,7 @@ class LearnedMasks(MaskedTraining):
         learned = self.state.learned
         names = [name for name in self.state.held_by(optimizer) if name in learned]
         if any(learned[name].weight.grad is not None for name in names):
-            self._refuse(optimizer)
+            reject_running("LearnedMasks", type(optimizer).__name__)
         self.state.masks = Masks({**self.masks, **{name: learned[name].choose(self.masks[name]) for name in names}})
         self.enforcement.replace(self.state.harden(names))
         if self.state.manual:  # the batch may go on
@@ -222,11 +217,6 @@ class LearnedMasks(MaskedTraining):
         """Put all weights under hard masks: a batch is over, or its run."""
         self.enforcement.replace(self.state.harden(list(self.state.soft)))
         self.state.draw = None
-
-    def _refuse(self, optimizer: Optimizer) -> None:
-        raise ValueError(
-            f"optimizer must not run the model inside its step for LearnedMasks, got {type(optimizer).__name__}"
-        )
 
     @override
     def on_train_batch_end(

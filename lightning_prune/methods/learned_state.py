@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_prune.methods.pattern_logits import Draw, PatternLogits, prior_logits
+from lightning_prune.methods.replacing_state import ReplacingState
 from lightning_prune.tensors.distributed import local
-from lightning_prune.training.enforcement import parameter_ids
-from lightning_prune.training.state import TRANSIENT, RunState, saved
+from lightning_prune.training.state import TRANSIENT, on_cpu, saved
 from lightning_prune.units.weights import WeightUnits
 from lightning_prune.validation.states import TENSOR, table
 from lightning_prune.validation.states import whole as whole_number
 
 
 @dataclass(eq=False)
-class LearnedState(RunState):
+class LearnedState(ReplacingState):
     """What ``LearnedMasks`` knows of its run.
 
     Attributes:
@@ -30,26 +29,20 @@ class LearnedState(RunState):
         learned: Both with their parameter, by name.
         draw: The random numbers of the batch that is under way; None between two batches.
         soft: The names of the weights that are under soft masks at this moment.
-        held: The parameters that no optimizer may step, by name.
-        stepping: The optimizers that are in a step, by id.
-        others: How many weights are trained beside the logits.
         manual: Whether a batch may have several optimizer steps.
     """
 
     logits: dict[str, Tensor] = field(
-        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: _on_cpu(state.logits), load=dict)
+        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: on_cpu(state.logits), load=dict)
     )
     dense: dict[str, Tensor] = field(
-        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: _on_cpu(state.dense), load=dict)
+        default_factory=dict, metadata=saved(table(TENSOR), save=lambda state: on_cpu(state.dense), load=dict)
     )
     last: int = field(default=0, metadata=saved(whole_number()))
     resumed: bool = field(default=False, metadata=TRANSIENT)
     learned: dict[str, PatternLogits] = field(default_factory=dict, metadata=TRANSIENT)
     draw: Draw | None = field(default=None, metadata=TRANSIENT)
     soft: set[str] = field(default_factory=set, metadata=TRANSIENT)
-    held: dict[str, nn.Parameter] = field(default_factory=dict, metadata=TRANSIENT)
-    stepping: set[int] = field(default_factory=set, metadata=TRANSIENT)
-    others: int = field(default=0, metadata=TRANSIENT)
     manual: bool = field(default=False, metadata=TRANSIENT)
 
     def learn(self, units: Sequence[WeightUnits], n: int, m: int, strength: float) -> None:
@@ -74,16 +67,6 @@ class LearnedState(RunState):
             if known is None or not (self.resumed or bool(((weight == known) | (weight == 0)).all())):
                 known = weight.clone()
             self.dense[name] = each.dense = known
-
-    def hold(self, parameters: Mapping[str, nn.Parameter], others: Sequence[str]) -> None:
-        """Hold all parameters but these."""
-        self.held = {name: parameter for name, parameter in parameters.items() if name not in others}
-        self.others = sum(parameters[name].numel() for name in others if parameters[name].requires_grad)
-
-    def held_by(self, optimizer: Optimizer) -> list[str]:
-        """Return the names of the parameters of an optimizer that it must not step."""
-        mine = parameter_ids(optimizer)
-        return [name for name, parameter in self.held.items() if id(parameter) in mine]
 
     def take_gradient(self, name: str, regularization: float) -> None:
         """Turn the gradient of a weight into that of its logits; other parameters lose theirs."""
@@ -121,7 +104,8 @@ class LearnedState(RunState):
 
     @override
     def release(self) -> None:
-        self.learned, self.held, self.stepping = {}, {}, set()
+        super().release()
+        self.learned = {}
 
     @classmethod
     @override
@@ -131,8 +115,3 @@ class LearnedState(RunState):
         if not values["logits"].keys() == values["dense"].keys() <= masked:
             names = sorted(values["logits"])
             raise ValueError(f"the state of {owner} must have masks and weights for 'logits', got {names}")
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return plain copies, which a checkpoint can hold."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

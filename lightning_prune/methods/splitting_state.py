@@ -10,7 +10,7 @@ from lightning_prune.masks import Masks
 from lightning_prune.tensors.distributed import local, local_shard
 from lightning_prune.tensors.packing import pack_all, unpack_all
 from lightning_prune.training.scheduled_state import ScheduledState
-from lightning_prune.training.state import TRANSIENT, saved
+from lightning_prune.training.state import TRANSIENT, on_cpu, saved
 from lightning_prune.validation.states import MASKS, TENSOR, table
 
 
@@ -32,7 +32,7 @@ class SplittingState(ScheduledState):
         default_factory=dict,
         metadata=saved(
             table(TENSOR),
-            save=lambda state: {name: full.to("cpu", copy=True) for name, full in state.whole(state.centers).items()},
+            save=lambda state: on_cpu(state.whole(state.centers)),
             load=dict,
         ),
     )

@@ -18,7 +18,7 @@ from lightning_prune.methods.straight_through_state import StraightThroughState
 from lightning_prune.models.parameters import find, left_out
 from lightning_prune.tensors.boolean import chunks
 from lightning_prune.tensors.distributed import local, local_shard
-from lightning_prune.training.checks import reject_lbfgs, reject_sparse_gradient
+from lightning_prune.training.checks import reject_lbfgs, reject_running, reject_sparse_gradient
 from lightning_prune.training.enforcement import parameter_ids
 from lightning_prune.training.gradient_readers import gradient_scale
 from lightning_prune.training.masked import MaskedTraining
@@ -101,7 +101,7 @@ class SRSTE(MaskedTraining):
 
     @override
     def on_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        reject_lbfgs("SRSTE", trainer.optimizers, "not run the model inside its step")
+        reject_lbfgs("SRSTE", trainer.optimizers)
         self.state.units = []
         self.state.masks = Masks({**self.masks, **self._join(pl_module)})
         self.state.left_out = left_out(pl_module, self.targets, self.ignore)
@@ -169,7 +169,7 @@ class SRSTE(MaskedTraining):
         """Let no forward pass of the model see the weights without zeros."""
         if any(module is ours for ours in trainer.lightning_module.modules()):
             if getattr(trainer.precision_plugin, "scaler", None) is None:
-                raise ValueError(f"optimizer must not run the model inside its step for SRSTE, got {optimizer}")
+                reject_running("SRSTE", optimizer)
             self._shut()  # a gradient scaler has skipped the step
 
     def _shut(self) -> None:

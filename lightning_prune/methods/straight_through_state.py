@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self, override
 
-from lightning_prune.training.state import TRANSIENT, RunState, saved
+from lightning_prune.training.state import TRANSIENT, RunState, on_cpu, saved
 from lightning_prune.units.units import Units
 from lightning_prune.validation.states import TENSOR, table
 
@@ -35,8 +35,10 @@ class StraightThroughState(RunState):
     def full_weights(self) -> dict[str, Tensor]:
         """Return the weights without zeros as full tensors on the CPU; all ranks must call it."""
         shards = {name: weight for name, weight in self.dense.items() if name not in self.full}
-        found = {name: weight.to("cpu", copy=True) for name, weight in self.full_tensors(shards).items()}
-        return {**found, **{name: self.dense[name] for name in self.dense if name in self.full}}
+        return {
+            **on_cpu(self.full_tensors(shards)),
+            **{name: self.dense[name] for name in self.dense if name in self.full},
+        }
 
     @classmethod
     @override

@@ -1,17 +1,21 @@
 """Checks: whether a run, and its other callbacks, suit a callback that trains under masks."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
+from lightning_prune.models.parameters import Target
 from lightning_prune.structure.checkpoints import is_shrunk
 from lightning_prune.structure.cut_record import cut_record_of
+from lightning_prune.tensors.distributed import is_sharded
 from lightning_prune.training.hooks import TrainingMethod, training_methods
 
+_NOT_RUN = "not run the model inside its step"  # what an optimizer must do for some methods
 _FLATTENING = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy")
 
 
@@ -45,7 +49,7 @@ def reject_flattening(trainer: Trainer) -> None:
         )
 
 
-def reject_lbfgs(owner: str, optimizers: Iterable[Optimizer], rule: str) -> None:
+def reject_lbfgs(owner: str, optimizers: Iterable[Optimizer], rule: str = _NOT_RUN) -> None:
     """Reject LBFGS, which runs the model inside its step and compares losses.
 
     Args:
@@ -58,6 +62,38 @@ def reject_lbfgs(owner: str, optimizers: Iterable[Optimizer], rule: str) -> None
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         raise ValueError(f"optimizer must {rule} for {owner}, got LBFGS")
+
+
+def reject_running(owner: str, optimizer: str) -> NoReturn:
+    """Reject an optimizer that has run the model inside its step.
+
+    Raises:
+        ValueError: In any case.
+    """
+    raise ValueError(f"optimizer must {_NOT_RUN} for {owner}, got {optimizer}")
+
+
+def reject_lazy(owner: str, model: nn.Module) -> None:
+    """Reject a model with uninitialised parameters.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError(f"parameters must be whole for {owner}, got uninitialised ones: run a batch through the model")
+
+
+def reject_shards(owner: str, targets: Iterable[Target]) -> None:
+    """Reject targets of which a rank has a shard.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    for target in targets:
+        if is_sharded(target.parameter):
+            raise ValueError(
+                f"parameters must be whole on every rank for {owner}, got shards of {target.name!r}: use DDP"
+            )
 
 
 def reject_sparse_gradient(owner: str, name: str, gradient: Tensor) -> None:

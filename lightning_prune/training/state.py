@@ -51,6 +51,11 @@ def saved(
     return {"rule": rule, "save": save, "load": load, "copied": copied, "absent": absent}
 
 
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return plain copies, which a checkpoint can hold."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
 @dataclass(eq=False)
 class RunState:
     """What every callback that trains under masks knows of its run.
