@@ -42,9 +42,6 @@ class Expert(Granularity):
 
     coupled = True
     measures: ClassVar[bool] = False  # a token takes as many experts as before, and as long
-    by_head: ClassVar[bool] = False
-    heads: ClassVar[int | None] = None
-    queries: ClassVar[bool] = False
     normalized = True
     default_scope: ClassVar[Literal["global", "local"]] = "local"
 

@@ -42,9 +42,6 @@ class ResidualChannel(Granularity):
     """
 
     coupled = True
-    by_head: ClassVar[bool] = False
-    queries: ClassVar[bool] = False
-    heads: ClassVar[int | None] = None
     within_blocks = False
     normalized = True
     default_scope: ClassVar[Literal["global", "local"]] = "local"

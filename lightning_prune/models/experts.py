@@ -1,6 +1,6 @@
 """Experts: layers with several of them and a router, and routers that choose among the experts that are left."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,20 +70,6 @@ def routes(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2
 
 
-def left_of(router: nn.Module, index: Tensor) -> Any:
-    """Return a router as it is for the experts that are left; its parameters are rows of those that it has."""
-    small = object.__new__(type(router))
-    attributes, count = vars(small), len(router.get_parameter("weight"))
-    attributes.update(vars(router))
-    for kind in ("_parameters", "_buffers"):
-        attributes[kind] = {
-            name: tensor.index_select(0, index) if tensor is not None and tensor.shape[:1] == (count,) else tensor
-            for name, tensor in attributes[kind].items()
-        }
-    attributes.update({name: len(index) for name in COUNTS if attributes.get(name) == count})
-    return small
-
-
 def as_before(made: Any, full: Any, index: Tensor) -> Any:
     """Return what a router with fewer experts has put out, with the numbers and the places of all experts.
 
@@ -103,22 +89,22 @@ def as_before(made: Any, full: Any, index: Tensor) -> Any:
     return made.new_full(full.shape, -torch.inf).index_copy(-1, index, made)
 
 
-def state_counts(model: nn.Module, before: int | None) -> None:
+def state_counts(model: nn.Module, layers: Sequence[ExpertLayer], before: Collection[int]) -> None:
     """Let modules state how many experts they have, after a cut.
 
     Args:
         model: The model.
-        before: How many every layer had, if that was one number.
+        layers: Its layers that have experts.
+        before: How many these had.
     """
-    layers = list(expert_layers(model))
     for layer in layers:
         _state([layer.experts, layer.router, layer.parent], None, layer.count)
     counts = {layer.count for layer in layers}
-    if before is not None and len(counts) == 1:
-        _state(list(model.modules()), before, counts.pop())
+    if len(before) == 1 == len(counts):  # so that the model, too, may state one number
+        _state(model.modules(), *before, *counts)
 
 
-def _state(modules: list[nn.Module], before: int | None, count: int) -> None:
+def _state(modules: Iterable[nn.Module], before: int | None, count: int) -> None:
     for module in modules:
         for name in COUNTS:
             stated = vars(module).get(name)

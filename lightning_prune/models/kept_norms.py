@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_prune.models.experts import as_before, expert_layers, left_of, routes
+from lightning_prune.models.experts import COUNTS, as_before, expert_layers, routes
 from lightning_prune.models.layer_kinds import is_norm
 from lightning_prune.models.parameters import plain_name
 
@@ -43,19 +43,22 @@ class KeptChannels:
         if self.index.device != values.device:  # the model has moved
             self.index = self.index.to(values.device)
         if routes(norm):
-            return as_before(left_of(norm, self.index).forward(values, *others), output, self.index)
+            return as_before(self._small(norm).forward(values, *others), output, self.index)
         made: Tensor = self._small(norm).forward(values.index_select(-1, self.index), *others)
         return output.new_zeros(output.shape).index_copy(-1, self.index, made.to(output.dtype))
 
     def _small(self, norm: nn.Module) -> Any:
-        """Return the norm as it is for the channels that are left; its parameters are parts of those of the norm."""
+        """Return the norm, or router, as it is for what is left; its tensors are parts of those that it has."""
         small = object.__new__(type(norm))
-        attributes = vars(small)
-        attributes.update(vars(norm), _parameters={})
-        for name, parameter in norm._parameters.items():
-            attributes[name] = None if parameter is None else parameter.index_select(0, self.index)
+        attributes, count = vars(small), len(self.kept)
+        attributes.update(vars(norm), _parameters={}, _buffers={})
+        for name, tensor in (*norm._parameters.items(), *norm._buffers.items()):
+            if tensor is not None and tensor.shape[:1] == (count,):
+                tensor = tensor.index_select(0, self.index)
+            attributes[name] = tensor
         if "normalized_shape" in attributes:
             attributes["normalized_shape"] = (len(self.index),)
+        attributes.update({name: len(self.index) for name in COUNTS if attributes.get(name) == count})
         return small
 
     @classmethod

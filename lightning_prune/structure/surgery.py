@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.models.experts import expert_layers, state_counts
-from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_and_routers, takes_statistics
+from lightning_prune.models.kept_norms import KeptChannels, keep_channels, norms_and_routers, takes_statistics
 from lightning_prune.models.orientation import is_transposed, tell_transposed
 from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord, select
@@ -90,7 +90,8 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
     """
     optimizers, tensors = list(optimizers), named_tensors(model)
     kept.check(tensors)
-    experts = {layer.count for layer in expert_layers(model)}
+    experts = list(expert_layers(model))
+    before = {layer.count for layer in experts}
     for (name, dim), places in kept.places.items():
         tensor = tensors[name]
         for optimizer in optimizers:
@@ -99,7 +100,7 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
         tensor.data = select(tensor.data, dim, places)
         tensor.grad = None if grad is None else select(grad, dim, places)
     _cut_norms(model, kept)
-    state_counts(model, experts.pop() if len(experts) == 1 else None)
+    state_counts(model, experts, before)
     for module in model.modules():
         update_sizes(module)
     for name, module in model.named_modules():  # from the sizes of their layers
@@ -114,10 +115,10 @@ def cut(model: nn.Module, kept: CutRecord, optimizers: Iterable[Optimizer] = ())
 
 def _cut_norms(model: nn.Module, kept: CutRecord) -> None:
     """Let norms that take their statistics over some channels find these where they are now."""
-    norms = norms_and_routers(model)
-    for name, over in kept_channels(model).items():
-        if (name, 0) in kept.places:
-            keep_channels(norms[name], select(over, 0, kept.places[name, 0]))
+    for name, norm in norms_and_routers(model).items():
+        hook = KeptChannels.of(norm)
+        if hook is not None and (name, 0) in kept.places:
+            keep_channels(norm, select(hook.kept, 0, kept.places[name, 0]))
 
 
 def _cut_state(optimizer: Optimizer, parameter: Tensor, dim: int, places: Tensor) -> None:

@@ -33,18 +33,6 @@ class Coupling(Protocol):
     def round_to(self) -> int:
         """The number of units that stay is a multiple of this."""
 
-    @property
-    def by_head(self) -> bool:
-        """Whether a unit is an attention head, and not a channel."""
-
-    @property
-    def queries(self) -> bool:
-        """Whether a unit is a single query of an attention, and not a head of keys and values with its queries."""
-
-    @property
-    def heads(self) -> int | None:
-        """The number of heads of every attention, where it is given."""
-
 
 class CoupledUnits(Units):
     """The units of a group: scored by all weights that produce them, pruned with all that depends on or consumes them.

@@ -1,6 +1,6 @@
 """Finding units: every target as units of a granularity, on its own or coupled with what depends on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Protocol
 
@@ -23,6 +23,22 @@ from lightning_prune.units.scored import Norms
 from lightning_prune.units.units import Units
 
 _NAMED = 5  # layers in a message
+
+
+class HeadCoupling(Coupling, Protocol):
+    """What a granularity says about channels and heads."""
+
+    @property
+    def by_head(self) -> bool:
+        """Whether a unit is an attention head, and not a channel."""
+
+    @property
+    def queries(self) -> bool:
+        """Whether a unit is a single query of an attention, and not a head of keys and values with its queries."""
+
+    @property
+    def heads(self) -> int | None:
+        """The number of heads of every attention, where it is given."""
 
 
 class MakesUnits(Protocol):
@@ -85,7 +101,7 @@ def separate_units(
 
 
 def coupled_units(
-    found: Sequence[Target], model: nn.Module, coupling: Coupling, inputs: Inputs, distributed: bool
+    found: Sequence[Target], model: nn.Module, coupling: HeadCoupling, inputs: Inputs, distributed: bool
 ) -> tuple[list[Units], dict[str, str]]:
     """Return coupled units of the targets, and the reason for every target without any.
 
@@ -114,14 +130,10 @@ def coupled_units(
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in made}
     if not kept:
         raise ValueError(_nothing_found(coupling, left_out, graph.attentions))
-    norms = cache(partial(following_norms, model))
-    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
-    names = list(targets)
-    units = [_units_of_group(targets[g.name], g, parameters, coupling, names, norms, owners) for g in kept]
-    return list(units), left_out
+    return units_of_groups(kept, model, targets, coupling, _by_rows), left_out
 
 
-def _nothing_found(coupling: Coupling, left_out: Mapping[str, str], attentions: Mapping[str, str]) -> str:
+def _nothing_found(coupling: HeadCoupling, left_out: Mapping[str, str], attentions: Mapping[str, str]) -> str:
     """Return why there are no units, and what can be done."""
     reasons = left_out or (attentions if coupling.by_head else {})
     why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_NAMED])
@@ -150,7 +162,7 @@ def whole_inputs(model: nn.Module, granularity: object, inputs: Inputs) -> Input
     return fitting(inputs, model)
 
 
-def _graph(model: nn.Module, coupling: Coupling, inputs: Inputs) -> Graph:
+def _graph(model: nn.Module, coupling: HeadCoupling, inputs: Inputs) -> Graph:
     if inputs is not None:
         return trace(model, inputs, coupling.heads)
     if not coupling.by_head:
@@ -159,7 +171,7 @@ def _graph(model: nn.Module, coupling: Coupling, inputs: Inputs) -> Graph:
 
 
 def _candidates(
-    graph: Graph, coupling: Coupling, targets: Mapping[str, Target], parameters: Mapping[str, nn.Parameter]
+    graph: Graph, coupling: HeadCoupling, targets: Mapping[str, Target], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[list[Group], dict[str, str]]:
     """Return the groups whose units may be pruned, and why other targets have none."""
     heads = coupling.by_head
@@ -186,6 +198,11 @@ def _unfit(
     others = [member.name for member in group.role("producer") if member.name not in targets]
     if others:
         return f"its channels are those of {others[0]} too, which is not among the targets"
+    return frozen_part(group, parameters)
+
+
+def frozen_part(group: Group, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """Return why units cannot be pruned, if a part of them is frozen."""
     fixed = [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]
     return f"what depends on it is frozen: {fixed[0]}" if fixed else None
 
@@ -203,17 +220,31 @@ def proven(model: nn.Module, groups: Sequence[Group], inputs: Inputs, distribute
     return [group for group, vote in zip(groups, votes.tolist(), strict=True) if vote]
 
 
-def _units_of_group(
-    target: Target,
-    group: Group,
-    parameters: Mapping[str, nn.Parameter],
+def units_of_groups(
+    groups: Sequence[Group],
+    model: nn.Module,
+    targets: Mapping[str, Target],
     coupling: Coupling,
-    counted: Sequence[str],
-    norms: Norms,
-    owners: Mapping[nn.Parameter, nn.Module],
-) -> CoupledUnits:
-    """Return the units of a group, of the kind that fits its producers."""
-    producers = [member for member in group.role("producer") if member.name in parameters]
-    alone = len(producers) == 1 and producers[0].index.shape[1] == 1
-    kind = RowUnits if alone else JoinedUnits
-    return kind(target, group, parameters, coupling, counted, norms, owners)
+    kind: Callable[[Group], type[CoupledUnits]] = lambda _: JoinedUnits,
+) -> list[Units]:
+    """Return the units of groups, each named after the first of its producers that is a target.
+
+    Args:
+        groups: Where they lie.
+        model: The model that they are of.
+        targets: The targets, by name.
+        coupling: Says how many units have to stay.
+        kind: Of the units of a group.
+    """
+    parameters, norms = named_parameters(model), cache(partial(following_norms, model))
+    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
+    units = list[Units]()
+    for group in groups:
+        first = next(targets[member.name] for member in group.role("producer") if member.name in targets)
+        units.append(kind(group)(first, group, parameters, coupling, list(targets), norms, owners))
+    return units
+
+
+def _by_rows(group: Group) -> type[CoupledUnits]:
+    """Return the kind of units of a group: rows, where one layer produces a unit with one of them."""
+    return RowUnits if [member.index.shape[1] for member in group.role("producer")] == [1] else JoinedUnits

@@ -1,17 +1,15 @@
 """Finding experts: those of each layer that has several as units, each with its row of the router."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
 
 from torch import nn
 
 from lightning_prune.models.forward import Inputs
-from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.expert_groups import expert_groups
 from lightning_prune.structure.groups import Group
-from lightning_prune.units.coupled import Coupling, JoinedUnits
-from lightning_prune.units.finding import proven, whole_inputs
+from lightning_prune.units.coupled import Coupling
+from lightning_prune.units.finding import frozen_part, proven, units_of_groups, whole_inputs
 from lightning_prune.units.units import Units
 
 NO_EXPERTS = "it is no part of a layer with experts that a router chooses among"
@@ -49,16 +47,11 @@ def expert_units(
             f"{granularity} must find layers with more experts than a token takes, got none ({why}): prune their "
             f"width by Channel(), or single weights by Weight()"
         )
-    norms = cache(partial(following_norms, model))
-    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
-    return [
-        JoinedUnits(targets[g.name], g, parameters, granularity, list(targets), norms, owners) for g in kept
-    ], left_out
+    return units_of_groups(kept, model, targets, granularity), left_out
 
 
 def _unfit(group: Group, targets: Mapping[str, Target], parameters: Mapping[str, nn.Parameter]) -> str | None:
     """Return why the experts of a layer cannot be pruned."""
     if others := [member.name for member in group.role("producer") if member.name not in targets]:
         return f"its experts lie in {others[0]} too, which is not among the targets"
-    fixed = [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]
-    return f"what depends on it is frozen: {fixed[0]}" if fixed else None
+    return frozen_part(group, parameters)

@@ -1,17 +1,15 @@
 """Finding streams: the channels of residual streams as units."""
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache, partial
 
 from torch import nn
 
 from lightning_prune.models.forward import Inputs
-from lightning_prune.models.norms import following_norms
 from lightning_prune.models.parameters import Target, named_parameters
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.streams import find_streams
-from lightning_prune.units.coupled import Coupling, JoinedUnits
-from lightning_prune.units.finding import proven, whole_inputs
+from lightning_prune.units.coupled import Coupling
+from lightning_prune.units.finding import frozen_part, proven, units_of_groups, whole_inputs
 from lightning_prune.units.finding_layers import wanted
 from lightning_prune.units.units import Units
 
@@ -51,13 +49,7 @@ def stream_units(
     if not kept:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5])
         raise ValueError(f"{granularity} must find a residual stream to prune, got none ({why})")
-    norms = cache(partial(following_norms, model))
-    owners = {own: module for module in model.modules() for own in module.parameters(recurse=False)}
-    units = list[Units]()
-    for group in kept:
-        first = next(targets[member.name] for member in group.role("producer") if member.name in targets)
-        units.append(JoinedUnits(first, group, parameters, granularity, list(targets), norms, owners))
-    return units, left_out
+    return units_of_groups(kept, model, targets, granularity), left_out
 
 
 def _unfit(
@@ -67,6 +59,6 @@ def _unfit(
     producers = [member.name for member in group.role("producer")]
     if others := [name for name in producers if name in needed and name not in targets]:
         return f"its channels are those of {others[0]} too, which is not among the targets"
-    if fixed := [m.name for m in group.members if m.name in parameters and not parameters[m.name].requires_grad]:
-        return f"what depends on it is frozen: {fixed[0]}"
+    if frozen := frozen_part(group, parameters):
+        return frozen
     return None if any(name in targets for name in producers) else "none of what makes its channels is a target"
