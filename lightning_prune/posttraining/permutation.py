@@ -1,7 +1,7 @@
 """Permutation: brings the rows of layers that have most inputs in common into one group, at no cost at run time."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,8 @@ from lightning_prune.models.parameters import find
 from lightning_prune.posttraining.observing import check_data, observed_units
 from lightning_prune.posttraining.row_order import best_order, kept_by_groups
 from lightning_prune.structure.equivalence import equivalent_orders
-from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.surgery import Order, reorder
+from lightning_prune.structure.groups import Group
+from lightning_prune.structure.surgery import reorder
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import integer, number
 from lightning_prune.validation.instances import flag, instance
@@ -80,42 +80,30 @@ def permute_rows(
     inputs = needed_example_of(model, example_inputs)
     units = observed_units(model, find(model, frozen=True), criterion, Weight(), data, loss)
     with torch.no_grad():
-        weights = {u.name: criterion.scores(u).view(u.parameter.shape).detach().float().abs().cpu() for u in units}
-    groups = [group for group in trace(model, inputs).groups if _has_rows(group, weights)]
-    done = equivalent_orders(model, [_ordered(group, weights, sparsity, rows) for group in groups], inputs)
+        scores = {unit.name: criterion.scores(unit).view(unit.parameter.shape).float().abs().cpu() for unit in units}
+    groups = trace(model, inputs).groups
+    parts = {group.name: (found, _kept(found, sparsity)) for group in groups if (found := _layers(group, scores))}
+    made = [group for group in groups if group.name in parts]
+    done = equivalent_orders(model, [(group, best_order(*parts[group.name], rows)) for group in made], inputs)
     permuted = model if inplace else copied(model)
     reorder(permuted, done)
-    for group, order in done:
-        kept = [_kept(group, each, weights, sparsity, rows) for each in (torch.arange(group.size), order)]
-        _log.info("permute_rows: %s keeps %.1f%% of its scores instead of %.1f%%", group.name, *kept[::-1])
+    for group, order in done if _log.isEnabledFor(logging.INFO) else ():
+        layers, keep = parts[group.name]
+        total = max(1e-30, sum(float(layer.sum()) for layer in layers))
+        now, before = (kept_by_groups(layers, keep, way, rows) / total for way in (order, torch.arange(group.size)))
+        _log.info("permute_rows: %s keeps %.1f%% of its scores instead of %.1f%%", group.name, 100 * now, 100 * before)
     return permuted
 
 
-def _made(group: Group, weights: Mapping[str, Tensor]) -> list[Member]:
-    """Return where the weights that are pruned and produce the units of a group lie."""
-    return [member for member in group.role("producer") if member.name in weights]
+def _kept(layers: Sequence[Tensor], sparsity: float) -> list[int]:
+    """Return how many inputs a group of rows keeps, for each layer."""
+    return [max(1, round((1 - sparsity) * layer.shape[1])) for layer in layers]
 
 
-def _has_rows(group: Group, weights: Mapping[str, Tensor]) -> bool:
-    """Return whether the units of a group are the rows of the weights that produce it, one each."""
-    made = _made(group, weights)
-    lengths = {weights[member.name].shape[member.dim] for member in made}
-    whole = torch.arange(group.size)[:, None]
-    return not group.owners and lengths == {group.size} and all(member.index.equal(whole) for member in made)
-
-
-def _layers(group: Group, weights: Mapping[str, Tensor], sparsity: float) -> tuple[list[Tensor], list[int]]:
-    """Return the scores of the layers that produce a group, a row a unit, and how many inputs each of them keeps."""
-    layers = [weights[member.name].movedim(member.dim, 0).flatten(1) for member in _made(group, weights)]
-    return layers, [max(1, round((1 - sparsity) * layer.shape[1])) for layer in layers]
-
-
-def _ordered(group: Group, weights: Mapping[str, Tensor], sparsity: float, rows: int) -> Order:
-    layers, keep = _layers(group, weights, sparsity)
-    return group, best_order(layers, rows, keep)
-
-
-def _kept(group: Group, order: Tensor, weights: Mapping[str, Tensor], sparsity: float, rows: int) -> float:
-    """Return how many percent of their scores the layers keep in an order."""
-    layers, keep = _layers(group, weights, sparsity)
-    return 100 * kept_by_groups(layers, order, rows, keep) / max(1e-30, sum(float(layer.sum()) for layer in layers))
+def _layers(group: Group, scores: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the scores of the layers that produce a group, a row a unit; none if its units are not their rows."""
+    made = [member for member in group.role("producer") if member.name in scores]
+    layers = [scores[member.name].movedim(member.dim, 0).flatten(1) for member in made]
+    rows = torch.arange(group.size)[:, None]
+    in_rows = all(member.index.equal(rows) for member in made) and {len(layer) for layer in layers} == {group.size}
+    return layers if in_rows and not group.owners else []

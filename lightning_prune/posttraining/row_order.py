@@ -11,7 +11,7 @@ _LEAST = 1e-6  # of what is kept, in all or by a row; smaller gains are noise
 _POWERS = 20  # of the power iteration: a rough direction is enough to start from
 
 
-def best_order(layers: Sequence[Tensor], rows: int, keep: Sequence[int]) -> Tensor:
+def best_order(layers: Sequence[Tensor], keep: Sequence[int], rows: int) -> Tensor:
     """Return an order (int64) of rows in which groups of them keep more of their scores, or as much.
 
     Alternates, from two starts, between the best inputs of each group and exchanges of rows between groups. Neither
@@ -19,22 +19,22 @@ def best_order(layers: Sequence[Tensor], rows: int, keep: Sequence[int]) -> Tens
 
     Args:
         layers: The scores of layers whose rows come in one order: each of shape (rows, inputs).
-        rows: Rows in a group.
         keep: How many inputs a group keeps, for each layer.
+        rows: Rows in a group.
 
     >>> scores = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> order = best_order([scores], 2, [1])
-    >>> kept_by_groups([scores], order, 2, [1])
+    >>> order = best_order([scores], [1], 2)
+    >>> kept_by_groups([scores], [1], order, 2)
     4.0
     """
     given = torch.arange(len(layers[0]))
-    least = kept_by_groups(layers, given, rows, keep) * (1 + _LEAST)
-    found = [_improved(layers, order, rows, keep) for order in (given, _apart(layers))]
-    kept, order = max(((kept_by_groups(layers, each, rows, keep), each) for each in found), key=lambda pair: pair[0])
+    least = kept_by_groups(layers, keep, given, rows) * (1 + _LEAST)
+    found = [_improved(layers, keep, order, rows) for order in (given, _apart(layers))]
+    kept, order = max(((kept_by_groups(layers, keep, each, rows), each) for each in found), key=lambda pair: pair[0])
     return order if kept > least else given
 
 
-def kept_by_groups(layers: Sequence[Tensor], order: Tensor, rows: int, keep: Sequence[int]) -> float:
+def kept_by_groups(layers: Sequence[Tensor], keep: Sequence[int], order: Tensor, rows: int) -> float:
     """Return the scores that groups of rows keep in an order."""
     sums = (_group_sums(scores[order], rows).topk(k, 1).values for scores, k in zip(layers, keep, strict=True))
     return sum(float(kept.double().sum()) for kept in sums)
@@ -57,20 +57,20 @@ def _group_sums(scores: Tensor, rows: int) -> Tensor:
     return pad(scores, (0, 0, 0, short)).reshape(-1, rows, scores.shape[1]).sum(1)
 
 
-def _improved(layers: Sequence[Tensor], order: Tensor, rows: int, keep: Sequence[int]) -> Tensor:
-    best = kept_by_groups(layers, order, rows, keep)
+def _improved(layers: Sequence[Tensor], keep: Sequence[int], order: Tensor, rows: int) -> Tensor:
+    best = kept_by_groups(layers, keep, order, rows)
     for _ in range(_ROUNDS):
-        kept = _kept_of_rows(layers, order, rows, keep)
+        kept = _kept_of_rows(layers, keep, order, rows)
         group = _exchanged(kept, torch.arange(len(order)) // rows, _LEAST * best / len(order))
         other = order[group.argsort(stable=True)]
-        reached = kept_by_groups(layers, other, rows, keep)
+        reached = kept_by_groups(layers, keep, other, rows)
         if reached <= best:
             break
         order, best = other, reached
     return order
 
 
-def _kept_of_rows(layers: Sequence[Tensor], order: Tensor, rows: int, keep: Sequence[int]) -> Tensor:
+def _kept_of_rows(layers: Sequence[Tensor], keep: Sequence[int], order: Tensor, rows: int) -> Tensor:
     """Return what each row would keep of its scores in each group, with the inputs that the group has now."""
     found = torch.zeros(())
     for scores, k in zip(layers, keep, strict=True):

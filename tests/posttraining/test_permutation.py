@@ -101,8 +101,8 @@ def test_small_layers_come_close_to_the_best_of_all_orders(rows: int) -> None:
     for _ in range(5):
         layers = [torch.rand(6, 5, generator=generator), torch.rand(6, 4, generator=generator)]
         keep = [2, 1]
-        every = [kept_by_groups(layers, torch.tensor(order), rows, keep) for order in permutations(range(6))]
-        found.append(kept_by_groups(layers, best_order(layers, rows, keep), rows, keep))
+        every = [kept_by_groups(layers, keep, torch.tensor(order), rows) for order in permutations(range(6))]
+        found.append(kept_by_groups(layers, keep, best_order(layers, keep, rows), rows))
         best.append(max(every))
         given.append(every[0])
         assert given[-1] <= found[-1] <= best[-1] + 1e-5
@@ -113,8 +113,8 @@ def test_small_layers_come_close_to_the_best_of_all_orders(rows: int) -> None:
 def test_one_row_a_group_and_one_group_change_nothing() -> None:
     scores = [torch.rand(6, 5)]
     for rows in (1, 6, 8):
-        assert kept_by_groups(scores, best_order(scores, rows, [2]), rows, [2]) == pytest.approx(
-            kept_by_groups(scores, torch.arange(6), rows, [2])
+        assert kept_by_groups(scores, [2], best_order(scores, [2], rows), rows) == pytest.approx(
+            kept_by_groups(scores, [2], torch.arange(6), rows)
         )
 
 
