@@ -26,8 +26,8 @@ from timing import RESULTS, machine, quiet
 from lightning_prune import ConstantSparsity, SharedFanIn, Wanda, permute_rows, prune, sparsity
 
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
-from lightning import Trainer, seed_everything
-from tasks import QUIET, TASKS, Classifier, lenet
+from second_order import accuracy, train
+from tasks import TASKS, Classifier
 
 PATH = RESULTS / "permutation.jsonl"
 ROWS, LEVELS = (4, 16), (0.3, 0.5)
@@ -52,22 +52,18 @@ def digits(runs: Runs, seed: int) -> None:
     """Train a network, and prune and fine-tune copies of it in both orders."""
     task = TASKS["mnist"]
     data = task.data(seed)
-    seed_everything(seed, verbose=False)
-    dense = lenet()
-    Trainer(max_epochs=EPOCHS, limit_val_batches=0, **QUIET).fit(Classifier(dense, task.optimizer, task.rate), data)
+    model = task.model(seed)
+    train(model, data, seed, max_epochs=EPOCHS)
     image = next(iter(data.val_dataloader()))[0][:2]
     for level, permuted in product(DIGITS, (False, True)):
-        network = copy.deepcopy(dense)
+        network = copy.deepcopy(model.network)
         if permuted:
             permute_rows(network, image, sparsity=level, rows=16, inplace=True)
         prune(network, level, granularity=SharedFanIn(16), scope="local", ignore=["head.*"])
-        model = Classifier(network, task.optimizer, task.rate)
-        at_once = Trainer(**QUIET).validate(model, data, verbose=False)[0]["val_acc"]
-        seed_everything(seed, verbose=False)
-        callbacks = [ConstantSparsity()]
-        Trainer(max_epochs=EPOCHS, limit_val_batches=0, callbacks=callbacks, **QUIET).fit(model, data)
-        tuned = Trainer(**QUIET).validate(model, data, verbose=False)[0]["val_acc"]
-        scores = {"at_once": round(100 * at_once, 2), "tuned": round(100 * tuned, 2)}
+        pruned = Classifier(network, task.optimizer, task.rate)
+        scores = {"at_once": accuracy(pruned, data)}
+        train(pruned, data, seed, ConstantSparsity(), max_epochs=EPOCHS)
+        scores["tuned"] = accuracy(pruned, data)
         runs.add(network="LeNet-300-100", level=level, seed=seed, permuted=permuted, **scores)
         print(runs.rows[-1], flush=True)
 

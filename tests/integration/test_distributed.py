@@ -35,6 +35,7 @@ from lightning_prune import (
     Criterion,
     Entropy,
     EntropyPruning,
+    Granularity,
     GraSP,
     Head,
     InputChannel,
@@ -175,13 +176,14 @@ class Deep(Net):
                 self.net = nn.Sequential(nn.Unflatten(1, (2, 4)), *blocks, nn.Flatten(), nn.Linear(8, 4))
 
 
+def pruned(model: LightningModule, sparsity: float, criterion: Criterion, granularity: Granularity) -> dict[str, Any]:
+    callback = Pruning(sparsity, criterion, granularity, **GRADUAL)
+    fit(model, callback)
+    return outcome(model, callback)
+
+
 def train_deep(layout: Layout) -> list[dict[str, Any]]:
-    outcomes = []
-    for criterion in OF_LAYERS:
-        model, callback = Deep(layout), Pruning(0.6, criterion, Layer(), **GRADUAL)
-        fit(model, callback)
-        outcomes.append(outcome(model, callback))
-    return outcomes
+    return [pruned(Deep(layout), 0.6, criterion, Layer()) for criterion in OF_LAYERS]
 
 
 @distributed
@@ -205,12 +207,7 @@ class Narrow(Net):
 
 
 def train_narrow(layout: Layout) -> list[dict[str, Any]]:
-    outcomes = []
-    for criterion in OF_STREAMS:
-        model, callback = Narrow(layout), Pruning(0.5, criterion, ResidualChannel(), **GRADUAL)
-        fit(model, callback)
-        outcomes.append(outcome(model, callback))
-    return outcomes
+    return [pruned(Narrow(layout), 0.5, criterion, ResidualChannel()) for criterion in OF_STREAMS]
 
 
 @distributed
@@ -233,12 +230,10 @@ class Sharing(Net):
 
 
 def train_sharing(layout: Layout) -> list[dict[str, Any]]:
-    outcomes = []
-    for criterion in (Magnitude(), Sensitivity(window=2)):
-        model, callback = Sharing(layout), Pruning(0.5, criterion, Head(queries=True), **GRADUAL)
-        fit(model, callback)
-        outcomes.append(outcome(model, callback))
-    return outcomes
+    return [
+        pruned(Sharing(layout), 0.5, criterion, Head(queries=True))
+        for criterion in (Magnitude(), Sensitivity(window=2))
+    ]
 
 
 @distributed
