@@ -4,9 +4,10 @@ SmolLM2-135M-Instruct (weights de-quantised from 4 bits) loses 3 or 6 of its 30 
 width, or a tenth of its hidden width (from 576 to 520, a multiple of eight), is shrunk, and then distilled: 60 steps of
 `fit` on 256 tokens each, in bfloat16 (mixed), with the dense model as the teacher of `Distillation`. What goes is
 chosen by a criterion (block influence; first-order sensitivity; activations), on 32 windows of BBC news, or at random.
-Perplexity is that of 16 other windows of 256 tokens. The speed is compared with that of the dense model in alternation:
-tokens per second of a forward pass over 256 tokens, and of 32 tokens generated one by one with a key-value cache. One
-seed, no search for learning rates: the distillation is short on purpose.
+Perplexity is that of 16 other windows of 256 tokens. The speed is compared with that of the dense model in alternation,
+on one thread: tokens per second of a forward pass over 256 tokens, and of 32 tokens generated one by one with a key-
+value cache; a random choice has the same shapes and is not timed. One seed, no search for learning rates: the
+distillation is short on purpose.
 
 Finished measurements are not repeated: delete results/depth_width.jsonl to start over. Speeds are left to a later run
 where the machine has something else to do. The table of docs/strategies/depth.md is written from that file. The model
@@ -143,6 +144,8 @@ def distilled(model: nn.Module, teacher: nn.Module, windows: Tensor) -> float:
 def speed(dense: nn.Module, small: nn.Module, tokens: Tensor) -> Row:
     """Return tokens per second, and how many times faster than the dense model that is."""
     found: Row = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     tasks: dict[str, tuple[int, Callable[[Any], Any]]] = {
         "forward": (WINDOW, lambda model: model(tokens[:1])),
         "generation": (GENERATED, lambda model: written(model, tokens[:1, :16])),
@@ -152,6 +155,7 @@ def speed(dense: nn.Module, small: nn.Module, tokens: Tensor) -> Row:
         found[f"{name}_dense"] = round(count / median(seconds["dense"]), 1)
         found[name] = round(count / median(seconds["small"]), 1)
         found[f"{name}_ratio"] = round(ratio(seconds["dense"], seconds["small"]), 2)
+    torch.set_num_threads(threads)
     return found
 
 
@@ -166,7 +170,8 @@ def measure(task: Task, cut: Cut, chosen: str, windows: Tensor) -> Row:
     small, seconds = cut_down(task, cut, chosen)
     row: Row = {"cut": cut.name, "chosen": chosen, "seconds": round(seconds, 1), "perplexity": task.score(small)}
     row["parameters"] = sum(parameter.numel() for parameter in small.parameters())
-    row.update(speed(task.model, small, task.data[0]) if os.getloadavg()[0] < IDLE else {})
+    if chosen != "random" and os.getloadavg()[0] < IDLE:
+        row.update(speed(task.model, small, task.data[0]))
     row["distillation_seconds"] = round(distilled(small, task.model, windows), 1)
     return {**row, "distilled": task.score(small), "machine": machine()}
 
@@ -177,7 +182,7 @@ def timed_later(task: Task, rows: list[Row]) -> list[Row]:
     done = list[Row]()
     for row in rows:
         idle = os.getloadavg()[0] < IDLE
-        lacks = idle and row["cut"] in cuts and "forward" not in row
+        lacks = idle and row["cut"] in cuts and row["chosen"] != "random" and "forward" not in row
         small = cut_down(task, cuts[row["cut"]], row["chosen"])[0] if lacks else None
         done.append(row if small is None else {**row, **speed(task.model, small, task.data[0]), "machine": machine()})
     return done

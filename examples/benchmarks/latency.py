@@ -1,9 +1,9 @@
-"""Ask for half of the time, and measure what it takes: `python examples/benchmarks/latency.py [--accuracy]`.
+"""Ask for half of the time, and measure what it takes: `python examples/benchmarks/latency.py [--accuracy] [--onnx]`.
 
 Networks like ResNet-18 and MobileNet-v2 and a small transformer, with random weights, are pruned with `of="latency"`,
-and with `of="flops"` to the same fraction, shrunk, and timed in turns with the dense model. With `--accuracy`, two
-small networks are trained on 5,000 images of Fashion-MNIST, pruned to equal time by both and by a knapsack, shrunk, and
-fine-tuned.
+and with `of="flops"` to the same fraction, shrunk, and timed in turns with the dense model; with `--onnx`, in ONNX
+Runtime. With `--accuracy`, two small networks are trained on 5,000 images of Fashion-MNIST, pruned to equal time by
+both and by a knapsack, shrunk, and fine-tuned.
 Finished runs are not repeated: delete results/latency.jsonl to start over.
 """
 
@@ -15,15 +15,17 @@ import time
 import warnings
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from models import Transformer, cnn, mobilenet
+from onnx_session import single_threaded
 from runs import Runs
 from timing import alternate, machine
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, measure_latency, prune, shrink
+from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, export_onnx, measure_latency, prune, shrink
 
 sys.path.insert(0, str(Path(__file__).parent / "scopes"))
 from networks import DATA, accuracy, fit
@@ -58,35 +60,47 @@ CASES: dict[str, tuple[Any, Any, Any, float]] = {
 }
 
 
-def ratios(models: dict[str, nn.Module], inputs: Tensor, rounds: int) -> dict[str, float]:
+def ratios(models: dict[str, nn.Module], inputs: Tensor, rounds: int, runtime: str = "torch") -> dict[str, float]:
     """Return the CPU time of each model relative to the first one: the median over rounds."""
+    runs = {name: lambda model=model: model.eval()(inputs) for name, model in models.items()}
+    if runtime == "onnxruntime":
+        runs = {name: session(model, inputs) for name, model in models.items()}
     with torch.inference_mode():
-        runs = {name: lambda model=model: model.eval()(inputs) for name, model in models.items()}
         seconds = alternate(runs, rounds, clock=time.process_time)
     dense = next(iter(seconds.values()))
     return {name: round(median(a / b for a, b in zip(s, dense, strict=True)), 3) for name, s in seconds.items()}
 
 
-def half(results: Runs, name: str) -> None:
+def session(model: nn.Module, inputs: Tensor) -> Any:
+    """Return a function that runs a model in ONNX Runtime on one thread."""
+    with TemporaryDirectory() as folder:
+        export_onnx(model, inputs, f"{folder}/model.onnx", batch_axis=None)
+        running = single_threaded(f"{folder}/model.onnx")
+    feed = {running.get_inputs()[0].name: inputs.numpy()}
+    return lambda: running.run(None, feed)
+
+
+def half(results: Runs, name: str, runtime: str) -> None:
     """Prune a network to a fraction of its time, and measure it."""
-    if results.have(kind="time", case=name):
+    kind = "time" if runtime == "torch" else "time in ONNX Runtime"
+    if results.have(kind=kind, case=name):
         return
     build, example, granularity, sparsity = CASES[name]
     torch.manual_seed(0)
     dense, inputs = build().eval(), example()
     began = time.perf_counter()
-    table = measure_latency(dense, inputs, granularity)
+    table = measure_latency(dense, inputs, granularity, runtime)
     took = time.perf_counter() - began
     models: dict[str, nn.Module] = {"dense": dense}
     for measure, of in (("latency", table), ("flops", "flops")):
         model = copy.deepcopy(dense)
         prune(model, sparsity, granularity=granularity, of=of, example_inputs=inputs)
         models[measure] = shrink(model, inputs)
-    found = ratios(models, inputs, 31)
+    found = ratios(models, inputs, 31, runtime)
     asked = round(1 - sparsity, 3)
     shown = {"asked": asked, "latency": found["latency"], "flops": found["flops"]}
     facts = {"dense_ms": round(table.dense, 2), "measuring_s": round(took, 1), "load": round(os.getloadavg()[0], 1)}
-    results.add(kind="time", case=name, **shown, **facts, cpu=machine()["cpu"])
+    results.add(kind=kind, case=name, **shown, **facts, cpu=machine()["cpu"])
     print(results.rows[-1], flush=True)
 
 
@@ -146,6 +160,7 @@ def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--accuracy", action="store_true", help="compare accuracies at equal time as well")
+    parser.add_argument("--onnx", action="store_true", help="measure in ONNX Runtime")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     options = parser.parse_args()
@@ -153,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = Runs(RESULTS)
     for name in options.cases:
-        half(results, name)
+        half(results, name, "onnxruntime" if options.onnx else "torch")
     for network in ("CNN", "MobileNet") if options.accuracy else ():
         for seed in range(options.seeds):
             compare(results, network, seed)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -17,18 +18,25 @@ from lightning_prune.models.preserving import cacheless, eager
 from lightning_prune.models.summary import shape_text
 from lightning_prune.tensors.distributed import from_first_rank
 from lightning_prune.units.units import Units
-from lightning_prune.updates.latency import LatencyTable, measure_name, values_left
+from lightning_prune.updates import onnx_timing
+from lightning_prune.updates.latency import LatencyTable, LayerTime, measure_name, values_left
 from lightning_prune.updates.smaller_copies import SmallerCopy, smaller_copy
 from lightning_prune.updates.timed_layers import Clock, Sample, Spot, at_least_zero, fitted, watching
+from lightning_prune.validation.arguments import choice
 from lightning_prune.validation.instances import instance
 
 _ALIKE = (0.25, 0.5, 0.75)  # of all units, in the first smaller models
-_RANDOM = 16  # more of them, each of whose targets keeps another part
+_RANDOM = {"torch": 16, "onnxruntime": 8}  # more, each of whose targets keeps another part; exports take long
 _LEAST, _MOST, _SECONDS = 5, 25, 0.1  # rounds of each, and what the dense model may take in all
+Runtime = Literal["torch", "onnxruntime"]
+_RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
 def measure_latency(
-    model: nn.Module, example_inputs: Inputs = None, granularity: Granularity = Channel()
+    model: nn.Module,
+    example_inputs: Inputs = None,
+    granularity: Granularity = Channel(),
+    runtime: Runtime = "torch",
 ) -> LatencyTable:
     """Return what each layer of a model takes on this machine, in eval mode: for ``of=``, to keep and to use again.
 
@@ -37,15 +45,20 @@ def measure_latency(
     inputs, the number of threads the one that torch has now. With one thread, time is CPU time, which other processes
     hardly disturb. It takes as long as some 300 forward passes.
 
+    ONNX Runtime has no time for a layer, which it merges with its neighbours. There the copies are exported and run
+    whole, and their times are explained by the FLOPs of each kind of layer. To export them takes a minute or so.
+
     Args:
         model: Any module on the CPU; it is left as it is.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments, with the batch size of use; None
             takes the ``example_input_array`` of a ``LightningModule``.
         granularity: What is going to be pruned: ``Channel()``, ``Head()``, ``Layer()`` or ``ResidualChannel()``; its
             ``round_to`` counts, since odd numbers of channels may be slow.
+        runtime: What is going to run the model: "torch" or "onnxruntime".
 
     Raises:
-        ValueError: If the model is not on the CPU, or its units cannot be found.
+        ValueError: If the model is not on the CPU or cannot be exported, or its units cannot be found.
+        ImportError: If ONNX Runtime, or what it takes to export models, is not installed.
 
     Reference: Frantar and Alistarh, 2022, "SPDY: Accurate Pruning with Speedup Guarantees", arXiv:2201.13096.
 
@@ -57,8 +70,9 @@ def measure_latency(
     instance("model", model, nn.Module)
     inputs = needed_example_of(model, example_inputs)
     granularity = shrinkable(granularity, "measure_latency")
+    runtime = choice("runtime", runtime, _RUNTIMES)
     units, _ = granularity.find_units(find(model), model, inputs)
-    return latency_table(units, granularity, model, inputs)
+    return latency_table(units, granularity, model, inputs, runtime=runtime)
 
 
 def check_measure(of: str | LatencyTable, granularity: Granularity) -> None:
@@ -76,7 +90,12 @@ def check_measure(of: str | LatencyTable, granularity: Granularity) -> None:
 
 
 def latency_table(
-    units: Sequence[Units], granularity: Granularity, model: nn.Module, inputs: Inputs, distributed: bool = False
+    units: Sequence[Units],
+    granularity: Granularity,
+    model: nn.Module,
+    inputs: Inputs,
+    distributed: bool = False,
+    runtime: Runtime = "torch",
 ) -> LatencyTable:
     """Return the table for units that are known; with several ranks that of the first one, which all must call.
 
@@ -90,40 +109,53 @@ def latency_table(
             f"the model must be on the CPU to be timed, got {device_of(model)}: give of= a LatencyTable that "
             f"measure_latency(model, ...) has made on the CPU"
         )
-    measure = partial(_measured, units, granularity, model, fitting(inputs, model))
+    measure = partial(_measured, units, granularity, model, fitting(inputs, model), runtime)
     return from_first_rank(measure) if distributed else measure()
 
 
-def _measured(units: Sequence[Units], granularity: Granularity, model: nn.Module, inputs: Inputs) -> LatencyTable:
+def _measured(
+    units: Sequence[Units], granularity: Granularity, model: nn.Module, inputs: Inputs, runtime: Runtime
+) -> LatencyTable:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     dense = smaller_copy(model, units, [1.0] * len(units))
-    samples: dict[Spot, list[Sample]] = {spot: [] for spot in dense.spots.values()}
-    rest, whole = list[Sample](), list[float]()
+    smaller = (smaller_copy(model, units, levels) for levels in _designs(len(units), _RANDOM[runtime]))
     with torch.no_grad(), eager(), torch.random.fork_rng(devices=[]), cacheless(dense.model):
         with watching(dense.spots, clock) as watch:
             call(dense.model, inputs)
-        for levels in _designs(len(units)):
-            small = smaller_copy(model, units, levels)
-            with cacheless(small.model):
-                took, alone, inside = _in_turns(dense, small, inputs, clock)
-            whole.append(took)
-            rest.append((small.parts, (alone - sum(inside.values())) / took))
-            for spot, found in samples.items():
-                found.append((small.parts, inside.get(spot.weight, 0.0) / took))
+        if runtime == "torch":
+            layers, rest, ms = _in_torch(dense, smaller, inputs, clock, watch.values)
+        else:
+            ms, samples = onnx_timing.timed(dense, smaller, inputs, clock)
+            layers, rest = onnx_timing.by_work(onnx_timing.works_of(dense, inputs, watch.values), ms, samples)
+    shapes = ", ".join(shape_text(tensor.shape) for tensor in tensors(inputs))
+    return LatencyTable(layers, rest, ms, type(granularity).__name__, runtime, shapes, torch.get_num_threads())
+
+
+def _in_torch(
+    dense: SmallerCopy, smaller: Iterator[SmallerCopy], inputs: Inputs, clock: Clock, values: Mapping[str, int]
+) -> tuple[tuple[LayerTime, ...], tuple[float, float], float]:
+    """Return the times of layers, of the rest, and of the whole model, by what layers take in smaller models."""
+    samples: dict[Spot, list[Sample]] = {spot: [] for spot in dense.spots.values()}
+    rest, whole = list[Sample](), list[float]()
+    for small in smaller:
+        with cacheless(small.model):
+            took, alone, inside = _in_turns(dense, small, inputs, clock)
+        whole.append(took)
+        rest.append((small.parts, (alone - sum(inside.values())) / took))
+        for spot, found in samples.items():
+            found.append((small.parts, inside.get(spot.weight, 0.0) / took))
     ms = 1e3 * median(whole)
-    layers = [fitted(spot, watch.values.get(spot.weight, 0), ms, found) for spot, found in samples.items()]
+    layers = [fitted(spot, values.get(spot.weight, 0), ms, found) for spot, found in samples.items()]
     columns = [[1.0, values_left(layers, parts)] for parts, _ in rest]
     least, by_value = at_least_zero(torch.tensor(columns, dtype=torch.float64), [ms * part for _, part in rest])
-    shapes = ", ".join(shape_text(tensor.shape) for tensor in tensors(inputs))
-    kind, threads = type(granularity).__name__, torch.get_num_threads()
-    return LatencyTable(tuple(layers), (least, by_value), ms, kind, inputs=shapes, threads=threads)
+    return tuple(layers), (least, by_value), ms
 
 
-def _designs(targets: int) -> Iterator[list[float]]:
+def _designs(targets: int, others: int) -> Iterator[list[float]]:
     """Yield what is left of each target in each of the smaller models."""
     source = random.Random(0)
     yield from ([level] * targets for level in _ALIKE)
-    yield from ([source.uniform(0.1, 1.0) for _ in range(targets)] for _ in range(_RANDOM))
+    yield from ([source.uniform(0.1, 1.0) for _ in range(targets)] for _ in range(others))
 
 
 def _in_turns(

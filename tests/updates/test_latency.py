@@ -1,5 +1,6 @@
 """Latency: a sparsity of the time of a forward pass, counted in tables made by hand, so that no clock decides."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,7 +33,7 @@ from lightning_prune import (
 )
 from lightning_prune.models.parameters import find
 from lightning_prune.training import observed
-from lightning_prune.updates import latency_measuring
+from lightning_prune.updates import latency_measuring, onnx_timing
 from lightning_prune.updates.latency import LayerTime
 from lightning_prune.updates.latency_measuring import latency_table
 from lightning_prune.updates.timed_layers import Spot, at_least_zero, fitted
@@ -311,7 +312,7 @@ def test_no_factor_is_below_zero() -> None:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure less than usual: what comes out has the same form."""
-    monkeypatch.setattr(latency_measuring, "_RANDOM", 2)
+    monkeypatch.setattr(latency_measuring, "_RANDOM", {"torch": 2, "onnxruntime": 1})
     monkeypatch.setattr(latency_measuring, "_MOST", 5)
 
 
@@ -354,3 +355,67 @@ def test_blocks_and_the_hidden_width_are_measured_too(granularity: Granularity) 
     prune(model, 0.5, granularity=granularity, of=given, example_inputs=inputs)
     dead = sum(not block.up.weight.any() for block in model.modules() if hasattr(block, "up"))
     assert dead == 4  # 3 of 7 milliseconds would leave more than half
+
+
+# ------------------------------------------------------------------------------------------------ ONNX Runtime
+
+
+def cost(model: nn.Module) -> float:
+    """Return made-up seconds of a model: a product in a convolution takes twice as long as one in a linear layer."""
+    seconds = 1e-3
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            seconds += 2e-6 * layer.weight.numel() * 16  # for each of 4 x 4 pixels
+        if isinstance(layer, nn.Linear):
+            seconds += 1e-6 * layer.weight.numel()
+    return seconds
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(384, 40), nn.ReLU(), nn.Linear(40, 3))
+
+
+def test_times_of_whole_models_are_explained_by_what_their_layers_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_timing, "session", lambda model, inputs: model)
+    monkeypatch.setattr(onnx_timing, "in_turns", lambda first, second, clock: (cost(first), cost(second)))
+    model, inputs = convolutions(), torch.zeros(1, 3, 4, 4)
+    known = measure_latency(model, inputs, CHANNELS, "onnxruntime")
+    assert known.runtime == "onnxruntime"
+    assert known.dense == pytest.approx(1e3 * cost(model))
+    assert known.time({}) == pytest.approx(known.dense)
+    narrow = {("0.weight", 0): 0.5, ("2.weight", 1): 0.5, ("5.weight", 0): 0.25, ("7.weight", 1): 0.25}
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 24, 3), nn.Linear(384, 10), nn.Linear(10, 3))
+    assert known.time(narrow) == pytest.approx(1e3 * cost(small))
+    prune(model, 0.5, granularity=CHANNELS, of=known, example_inputs=inputs)
+    assert 0.45 < cost(shrink(model, inputs)) / cost(convolutions()) <= 0.5
+
+
+def test_many_kinds_of_layers_share_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_timing, "session", lambda model, inputs: model)
+    monkeypatch.setattr(onnx_timing, "in_turns", lambda first, second, clock: (cost(first), cost(second)))
+    kernels = [nn.Conv2d(4, 4, size, padding=size // 2) for size in (1, 3, 5, 7, 9, 11, 13)]
+    known = measure_latency(nn.Sequential(*kernels), torch.zeros(1, 4, 4, 4), CHANNELS, "onnxruntime")
+    assert len(known.layers) == 7
+    assert all(min(layer.ms) >= 0 for layer in known.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few")
+def test_a_table_of_onnx_runtime_is_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(latency_measuring, "_ALIKE", (0.5,))
+    model, inputs = network(), torch.zeros(8, 6)
+    before = copy.deepcopy(model.state_dict())
+    known = measure_latency(model, inputs, CHANNELS, "onnxruntime")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "in onnxruntime for 8 x 6" in repr(known)
+    assert [layer.dims for layer in known.layers] == [(0, None), (0, 1), (None, 1)]
+    assert LatencyTable.from_dict(known.to_dict()) == known
+    assert all(min(layer.ms) >= 0 and layer.values > 0 for layer in known.layers)
+
+
+def test_another_runtime_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'runtime must be "torch" or "onnxruntime", got .tensorrt.'):
+        measure_latency(network(), torch.zeros(8, 6), runtime="tensorrt")  # type: ignore[arg-type]

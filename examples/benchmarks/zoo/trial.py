@@ -22,6 +22,10 @@ from lightning_prune.models.forward import call
 LIMIT = 120  # seconds of processor time for a part, whatever else the machine does
 
 
+class OverLimit(BaseException):
+    """A part has used up its time; no ``Exception``, which what it interrupts may catch."""
+
+
 def size(model: nn.Module) -> int:
     """Return the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -91,9 +95,9 @@ def attempt(function: Any, *arguments: Any) -> Any:
     limited = hasattr(signal, "setitimer")
     try:
         if limited:
-            signal.setitimer(signal.ITIMER_PROF, LIMIT)
+            signal.setitimer(signal.ITIMER_PROF, LIMIT, 1)  # again each second, where that was in a finalizer
         return function(*arguments)
-    except Exception as error:
+    except (Exception, OverLimit) as error:
         if "-v" in sys.argv:
             traceback.print_exc()
         return f"{type(error).__name__}: {error}"
@@ -104,7 +108,7 @@ def attempt(function: Any, *arguments: Any) -> Any:
 
 def stop(*_: Any) -> None:
     """End the part that has used up its time."""
-    raise TimeoutError(f"over {LIMIT} s")
+    raise OverLimit(f"over {LIMIT} s")
 
 
 def run(zoo: str, name: str, pipe: Any) -> None:

@@ -1,0 +1,158 @@
+"""ONNX Runtime as the clock: what whole models take in it, and how that follows from the work of their layers.
+
+ONNX Runtime merges layers with what follows them, so that a layer has no time of its own there. But its time follows
+the products that it computes closely, at a speed that depends on the kind of layer.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from lightning_prune.export.onnx import export_onnx
+from lightning_prune.models.flops import dense_flops
+from lightning_prune.models.forward import Inputs, tensors
+from lightning_prune.models.parameters import named_parameters
+from lightning_prune.updates.latency import LayerTime, values_left
+from lightning_prune.updates.parts import Parts
+from lightning_prune.updates.smaller_copies import SmallerCopy
+from lightning_prune.updates.timed_layers import Clock, Spot, at_least_zero
+
+_KINDS = 5  # of layers that have a speed of their own; the others share one
+_LEAST, _MOST, _SECONDS = 5, 51, 0.3  # rounds of each, and what the dense model may take in all
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer has to compute.
+
+    Args:
+        spot: The layer.
+        kind: What its speed depends on: its class, and the kernel of a convolution.
+        flops: FLOPs of the whole layer.
+        values: How many values it outputs.
+    """
+
+    spot: Spot
+    kind: str
+    flops: float
+    values: int
+
+    def layer(self, ms: float) -> LayerTime:
+        """Return its time, from the milliseconds of one FLOP."""
+        return LayerTime(self.spot.weight, self.spot.dims, (0.0, 0.0, 0.0, ms * self.flops), self.values)
+
+
+def works_of(dense: SmallerCopy, inputs: Inputs, values: dict[str, int]) -> list[Work]:
+    """Return what the layers of a model have to compute.
+
+    Args:
+        dense: The model.
+        inputs: Its example inputs.
+        values: How many values each layer outputs, by the name of its weight.
+    """
+    flops, names = dense_flops(dense.model, inputs), _names(dense.model)
+    works = []
+    for module, spot in dense.spots.items():
+        own = sum(flops.get(names[parameter], 0) for parameter in set(module.parameters()))
+        works.append(Work(spot, _kind(module), float(own), values.get(spot.weight, 0)))
+    total = dict.fromkeys((work.kind for work in works), 0.0)
+    for work in works:
+        total[work.kind] += work.flops
+    largest = sorted(total, key=lambda kind: -total[kind])[:_KINDS]
+    return [work if work.kind in largest else Work(work.spot, "", work.flops, work.values) for work in works]
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in named_parameters(model).items()}
+
+
+def _kind(module: nn.Module) -> str:
+    kernel = getattr(module, "kernel_size", "")
+    return f"{type(module).__name__} {kernel} {getattr(module, 'groups', 1) > 1}"
+
+
+def timed(
+    dense: SmallerCopy, smaller: Iterable[SmallerCopy], inputs: Inputs, clock: Clock
+) -> tuple[float, list[tuple[Parts, float]]]:
+    """Return the milliseconds of a model in ONNX Runtime, and what part of them smaller ones take.
+
+    Raises:
+        ImportError: If ONNX Runtime, or what it takes to export models, is not installed.
+        ValueError: If a model cannot be exported.
+    """
+    whole, samples, first = list[float](), [(dense.parts, 1.0)], session(dense.model, inputs)
+    for small in smaller:
+        before, after = in_turns(first, session(small.model, inputs), clock)
+        whole.append(before)
+        samples.append((small.parts, after / before))
+    return 1e3 * median(whole), samples
+
+
+def session(model: nn.Module, inputs: Inputs) -> Run:
+    """Return a function that runs a model in ONNX Runtime, on as many threads as torch has."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(model, inputs, file, batch_axis=None)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        running = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in running.get_inputs()]
+    arrays = [tensor.detach().numpy() for tensor in tensors(inputs)]
+    feed = dict(zip(names, arrays, strict=True))
+    return lambda: running.run(None, feed)
+
+
+def in_turns(first: Run, second: Run, clock: Clock) -> tuple[float, float]:
+    """Return the median seconds of two functions that run in turns."""
+
+    def seconds(run: Run) -> float:
+        began = clock()
+        run()
+        return clock() - began
+
+    seconds(second)  # what is set up at first is not measured
+    rounds = round(min(_MOST, max(_LEAST, _SECONDS / max(1e-6, seconds(first)))))
+    found = [(seconds(first), seconds(second)) for _ in range(rounds)]
+    before, after = zip(*found, strict=True)
+    return median(before), median(after)
+
+
+def by_work(
+    works: Sequence[Work], ms: float, samples: Sequence[tuple[Parts, float]]
+) -> tuple[tuple[LayerTime, ...], tuple[float, float]]:
+    """Return the times of layers and of the rest that together explain what smaller models take.
+
+    Args:
+        works: What the layers have to compute.
+        ms: Milliseconds of the whole model.
+        samples: What is left of smaller models, and what part of the time they take.
+
+    >>> works = [Work(Spot(name, (0, None)), "Linear", 10.0, 0) for name in ("a", "b")]
+    >>> samples = [({}, 1.0), ({("a", 0): 0.5}, 0.8), ({("a", 0): 0.5, ("b", 0): 0.5}, 0.6)]
+    >>> layers, rest = by_work(works, 5.0, samples)
+    >>> [round(layer.time({}), 6) for layer in layers], [round(part, 6) for part in rest]
+    ([2.0, 2.0], [1.0, 0.0])
+    """
+    kinds = sorted({work.kind for work in works})
+    layers = [work.layer(1.0) for work in works]
+    scale = max(1.0, sum(work.flops for work in works))
+    rows = []
+    for parts, _ in samples:
+        left = dict.fromkeys(kinds, 0.0)
+        for work, layer in zip(works, layers, strict=True):
+            left[work.kind] += layer.time(parts) / scale
+        rows.append([1.0, values_left(layers, parts), *(left[kind] for kind in kinds)])
+    columns = torch.tensor(rows, dtype=torch.float64)
+    least, by_value, *speeds = at_least_zero(columns, [ms * part for _, part in samples])
+    speed = dict(zip(kinds, speeds, strict=True))
+    return tuple(work.layer(speed[work.kind] / scale) for work in works), (least, by_value)
