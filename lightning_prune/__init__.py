@@ -5,6 +5,7 @@ from lightning_prune._version import __version__ as __version__
 from lightning_prune.criteria import (
     FPGM,
     LAMP,
+    REAP,
     SNIP,
     ActivationNorm,
     APoZ,
@@ -95,6 +96,7 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "REAP",
     "SET",
     "SNIP",
     "SRSTE",

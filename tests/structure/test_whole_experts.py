@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from variants import label
 
 from lightning_prune import (
+    REAP,
     Channel,
     Expert,
     Magnitude,
@@ -28,6 +30,8 @@ from lightning_prune import (
 )
 from lightning_prune.models.experts import expert_layers
 from lightning_prune.models.forward import difference, run
+from lightning_prune.models.parameters import find
+from lightning_prune.updates.statistics import Observation
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -144,6 +148,72 @@ def test_the_expert_that_matters_least_goes() -> None:
     assert all(not masks[f"{layer.name}.down_proj"][3].any() for layer in expert_layers(model))
 
 
+def scores(model: nn.Module, *batches: dict[str, Tensor]) -> list[Tensor]:
+    """Return what ``REAP`` says of the experts of each layer."""
+    criterion = REAP()
+    units, _ = Expert().find_units(find(model), model, batches[0])
+    observation = Observation(criterion, units)
+    observation.open()
+    for batch in batches:
+        run(model, batch)
+        observation.step()
+    observation.close()
+    observation.finish()
+    return [criterion.scores(unit) for unit in units]
+
+
+@torch.no_grad()
+def by_hand(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Return the mean of gate times norm over the tokens that each expert gets."""
+    calls: list[tuple[Any, tuple[Tensor, ...]]] = []
+    layers = list(expert_layers(model))
+    handles = [layer.experts.register_forward_pre_hook(lambda m, args: calls.append((m, args))) for layer in layers]
+    run(model, inputs)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for module, (hidden, chosen, gates) in calls:
+        means = torch.zeros(5, dtype=torch.float64)
+        for expert in range(5):
+            tokens, places = torch.where(chosen == expert)
+            alone = [
+                module.forward(hidden[t, None], torch.tensor([[expert]]), torch.ones(1, 1).double()) for t in tokens
+            ]
+            parts = [gates[t, p] * out.norm() for t, p, out in zip(tokens, places, alone, strict=True)]
+            means[expert] = torch.stack(parts).mean() if parts else 0.0
+        found.append(means)
+    return found
+
+
+@kinds
+def test_what_an_expert_adds_is_the_mean_over_its_tokens(kind: str) -> None:
+    model, inputs = build(kind)
+    found = scores(model, inputs)
+    for mine, expected in zip(found, by_hand(model, inputs), strict=True):
+        torch.testing.assert_close(mine, expected)
+    parts = [{name: tensor[rows] for name, tensor in inputs.items()} for rows in (slice(0, 1), slice(1, 3))]
+    for mine, together in zip(scores(model, *parts), found, strict=True):
+        torch.testing.assert_close(mine, together)
+
+
+def test_the_expert_that_adds_least_goes() -> None:
+    model, inputs = build()
+    lowest = [int(found.argmin()) for found in by_hand(model, inputs)]
+    masks = prune(model, 0.2, criterion=REAP(), granularity=Expert(), data=[inputs], example_inputs=inputs)
+    gone = [int((~masks[f"{layer.name}.down_proj"].flatten(1).any(1)).nonzero()) for layer in expert_layers(model)]
+    assert gone == lowest
+
+
+def test_only_experts_are_scored_by_what_they_add() -> None:
+    model, inputs = build()
+    with pytest.raises(ValueError, match=r"REAP.*it is no expert of a mixture: use granularity=Expert\(\)"):
+        prune(model, 0.2, criterion=REAP(), granularity=Channel(), data=[inputs], example_inputs=inputs)
+    unit = Expert().find_units(find(model), model, inputs)[0][0]
+    unit.module = unit.modules[0]
+    with pytest.raises(ValueError, match="must be called with the hidden states, the experts of each token and their"):
+        REAP().observe(unit, (torch.zeros(3, 16), torch.zeros(3, 2)))
+
+
 def test_experts_that_only_a_mask_zeroes_and_width_go_together() -> None:
     model, inputs = build()
     prune(model, 0.2, granularity=Expert(), example_inputs=inputs)
@@ -204,7 +274,7 @@ def fit(model: Mixture, pruning: Pruning, *more: Any, ckpt_path: str | None = No
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
-@pytest.mark.parametrize("criterion", [Magnitude(), Sensitivity(window=1)], ids=["magnitude", "sensitivity"])
+@pytest.mark.parametrize("criterion", [Magnitude(), Sensitivity(window=1), REAP(window=2)], ids=label)
 def test_experts_go_while_training_and_a_resumed_run_ends_with_the_same_bits(criterion: Any, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"criterion": criterion, "granularity": Expert(), "start": 1, "end": 5}
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
