@@ -1,9 +1,10 @@
-"""Accuracy against measured time, in one picture: `python examples/benchmarks/tradeoff.py [--measure]`.
+"""Accuracy against measured time, in two pictures: `python examples/benchmarks/tradeoff.py [--measure]`.
 
-LeNet-300-100 on 5,000 digits. The accuracies are those of `evidence` (five seeds, recorded in results/evidence.jsonl),
-the times CPU time of one core for a batch of 64, medians of rounds in which all take turns, of networks pruned in the
-same shape. Each form runs with torch and, where it can be exported, ONNX Runtime; the faster of the two counts.
-Without `--measure` the picture is drawn again from results/tradeoff.json.
+LeNet-300-100 on 5,000 digits and on Fashion-MNIST, and a small CNN on Fashion-MNIST, by the shape of their zeros. The
+accuracies are those of `evidence` (five seeds, recorded in results/evidence.jsonl), the times CPU time of one core for
+a batch of 64, medians of rounds in which all take turns, of networks pruned in the same shape. Each form runs with
+torch, converted by `to_fast`, and with ONNX Runtime, which multiplies by zeros; the faster of the two counts.
+Without `--measure` the pictures are drawn again from results/tradeoff.json.
 """
 
 import copy
@@ -11,7 +12,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,92 +23,110 @@ from fast import compare, with_onnx
 from timing import RESULTS, describe, load, parser, save
 from torch import nn
 
-from lightning_prune import Channel, Magnitude, SharedFanIn, prune, shrink
+from lightning_prune import NM, Block, Channel, Granularity, Magnitude, SharedFanIn, Weight, prune, shrink
 from lightning_prune.export.fast import fastest
 
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
 from running import Results, Setting
-from tasks import lenet
+from tasks import lenet, small_cnn
 
-PICTURE = Path(__file__).parents[2] / "docs" / "tradeoff.png"
+DOCS = Path(__file__).parents[2] / "docs"
 BATCH, SEEDS = 64, range(5)
-DENSE, MASKED, GROUPS, NEURONS = "dense", "weights", "groups of 16 rows", "neurons, L2"
-LEVELS = {DENSE: (0.0,), MASKED: (0.8, 0.9, 0.95), GROUPS: (0.8, 0.9, 0.95), NEURONS: (0.5, 0.75, 0.9, 0.95)}
+DENSE, MASKED, NEURONS, PAIRS, BLOCKS = "dense", "weights", "neurons, L2", "2:4, gradual", "blocks of 16 x 16"
+GROUPS = {f"groups of {rows} rows": rows for rows in (4, 8, 16, 32)}
+SHAPED = dict.fromkeys((MASKED, *GROUPS, BLOCKS), (0.8, 0.9, 0.95))
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, tuple[float, ...]]]] = {
+    "LeNet-300-100": (lenet, (784,), {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.9, 0.95)}),
+    "CNN": (small_cnn, (1, 28, 28), {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.3, 0.5, 0.7)}),
+}
+PANELS = {
+    "mnist": ("LeNet-300-100", "LeNet-300-100, 5,000 digits, 20 epochs"),
+    "fashion": ("LeNet-300-100", "LeNet-300-100, Fashion-MNIST, one epoch after pruning"),
+    "cnn": ("CNN", "CNN, Fashion-MNIST, one epoch after pruning"),
+}
 LABELS = {
     DENSE: "dense",
-    MASKED: "single weights, as zeros in dense layers",
-    GROUPS: "SharedFanIn(16), run by to_fast",
-    NEURONS: "neurons, removed by shrink",
+    MASKED: "single weights",
+    **{name: f"SharedFanIn({rows})" for name, rows in GROUPS.items()},
+    BLOCKS: "Block(16, 16)",
+    PAIRS: "NM(2, 4)",
+    NEURONS: "neurons or channels, removed by shrink",
 }
+STYLES = {
+    DENSE: ("#666666", "D"),
+    MASKED: ("#999999", "x"),
+    **dict(zip(GROUPS, (("#f2c14e", "v"), ("#e8a33d", "^"), ("#d9730d", "o"), ("#8c4303", "s")), strict=True)),
+    BLOCKS: ("#2e7d32", "P"),
+    PAIRS: ("#1565c0", "*"),
+    NEURONS: ("#5e35b1", "s"),
+}
+Accuracies = Callable[[Setting], list[float] | None]
 
 
 def make(form: str, level: float, dense: nn.Module, inputs: torch.Tensor) -> nn.Module:
     """Return a network of this form, with the shapes and zeros that training would give it."""
     model = copy.deepcopy(dense)
-    if form == MASKED:
-        prune(model, level, scope="local", ignore=["head.*"])
-    elif form == GROUPS:
-        prune(model, level, granularity=SharedFanIn(16), scope="local", ignore=["head.*"])
-        model = fastest(model.requires_grad_(False), inputs)[0]
-    elif form == NEURONS:
-        prune(
-            model,
-            level,
-            criterion=Magnitude(p=2),
-            granularity=Channel(),
-            scope="local",
-            ignore=["head.*"],
-            min_density=0,
-        )
-        model = shrink(model, inputs)
-    return model.requires_grad_(False).eval()
+    hidden: dict[str, Any] = {"scope": "local", "ignore": ["head.*"]}
+    if form == DENSE:
+        return model.requires_grad_(False).eval()
+    if form == NEURONS:
+        channels: dict[str, Any] = {"criterion": Magnitude(p=2), "granularity": Channel(), "example_inputs": inputs}
+        prune(model, level, **channels, **hidden, min_density=0)
+        return shrink(model, inputs).requires_grad_(False).eval()
+    shapes: dict[str, Granularity] = {name: SharedFanIn(rows) for name, rows in GROUPS.items()}
+    shapes |= {MASKED: Weight(), BLOCKS: Block(16, 16), PAIRS: NM(2, 4)}
+    prune(model, level, granularity=shapes[form], **hidden)
+    return fastest(model.requires_grad_(False).eval(), inputs)[0].eval()
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     """Return the milliseconds of every form at every sparsity."""
+    return [row for name in NETWORKS for row in measured(name, rounds)]
+
+
+def measured(network: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield those of one network."""
     torch.manual_seed(0)
-    dense, inputs = lenet().eval(), torch.randn(BATCH, 784)
+    build, shape, forms = NETWORKS[network]
+    dense, inputs = build().eval(), torch.randn(BATCH, *shape)
     calls: dict[str, Callable[[], Any]] = {}
-    keys = [(form, level) for form, levels in LEVELS.items() for level in levels]
+    keys = [(form, level) for form, levels in forms.items() for level in levels]
     with tempfile.TemporaryDirectory() as folder:
         for form, level in keys:
             model = make(form, level, dense, inputs)
             calls[f"{form}, {level}, torch"] = partial(model, inputs)
-            if form != GROUPS:
+            if form in (DENSE, NEURONS):  # zeros take ONNX Runtime as long as other numbers
                 part = Path(folder) / f"{form} {level}"
                 part.mkdir()
                 calls[f"{form}, {level}, ONNX Runtime"] = with_onnx(model, inputs, str(part))
         found = compare(calls, rounds)
-    rows = []
     for form, level in keys:
-        times = {
-            name: found[f"{form}, {level}, {name}"]
-            for name in ("torch", "ONNX Runtime")
-            if f"{form}, {level}, {name}" in found
-        }
-        rows.append({"form": form, "sparsity": level, "ms": times})
-    return rows
+        in_onnx = found.get(f"{form}, {level}, ONNX Runtime", found[f"{DENSE}, 0.0, ONNX Runtime"])
+        times = {"torch": found[f"{form}, {level}, torch"], "ONNX Runtime": in_onnx}
+        yield {"network": network, "form": form, "sparsity": level, "ms": times}
 
 
-def draw(content: dict[str, Any], accuracies: Callable[[str, float], list[float]]) -> None:
-    """Draw accuracy against time, one line for each form."""
-    import matplotlib
+def speeds(content: dict[str, Any], network: str) -> dict[tuple[str, float], float]:
+    """Return how many times faster each form is than the fastest dense run."""
+    rows = [row for row in content["rows"] if row["network"] == network]
+    best = {(row["form"], row["sparsity"]): min(row["ms"].values()) for row in rows}
+    return {key: best[DENSE, 0.0] / ms for key, ms in best.items()}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    best = {(row["form"], row["sparsity"]): min(row["ms"].values()) for row in content["rows"]}
-    unit = best[DENSE, 0.0]
-    figure, ax = plt.subplots(figsize=(7.2, 4.0), dpi=160)
-    styles = {DENSE: ("#666666", "D"), MASKED: ("#999999", "x"), GROUPS: ("#d9730d", "o"), NEURONS: ("#5e35b1", "s")}
-    for form, levels in LEVELS.items():
-        color, marker = styles[form]
-        speed = [unit / best[form, level] for level in levels]
-        found = [accuracies(form, level) for level in levels]
+def draw(ax: Any, task: str, content: dict[str, Any], accuracies: Accuracies, forms: Sequence[str]) -> None:
+    """Draw accuracy against speed, a line for each form."""
+    network, title = PANELS[task]
+    speed = speeds(content, network)
+    for form in forms:
+        levels = NETWORKS[network][2][form]
+        drawn = [(level, values) for level in levels if (values := accuracies(Setting(task, form, level)))]
+        if not drawn:
+            continue
+        color, marker = STYLES[form]
         ax.errorbar(
-            speed,
-            [mean(values) for values in found],
-            [stdev(values) for values in found],
+            [speed[form, level] for level, _ in drawn],
+            [mean(values) for _, values in drawn],
+            [stdev(values) for _, values in drawn],
             color=color,
             marker=marker,
             capsize=2,
@@ -115,29 +134,51 @@ def draw(content: dict[str, Any], accuracies: Callable[[str, float], list[float]
             elinewidth=0.8,
             label=LABELS[form],
         )
-        if form in (GROUPS, NEURONS):
-            for x, values, level in zip(speed, found, levels, strict=True):
-                below = form == GROUPS
+        if form in ("groups of 16 rows", NEURONS):
+            for level, values in drawn:
+                below = form != NEURONS
                 ax.annotate(
                     f"{level:.0%}",
-                    (x, mean(values)),
+                    (speed[form, level], mean(values)),
                     (-6, -12) if below else (6, 5),
                     textcoords="offset points",
                     ha="right" if below else "left",
                     color=color,
                 )
     ax.set_xscale("log", base=2)
-    ax.set_xlim(0.6, 13)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    ax.set_xlabel("speed on one core, over the fastest dense run (batch of 64)")
-    ax.set_ylabel("test accuracy, %")
-    ax.set_title("LeNet-300-100, 5,000 digits: mean and deviation of five seeds", fontsize=10)
-    ax.legend(loc="lower left", fontsize=8)
+    ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.25)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+
+
+def pictures(content: dict[str, Any], accuracies: Accuracies) -> None:
+    """Draw the one of the front page, and that with all shapes and tasks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    over = "speed on one core, over the fastest dense run (batch of 64)"
+    figure, ax = plt.subplots(figsize=(7.2, 4.0), dpi=160)
+    draw(ax, "mnist", content, accuracies, (DENSE, MASKED, "groups of 16 rows", NEURONS))
+    ax.set_title("LeNet-300-100, 5,000 digits: mean and deviation of five seeds", fontsize=10)
+    ax.set_xlim(0.6, 13)
+    ax.set_xlabel(over)
+    ax.set_ylabel("test accuracy, %")
+    ax.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(PICTURE)
+    figure.savefig(DOCS / "tradeoff.png")
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), dpi=130)
+    for ax, task in zip(panels, PANELS, strict=True):
+        draw(ax, task, content, accuracies, list(LABELS))
+    panels[0].set_ylabel("test accuracy, %; mean and deviation of five seeds")
+    figure.supxlabel(over, fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.88))
+    figure.savefig(DOCS / "shapes.png")
 
 
 def main() -> None:
@@ -150,9 +191,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.measure:
         save("tradeoff", args.full, measure(args.rounds or 31))
-    results = Results(RESULTS / "evidence.jsonl")
-    draw(load("tradeoff"), lambda form, level: results.accuracies(Setting("mnist", form, level), SEEDS))
-    print(f"{describe(load('tradeoff')['machine'])}\nwritten: {PICTURE}")
+    results, content = Results(RESULTS / "evidence.jsonl"), load("tradeoff")
+    pictures(content, lambda setting: results.accuracies(setting, SEEDS))
+    print(f"{describe(content['machine'])}\nwritten: tradeoff.png and shapes.png in {DOCS}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
-from methods import GROUPS, SHAPED
+from methods import GROUPS, PERMUTED, SHAPED
 from report import write
 from running import Results, Setting
 
@@ -51,7 +51,17 @@ def full() -> list[Setting]:
     ]
     others = [Setting("fashion-10", "dense", 0.0), *(setting for pair in PEERS["fashion-10"] for setting in pair)]
     shaped = [Setting("mnist", method, level) for level in SHAPED_LEVELS for method in SHAPED]
-    return [*curves, *shaped, *neurons, *others, *fine_tuned]
+    return [*curves, *shaped, *neurons, *others, *fine_tuned, *trained()]
+
+
+def trained() -> list[Setting]:
+    """Return the settings of the shapes of zeros in trained networks, where rows can be permuted."""
+    shapes = (*SHAPED, *PERMUTED)
+    few = [name for name in shapes if "4 rows" not in name and "8 rows" not in name]
+    found = [Setting("fashion", method, level) for level in SHAPED_LEVELS for method in shapes]
+    found += [Setting("fashion", "neurons, L2", level) for level in NEURON_LEVELS["mnist"]]
+    found += [Setting(task, "2:4, gradual", 0.5) for task in ("fashion", "cnn")]
+    return [*found, *(Setting("cnn", method, level) for level in SHAPED_LEVELS for method in few)]
 
 
 def main() -> None:

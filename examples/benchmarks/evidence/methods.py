@@ -52,6 +52,7 @@ NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore":
 
 SHARED = (4, 8, 16, 32)  # rows in a group
 SHAPED = ("weights", *(f"groups of {rows} rows" for rows in SHARED), "blocks of 16 x 16")
+PERMUTED = {f"groups of {rows} rows, permuted": rows for rows in SHARED}  # before pruning, in a trained network
 HIDDEN: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",)}
 
 
@@ -122,6 +123,7 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),
     "weights": lambda sparsity, seed: MagnitudePruning(sparsity, **HIDDEN),
     **{f"groups of {rows} rows": partial(shared, rows) for rows in SHARED},
+    **{name: partial(shared, rows) for name, rows in PERMUTED.items()},
     "blocks of 16 x 16": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=Block(16, 16), **HIDDEN),
     **PEERS,
 }

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning import LightningModule, Trainer, seed_everything
-from methods import METHODS
+from methods import METHODS, PERMUTED
 from tasks import QUIET, TASKS
+
+from lightning_prune import permute_rows
 
 
 class Setting(NamedTuple):
@@ -29,6 +31,9 @@ def run(setting: Setting, seed: int) -> dict[str, Any]:
     model, data = task.model(seed), task.data(seed)
     dense = sum(weight.numel() for weight in weights(model))
     callback = METHODS[setting.method](setting.sparsity, seed)
+    if setting.method in PERMUTED:
+        image = next(iter(data.val_dataloader()))[0][:2]
+        permute_rows(model, image, sparsity=setting.sparsity, rows=PERMUTED[setting.method], inplace=True)
     seed_everything(seed, verbose=False)
     trainer = Trainer(max_epochs=task.epochs, limit_val_batches=0, callbacks=[callback] if callback else [], **QUIET)
     trainer.fit(model, datamodule=data)
