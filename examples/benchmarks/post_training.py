@@ -48,7 +48,8 @@ SETTINGS: dict[str, tuple[float, Granularity]] = {
     "2:4": (0.5, NM(2, 4)),
 }
 QUICK = ("50 %", "2:4")
-METHODS = ("magnitude", "Wanda", "Wanda, capped", "Wanda, OWL", "SparseGPT")
+METHODS = ("magnitude", "magnitude, global", "Wanda", "Wanda, capped", "Wanda, OWL", "SparseGPT")
+NOTHING_TO_ALLOCATE = (("2:4", "Wanda, OWL"), ("2:4", "magnitude, global"))
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,13 @@ def accuracy(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity) -> dict[str, Callable[[], Any]]:
-    """Return the ways to prune: every layer to the same sparsity, except with OWL."""
+    """Return the ways to prune: every layer to the same sparsity, except with OWL and where it says global."""
     common: dict[str, Any] = {"granularity": granularity, "targets": [f"{task.blocks}.*"]}
     calibrated = {**common, "data": task.data}
     by_block = {**calibrated, "sequential": task.blocks}
     return {
         "magnitude": lambda: prune(model, zeros, scope="local", **common),
+        "magnitude, global": lambda: prune(model, zeros, scope="global", **common),
         "Wanda": lambda: prune(model, zeros, criterion=Wanda(), scope="local", **by_block),
         "Wanda, capped": lambda: prune(model, zeros, criterion=Capped(), scope="local", **by_block),
         "Wanda, OWL": lambda: prune(model, zeros, criterion=Wanda(), scope=OWL(), **by_block),
@@ -198,9 +200,9 @@ def methods(task: Task, model: nn.Module, zeros: float, granularity: Granularity
 
 
 def wanted(settings: Iterable[str]) -> list[tuple[str, str]]:
-    """Return every setting and method; with N:M nothing is left for OWL to allocate."""
+    """Return every setting and method; with N:M nothing is left to allocate."""
     pairs = product(settings, METHODS)
-    return [("dense", ""), *(pair for pair in pairs if pair != ("2:4", "Wanda, OWL"))]
+    return [("dense", ""), *(pair for pair in pairs if pair not in NOTHING_TO_ALLOCATE)]
 
 
 def measure(task: Task, setting: str, method: str) -> Row:
