@@ -1,9 +1,9 @@
 """Accuracy against measured time, in two pictures: `python examples/benchmarks/tradeoff.py [--measure]`.
 
-LeNet-300-100 on 5,000 digits and on Fashion-MNIST, and a small CNN on Fashion-MNIST, by the shape of their zeros. The
-accuracies are those of `evidence` (five seeds, recorded in results/evidence.jsonl), the times CPU time of one core for
-a batch of 64, medians of rounds in which all take turns, of networks pruned in the same shape. Each form runs with
-torch, converted by `to_fast`, and with ONNX Runtime, which multiplies by zeros; the faster of the two counts.
+LeNet-300-100 on 5,000 digits and on Fashion-MNIST, by the shape of its zeros. The accuracies are those of `evidence`
+(five seeds, recorded in results/evidence.jsonl), the times CPU time of one core for a batch of 64, medians of rounds in
+which all take turns, of networks pruned in the same shape. Each form runs with torch, converted by `to_fast`, and with
+ONNX Runtime, which multiplies by zeros; the faster of the two counts.
 Without `--measure` the pictures are drawn again from results/tradeoff.json.
 """
 
@@ -12,7 +12,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,21 +28,17 @@ from lightning_prune.export.fast import fastest
 
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
 from running import Results, Setting
-from tasks import lenet, small_cnn
+from tasks import lenet
 
 DOCS = Path(__file__).parents[2] / "docs"
 BATCH, SEEDS = 64, range(5)
 DENSE, MASKED, NEURONS, PAIRS, BLOCKS = "dense", "weights", "neurons, L2", "2:4, gradual", "blocks of 16 x 16"
 GROUPS = {f"groups of {rows} rows": rows for rows in (4, 8, 16, 32)}
 SHAPED = dict.fromkeys((MASKED, *GROUPS, BLOCKS), (0.8, 0.9, 0.95))
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, tuple[float, ...]]]] = {
-    "LeNet-300-100": (lenet, (784,), {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.9, 0.95)}),
-    "CNN": (small_cnn, (1, 28, 28), {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.3, 0.5, 0.7)}),
-}
+FORMS = {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.9, 0.95)}
 PANELS = {
-    "mnist": ("LeNet-300-100", "LeNet-300-100, 5,000 digits, 20 epochs"),
-    "fashion": ("LeNet-300-100", "LeNet-300-100, Fashion-MNIST, one epoch after pruning"),
-    "cnn": ("CNN", "CNN, Fashion-MNIST, one epoch after pruning"),
+    "mnist": "5,000 digits, 20 epochs from scratch",
+    "fashion": "Fashion-MNIST, 3 epochs dense, then 1 pruned",
 }
 LABELS = {
     DENSE: "dense",
@@ -81,16 +77,10 @@ def make(form: str, level: float, dense: nn.Module, inputs: torch.Tensor) -> nn.
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     """Return the milliseconds of every form at every sparsity."""
-    return [row for name in NETWORKS for row in measured(name, rounds)]
-
-
-def measured(network: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield those of one network."""
     torch.manual_seed(0)
-    build, shape, forms = NETWORKS[network]
-    dense, inputs = build().eval(), torch.randn(BATCH, *shape)
+    dense, inputs = lenet().eval(), torch.randn(BATCH, 784)
     calls: dict[str, Callable[[], Any]] = {}
-    keys = [(form, level) for form, levels in forms.items() for level in levels]
+    keys = [(form, level) for form, levels in FORMS.items() for level in levels]
     with tempfile.TemporaryDirectory() as folder:
         for form, level in keys:
             model = make(form, level, dense, inputs)
@@ -100,26 +90,25 @@ def measured(network: str, rounds: int) -> Iterator[dict[str, Any]]:
                 part.mkdir()
                 calls[f"{form}, {level}, ONNX Runtime"] = with_onnx(model, inputs, str(part))
         found = compare(calls, rounds)
+    rows = []
     for form, level in keys:
         in_onnx = found.get(f"{form}, {level}, ONNX Runtime", found[f"{DENSE}, 0.0, ONNX Runtime"])
         times = {"torch": found[f"{form}, {level}, torch"], "ONNX Runtime": in_onnx}
-        yield {"network": network, "form": form, "sparsity": level, "ms": times}
+        rows.append({"form": form, "sparsity": level, "ms": times})
+    return rows
 
 
-def speeds(content: dict[str, Any], network: str) -> dict[tuple[str, float], float]:
+def speeds(content: dict[str, Any]) -> dict[tuple[str, float], float]:
     """Return how many times faster each form is than the fastest dense run."""
-    rows = [row for row in content["rows"] if row["network"] == network]
-    best = {(row["form"], row["sparsity"]): min(row["ms"].values()) for row in rows}
+    best = {(row["form"], row["sparsity"]): min(row["ms"].values()) for row in content["rows"]}
     return {key: best[DENSE, 0.0] / ms for key, ms in best.items()}
 
 
 def draw(ax: Any, task: str, content: dict[str, Any], accuracies: Accuracies, forms: Sequence[str]) -> None:
     """Draw accuracy against speed, a line for each form."""
-    network, title = PANELS[task]
-    speed = speeds(content, network)
+    speed = speeds(content)
     for form in forms:
-        levels = NETWORKS[network][2][form]
-        drawn = [(level, values) for level in levels if (values := accuracies(Setting(task, form, level)))]
+        drawn = [(level, values) for level in FORMS[form] if (values := accuracies(Setting(task, form, level)))]
         if not drawn:
             continue
         color, marker = STYLES[form]
@@ -147,7 +136,7 @@ def draw(ax: Any, task: str, content: dict[str, Any], accuracies: Accuracies, fo
                 )
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(PANELS[task], fontsize=10)
     ax.grid(alpha=0.25)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -170,10 +159,10 @@ def pictures(content: dict[str, Any], accuracies: Accuracies) -> None:
     ax.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(DOCS / "tradeoff.png")
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.6), dpi=130)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), dpi=130)
     for ax, task in zip(panels, PANELS, strict=True):
         draw(ax, task, content, accuracies, list(LABELS))
-    panels[0].set_ylabel("test accuracy, %; mean and deviation of five seeds")
+    panels[0].set_ylabel("test accuracy of LeNet-300-100, %: five seeds")
     figure.supxlabel(over, fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=9)

@@ -22,9 +22,11 @@ class Expert(Granularity):
 
     The router chooses among the experts that are left, from the moment of pruning on, so that the masked model is the
     one that ``shrink`` makes: no token goes to an expert that is pruned. Forward hooks on the routers see to that, also
-    after ``fit``: they are in copies and pickles of the model, and not in its ``state_dict``. Known are layers that
-    hold their experts in parameters of three dimensions, beside a router with a row for each, as those of transformers
-    5 do. At least as many experts stay as a token takes. It needs an example input.
+    after ``fit``: they are in copies and pickles of the model, and not in its ``state_dict``. Known are modules whose
+    class is called ``...Experts`` and that hold their experts in parameters of three dimensions, beside a router with a
+    row for each, as in transformers 5. At least as many experts stay as a token takes, by the router's ``top_k``,
+    ``num_experts_per_tok`` or ``k``. Where a router chooses among groups of experts first, every group keeps as many.
+    It needs an example input.
 
     Args:
         minimum: How many experts of a layer stay, at least 1.

@@ -28,7 +28,7 @@ def shrinkable(granularity: Granularity, where: str = "shrink_at_end=True") -> S
     instance("granularity", granularity, Granularity)
     if not isinstance(granularity, Shrinkable) or granularity.coupled is False:
         raise ValueError(
-            f"granularity must be Channel(), Expert(), Head(), Layer() or ResidualChannel() to shrink the model, got "
+            f"granularity must be Channel(), Head(), Layer() or ResidualChannel() to shrink the model, got "
             f"{granularity} with {where}"
         )
     return replace(granularity, coupled=True) if isinstance(granularity, Channel) else granularity

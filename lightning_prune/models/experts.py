@@ -12,6 +12,7 @@ from lightning_prune.models.parameters import plain_name
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as models and configs call them
 _CHOSEN = ("top_k", "num_experts_per_tok", "k")
+_GROUPS, _GROUPS_CHOSEN = ("num_group", "n_group", "n_groups", "num_expert_group"), ("topk_group", "top_k_group")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,24 @@ class ExpertLayer:
     @property
     def chosen(self) -> int:
         """How many experts a token takes, as far as a module says so; 1 otherwise."""
-        stated = [getattr(m, name, None) for m in (self.router, self.parent, self.experts) for name in _CHOSEN]
-        return next((number for number in stated if type(number) is int), 1)
+        return self._stated(_CHOSEN)
+
+    @property
+    def groups(self) -> int:
+        """In how many groups its experts are, of which a token takes some first; 1 for none."""
+        number = self._stated(_GROUPS)
+        return number if self.count % number == 0 else 1
+
+    @property
+    def least(self) -> int:
+        """How many experts a token needs: two of each group at least, by which groups are compared."""
+        if self.groups == 1:
+            return self.chosen
+        return self.groups * max(2, -(-self.chosen // self._stated(_GROUPS_CHOSEN)))
+
+    def _stated(self, names: Sequence[str]) -> int:
+        stated = [getattr(m, name, None) for m in (self.router, self.parent, self.experts) for name in names]
+        return next((number for number in stated if type(number) is int and number > 0), 1)
 
 
 def stacks_of(experts: nn.Module) -> list[nn.Parameter]:

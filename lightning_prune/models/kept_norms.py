@@ -39,6 +39,8 @@ class KeptChannels:
 
     def __call__(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Return what the norm makes of the channels that are left, among zeros; or what the router chooses."""
+        if not args:
+            raise ValueError(f"the {type(norm).__name__} must be called with its input as a positional argument")
         values, *others = args
         if self.index.device != values.device:  # the model has moved
             self.index = self.index.to(values.device)

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_prune.models.experts import COUNTS
 from lightning_prune.models.parameters import plain_name
+from lightning_prune.structure.block_names import is_inside
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.depth import own_configs
 from lightning_prune.structure.groups import HEADS, QUERIES
@@ -79,9 +80,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def _state(config: Any, kept: CutRecord) -> None:
     """Let a config state the widths and numbers of heads that all of its layers have in common."""
-    lengths: dict[int, set[int]] = {}
-    for places in kept.places.values():
-        lengths.setdefault(len(places), set()).add(int(places.sum()))
+    lengths = _lengths(kept)
     for name in _WIDTHS:
         before = getattr(config, name, None)
         if before is None and hasattr(config, name):
@@ -93,6 +92,16 @@ def _state(config: Any, kept: CutRecord) -> None:
             _state_heads(config, *next(iter(counts.values())), names)
     if kept.hidden is not None:
         _state_hidden(config, *kept.hidden)
+
+
+def _lengths(kept: CutRecord) -> dict[int, set[int]]:
+    """Return what is left of dimensions, by their length before, but for those of heads, which may be as long."""
+    lengths: dict[int, set[int]] = {}
+    attentions = (*kept.heads, *kept.queries)
+    for (name, _), places in kept.places.items():
+        if not is_inside(name, attentions):
+            lengths.setdefault(len(places), set()).add(int(places.sum()))
+    return lengths
 
 
 def _state_heads(config: Any, before: int, now: int, names: Sequence[str]) -> None:

@@ -19,6 +19,11 @@ TOLERANCE = 1e-5
 
 def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> set[str]:
     """Return the names of the groups whose units can be removed, as a trial with random weights shows."""
+    compared = [group for group in groups if group.compared_by]
+    running = bisect(compared, lambda some: _runs(model, some, inputs))
+    if len(running) < len(compared):
+        run(hookless_copy(model), inputs)  # what fails here is no fault of a group
+        groups = [group for group in groups if group in running or not group.compared_by]
     decisions = [(group, _half(group)) for group in groups]
     trial = hookless_copy(model)
     _randomize(trial)
@@ -28,10 +33,22 @@ def removable_groups(model: nn.Module, groups: Sequence[Group], inputs: Inputs) 
     return {group.name for group, _ in equivalent_cuts(trial, decisions, inputs)}
 
 
+def _runs(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> bool:
+    """Return whether a model runs while norms or routers see half of the units of groups."""
+    trial = hookless_copy(model)
+    places = kept_by(trial, [(group, _half(group)) for group in groups]).places
+    try:
+        follow_masks(trial, {name: places[name, 0] for group in groups for name in group.compared_by})
+        run(trial, inputs)
+    except Exception:  # the user's forward may rely on its sizes
+        return False
+    return True
+
+
 def _half(group: Group) -> Tensor:
     """Return a decision that keeps every other unit of each part, or as many as have to stay."""
-    places = torch.arange(group.size)
-    return (places % (group.size // group.parts) % 2 == 0) | (places < group.least)
+    places = torch.arange(group.size) % (group.size // group.parts)  # in its part
+    return (places % 2 == 0) | (places < -(-group.least // group.parts))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from lightning_prune.structure.groups import Graph, Group, Member, Role
 
 def expert_groups(model: nn.Module) -> list[Group]:
     """Return the experts of each layer that has several, as far as tokens can do without some of them."""
-    return [_group(layer) for layer in expert_layers(model) if layer.count > layer.chosen]
+    return [_group(layer) for layer in expert_layers(model) if layer.count > layer.least]
 
 
 def expert_graph(model: nn.Module, routers: Collection[str]) -> Graph:
@@ -29,4 +29,4 @@ def _group(layer: ExpertLayer) -> Group:
                 members.append(Member(f"{name}.{own}", 0, index, role))
     members.sort(key=lambda member: member.role != "producer")
     router = f"{layer.router_name}.weight"
-    return Group(members[0].name, tuple(members), router=router, least=layer.chosen)
+    return Group(members[0].name, tuple(members), router=router, least=layer.least, parts=layer.groups)

@@ -48,7 +48,7 @@ class Group:
         router: The weight of the router that chooses among the units, if these are experts.
         least: How many units stay at least.
         parts: How many parts the units form, one behind the other, of which equally many have to stay: the queries of
-            each head of keys and values.
+            each head of keys and values, or the groups that a router chooses among first.
     """
 
     name: str

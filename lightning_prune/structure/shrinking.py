@@ -13,8 +13,8 @@ from lightning_prune.masks import Masks
 from lightning_prune.models.copying import copied, hookless_copy, unwrapped
 from lightning_prune.models.forward import Inputs, fitting, needed_example_of
 from lightning_prune.models.kept_norms import keep_channels, kept_channels, norms_and_routers
-from lightning_prune.models.parameters import named_parameters, plain_name
-from lightning_prune.models.sizes import Size, outputs_second
+from lightning_prune.models.parameters import named_parameters
+from lightning_prune.models.sizes import Size
 from lightning_prune.structure.blocks import children_of_containers, find_blocks, is_zero
 from lightning_prune.structure.checkpoints import travel_along
 from lightning_prune.structure.configs import tell_configs
@@ -25,11 +25,11 @@ from lightning_prune.structure.groups import Graph, Group
 from lightning_prune.structure.hidden_width import stated_width
 from lightning_prune.structure.queries import cut_queries
 from lightning_prune.structure.streams import find_streams
-from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by, named_tensors
+from lightning_prune.structure.surgery import Decision, cut, dead_units, kept_by
 from lightning_prune.structure.tracing import trace
+from lightning_prune.structure.unremoved import warn_of_unremoved
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import by_name, flag, instance, sequence_of
-from lightning_prune.validation.warning import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -130,13 +130,17 @@ def what_to_keep(
     queries = cut_queries(copies, graph, inputs, round_to)
     graph = _graph(first, others, inputs, True) if queries.places else graph
     done = _removable(first, graph, inputs, round_to, others)
-    for other in (*others, first) if others else ():
-        done = equivalent_cuts(other, done, inputs)
-    _warn_of_remaining(first, graph, done, bool(blocks.removed or queries.places))
+    experts = kept_by(first, [decision for decision in done if decision[0].router is not None])
+    if experts.places:  # first, since what else is dead lies in fewer places then
+        for copy in copies:
+            cut(copy, experts)
+        graph = _graph(first, others, inputs, True)
+        done = _removable(first, graph, inputs, round_to, others)
+    warn_of_unremoved(first, graph, done, bool(blocks.removed or queries.places or experts.places))
     kept = kept_by(first, done)
     if streams := [decision for decision in done if decision[0].norms]:
         kept = replace(kept, hidden=stated_width(first, kept, streams, inputs))
-    return blocks.then(queries).then(kept)
+    return blocks.then(queries).then(experts).then(kept)
 
 
 def _graph(model: nn.Module, averages: Sequence[nn.Module], inputs: Inputs, otherwise: bool) -> Graph:
@@ -190,7 +194,10 @@ def _removable_blocks(models: Sequence[nn.Module], inputs: Inputs) -> list[str]:
 def _removable(
     model: nn.Module, graph: Graph, inputs: Inputs, round_to: int, others: Sequence[nn.Module]
 ) -> list[Decision]:
-    """Return what can be removed: units with no producer or no consumer left; where that fails, only the latter."""
+    """Return what can be removed of all models: units with no producer or no consumer left.
+
+    Where that fails, only the latter.
+    """
     parameters = [named_parameters(each) for each in (model, *others)]
     unread = {group.name: dead_units(parameters, group.role("consumer")) for group in graph.groups}
     dead, over = {}, kept_channels(model)
@@ -205,7 +212,10 @@ def _removable(
     kept = {group.name for group, _ in done}
     again = [(group, _rounded(~unread[group.name], round_to)) for group, _ in first if group.name not in kept]
     again = [decision for decision in again if not decision[1].all()]
-    return equivalent_cuts(model, [*done, *again], inputs) if again else done
+    done = equivalent_cuts(model, [*done, *again], inputs) if again else done
+    for other in (*others, model) if others else ():
+        done = equivalent_cuts(other, done, inputs)
+    return done
 
 
 def _normalized(group: Group, over: Mapping[str, Tensor]) -> Tensor:
@@ -221,27 +231,3 @@ def _rounded(keep: Tensor, round_to: int) -> Tensor:
     wanted = min(len(keep), max(1, -(-int(keep.sum()) // round_to)) * round_to)
     spared = (~keep).nonzero().squeeze(1)[: max(0, wanted - int(keep.sum()))]
     return keep.index_fill(0, spared, True)
-
-
-def _warn_of_remaining(model: nn.Module, graph: Graph, done: Sequence[Decision], otherwise: bool) -> None:
-    """Warn of dead channels that are not removed, and where nothing is, by a cut of blocks or otherwise."""
-    tensors = named_tensors(model)
-    modules = model.named_modules()  # rows of an embedding are tokens, and may be zero (padding)
-    across = {plain_name(f"{n}.weight") for n, m in modules if outputs_second(m)}
-    removed = {group.name for group, _ in done}
-    remaining = {}
-    for group in graph.groups:
-        if group.name not in removed and (count := int(dead_units([tensors], group.role("producer")).sum())):
-            remaining[group.name] = f"{count} of {group.size}: the outputs of the model differ without them"
-    for name, reason in graph.left_out.items():
-        weight = tensors[name].detach().movedim(1 if name in across else 0, 0)
-        if count := int((~weight.flatten(1).any(1)).sum()):
-            remaining[name] = f"{count} of {len(weight)}: {reason}"
-    if remaining:
-        listed = "; ".join(f"{name} ({reason})" for name, reason in remaining.items())
-        warn(f"these channels are zero and stay in the model: {listed}")
-    elif not done and not otherwise:
-        warn(
-            "nothing was removed: no channel is all zero; prune with Channel(), Head(), Layer() or ResidualChannel() "
-            "first"
-        )

@@ -153,10 +153,7 @@ class ScheduledTraining(ObservedTraining):
 
     def next_position(self) -> int | None:
         """Return the position of the next update; None after the last one."""
-        for position, _ in self.state.updates:
-            if position > self.state.applied:
-                return position
-        return None
+        return next((position for position, _ in self.state.updates if position > self.state.applied), None)
 
     def clock(self, trainer: Trainer) -> int:
         """Return the position of the run, in the intervals of the plan."""
@@ -213,10 +210,11 @@ class ScheduledTraining(ObservedTraining):
         if not self.state.units and not self.masks:
             rank_zero_warn(f"{type(self).__name__} pruned nothing: its targets were frozen in the whole run")
         elif self.state.updates and not self.reached:
-            rank_zero_warn(
-                f"{type(self).__name__} ended at a sparsity of {self.sparsity_now:.2%}: the run stopped before the "
-                f"last update, due at {self.interval} {self.state.updates[-1][0]}"
-            )
+            due = self.state.updates[-1][0]
+            reason = f"the run stopped before the last update, due at {self.interval} {due}"
+            if self.clock(trainer) >= due and not self.has_observed:
+                reason = f"the window of {self.criterion.steps} steps was not full: choose a shorter one"
+            rank_zero_warn(f"{type(self).__name__} ended at a sparsity of {self.sparsity_now:.2%}: {reason}")
 
 
 def decide(

@@ -12,6 +12,10 @@ from lightning_prune.units.coupled import Coupling
 from lightning_prune.units.finding import frozen_part, proven, units_of_groups, whole_inputs
 from lightning_prune.units.units import Units
 
+_CHANGES = (
+    "the outputs of the model change without it, as those do that have a number for each expert "
+    "(output_router_logits), or its router does not run with fewer rows"
+)
 NO_EXPERTS = "it is no part of a layer with experts that a router chooses among"
 
 
@@ -37,12 +41,13 @@ def expert_units(
         reason = _unfit(group, targets, parameters)
         if reason is None:
             candidates.append(group)
-        reasons.update({m.name: reason or "the outputs of the model change without it" for m in group.members})
+        reasons.update({m.name: reason or _CHANGES for m in group.members})
     kept = proven(model, candidates, inputs, distributed)
     touched = {member.name for group in kept for member in group.members}
     left_out = {name: reason for name, reason in reasons.items() if name in targets and name not in touched}
     if not kept:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:5])
+        first = sorted(left_out.items(), key=lambda item: item[1] == NO_EXPERTS)  # experts and routers
+        why = "; ".join(f"{name}: {reason}" for name, reason in first[:5])
         raise ValueError(
             f"{granularity} must find layers with more experts than a token takes, got none ({why}): prune their "
             f"width by Channel(), or single weights by Weight()"

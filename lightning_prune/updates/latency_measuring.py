@@ -70,6 +70,8 @@ def measure_latency(
     instance("model", model, nn.Module)
     inputs = needed_example_of(model, example_inputs)
     granularity = shrinkable(granularity, "measure_latency")
+    if not granularity.measures:
+        raise ValueError(f"granularity must be one that makes the model faster, got {granularity}")
     runtime = choice("runtime", runtime, _RUNTIMES)
     units, _ = granularity.find_units(find(model), model, inputs)
     return latency_table(units, granularity, model, inputs, runtime=runtime)

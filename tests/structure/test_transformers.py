@@ -258,6 +258,10 @@ SAYING: dict[str, tuple[str, dict[str, Any], Granularity, dict[str, int]]] = {
         *("LlamaForCausalLM", GROUPED, Head(queries=True)),
         {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32, "intermediate_size": 48},
     ),
+    "heads as wide as the feed-forward layer": (
+        *("LlamaForCausalLM", {**GROUPED, "intermediate_size": 32}, Head(queries=True)),
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32},
+    ),
     "single queries of fused layers": (
         *("Phi3ForCausalLM", GROUPED, Head(queries=True)),
         {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},

@@ -102,6 +102,62 @@ def test_pruned_experts_get_no_token_and_can_be_taken_out(kind: str) -> None:
     assert sparsity(small) == 0.0
 
 
+def grouped(experts: int = 16, groups: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model whose router chooses two groups of experts, and two of their experts."""
+    torch.manual_seed(0)
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 4, "qk_nope_head_dim": 4}
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    sizes |= {"num_key_value_heads": 2, "moe_intermediate_size": 6, "first_k_dense_replace": 0}
+    config = transformers.DeepseekV3Config(
+        **sizes, **latent, n_routed_experts=experts, n_group=groups, topk_group=2, n_shared_experts=1
+    )
+    config._experts_implementation = "eager"
+    model = transformers.DeepseekV3ForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0.0, 0.3)
+    ids = torch.randint(3, 20, (3, 7))
+    return model, {"input_ids": ids}
+
+
+@pytest.mark.parametrize(("experts", "groups", "left"), [(16, 4, 12), (16, 2, 12), (32, 4, 24)])
+def test_groups_that_a_router_chooses_among_keep_as_many_experts_each(experts: int, groups: int, left: int) -> None:
+    model, inputs = grouped(experts, groups)
+    masks = prune(model, 0.3, criterion=Random(1), granularity=Expert(), example_inputs=inputs)
+    for layer in expert_layers(model):
+        kept = masks[f"{layer.name}.down_proj"].flatten(1).any(1).view(groups, -1).sum(1)
+        assert kept.tolist() == [left // groups] * groups
+    other = {"input_ids": torch.cat([inputs["input_ids"][:, :4], inputs["input_ids"][:, :3]], 1)}
+    same = difference(run(model, inputs)[0][:, :4], run(model, other)[0][:, :4])
+    assert same == 0.0, "tokens do not depend on later ones"
+    small = shrink(model, inputs)
+    assert difference(run(model, inputs), run(small, inputs)) < 1e-10
+    assert [layer.count for layer in expert_layers(small)] == [left] * 2
+
+
+def test_experts_whose_router_does_not_run_with_fewer_are_left_out_by_name() -> None:
+    torch.manual_seed(0)
+    layers = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0, "moe_intermediate_size": 6}
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    config = transformers.Lfm2MoeConfig(**sizes, **layers, num_experts=5)
+    config._experts_implementation = "eager"
+    model = transformers.Lfm2MoeForCausalLM(config).eval()
+    inputs = {"input_ids": torch.randint(3, 20, (2, 5))}
+    with pytest.raises(ValueError, match=r"got none \(model.layers.0.feed_forward.*its router does not run with fewer"):
+        prune(model, 0.4, granularity=Expert(), example_inputs=inputs)
+    assert run(model, inputs)[0].isfinite().all()
+
+
+def test_weights_of_a_pruned_model_alone_are_told_from_it() -> None:
+    model, inputs = build("Qwen3MoeForCausalLM")
+    prune(model, 0.4, granularity=Expert(), example_inputs=inputs)
+    fresh, _ = build("Qwen3MoeForCausalLM")
+    fresh.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="but the router chooses among all of them.*save what shrink returns"):
+        shrink(fresh, inputs)
+
+
 @kinds
 def test_configs_say_how_many_experts_are_left(kind: str, tmp_path: Path) -> None:
     model, inputs = build(kind)
@@ -221,6 +277,18 @@ def test_experts_that_only_a_mask_zeroes_and_width_go_together() -> None:
     small = shrink(model, inputs, masks=masks)
     assert difference(run(model, inputs), run(small, inputs)) < 1e-10
     assert {layer.experts.down_proj.shape[0] for layer in expert_layers(small)} == {4}
+
+
+@pytest.mark.parametrize("first", [Expert(), Channel(coupled=True)], ids=label)
+def test_experts_and_their_width_are_taken_out_in_one_call(first: Any) -> None:
+    model, inputs = build()
+    second = Channel(coupled=True) if isinstance(first, Expert) else Expert()
+    for granularity in (first, second):
+        level = 0.4 if isinstance(granularity, Expert) else 0.5
+        prune(model, level, granularity=granularity, example_inputs=inputs)
+    small = shrink(model, inputs)
+    assert difference(run(model, inputs), run(small, inputs)) < 1e-10
+    assert {tuple(layer.experts.down_proj.shape) for layer in expert_layers(small)} == {(3, 16, 6)}
 
 
 def test_a_dense_model_and_one_with_too_few_experts_are_refused() -> None:

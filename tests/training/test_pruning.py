@@ -42,6 +42,17 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 # ---------------------------------------------------------------------------------------------------- the result
 
 
+@pytest.mark.parametrize("window", [7, 30])
+def test_a_window_that_is_never_full_is_named(window: int) -> None:
+    pruning = Pruning(0.5, Sensitivity(window=window), Channel(), schedule="one_shot", start=4)
+    if window == 7:  # the update waits until it is full
+        fit(MLP(), pruning, max_epochs=3)
+        assert pruning.reached
+        return
+    with pytest.warns(UserWarning, match=r"ended at a sparsity of 0.00%: the window of 30 steps was not full: choose"):
+        fit(MLP(), pruning, max_epochs=3)
+
+
 @pytest.mark.parametrize("model", [MLP, ConvNet])
 @pytest.mark.parametrize("sparsity", [0.9, 0.5, 0.123])
 def test_an_unmodified_module_ends_with_exactly_the_sparsity_in_its_weights_only(
