@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from fast import compare, with_onnx
+from marked import replace, spread, table
 from timing import RESULTS, describe, load, parser, save
 from torch import nn
 
@@ -46,7 +47,7 @@ LABELS = {
     **{name: f"SharedFanIn({rows})" for name, rows in GROUPS.items()},
     BLOCKS: "Block(16, 16)",
     PAIRS: "NM(2, 4)",
-    NEURONS: "neurons or channels, removed by shrink",
+    NEURONS: "neurons, removed by shrink",
 }
 STYLES = {
     DENSE: ("#666666", "D"),
@@ -135,6 +136,7 @@ def draw(ax: Any, task: str, content: dict[str, Any], accuracies: Accuracies, fo
                     color=color,
                 )
     ax.set_xscale("log", base=2)
+    ax.set_xlim(0.6, 13)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     ax.set_title(PANELS[task], fontsize=10)
     ax.grid(alpha=0.25)
@@ -153,7 +155,6 @@ def pictures(content: dict[str, Any], accuracies: Accuracies) -> None:
     figure, ax = plt.subplots(figsize=(7.2, 4.0), dpi=160)
     draw(ax, "mnist", content, accuracies, (DENSE, MASKED, "groups of 16 rows", NEURONS))
     ax.set_title("LeNet-300-100, 5,000 digits: mean and deviation of five seeds", fontsize=10)
-    ax.set_xlim(0.6, 13)
     ax.set_xlabel(over)
     ax.set_ylabel("test accuracy, %")
     ax.legend(loc="lower left", fontsize=8)
@@ -170,6 +171,18 @@ def pictures(content: dict[str, Any], accuracies: Accuracies) -> None:
     figure.savefig(DOCS / "shapes.png")
 
 
+def accuracy_table(accuracies: Accuracies) -> str:
+    """Return the accuracies of all shapes; on Fashion-MNIST also with the rows in another order."""
+    lines = []
+    for name in SHAPED:
+        for form, label in ((name, LABELS[name]), (f"{name}, permuted", f"{LABELS[name]}, rows permuted")):
+            found = [accuracies(Setting(task, form, level)) for task in PANELS for level in SHAPED[name]]
+            if any(found):
+                lines.append([label, *("" if values is None else spread(values) for values in found)])
+    titles = [f"{task}, {level:.0%}" for task in ("digits", "Fashion-MNIST") for level in SHAPED[MASKED]]
+    return table(["", *titles], lines)
+
+
 def main() -> None:
     """Measure if asked to, and draw."""
     options = parser(str(__doc__).partition("\n")[0])
@@ -181,7 +194,9 @@ def main() -> None:
     if args.measure:
         save("tradeoff", args.full, measure(args.rounds or 31))
     results, content = Results(RESULTS / "evidence.jsonl"), load("tradeoff")
-    pictures(content, lambda setting: results.accuracies(setting, SEEDS))
+    accuracies = partial(results.accuracies, seeds=SEEDS)
+    pictures(content, accuracies)
+    replace(DOCS / "speed.md", "shapes", accuracy_table(accuracies))
     print(f"{describe(content['machine'])}\nwritten: tradeoff.png and shapes.png in {DOCS}")
 
 
