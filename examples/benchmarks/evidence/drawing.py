@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from methods import GROUPS, SHAPED
+from methods import GROUPS, PERMUTED, SHAPED
 from numpy.typing import NDArray
 from running import Results, Setting
 from tasks import TASKS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")
 MARKERS = "osD^vP*Xp"
-PANELS = {**GROUPS, "what a unit is": SHAPED}
+PANELS = {**GROUPS, "what a unit is": SHAPED, "what a unit is, rows permuted": tuple(PERMUTED)}
 TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 92, 94, 95, 96, 97, 98, 99)
 
 
@@ -36,7 +36,7 @@ def draw(results: Results, seeds: range, path: Path) -> None:
 def panels_of(results: Results, seeds: range) -> dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]]:
     """Return the curves of each panel that has any, by task and group."""
     kinds = [(name, group) for name in TASKS for group in ("", *PANELS, "neurons")]
-    return {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
+    return {kind: found for kind in kinds if len(found := curves(*kind, results, seeds)) > 1}
 
 
 def looks_of(panels: Iterable[Iterable[str]]) -> dict[str, tuple[str, str]]:
