@@ -11,7 +11,7 @@ from lightning_prune.models.layer_kinds import holds_experts
 from lightning_prune.models.parameters import plain_name
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as models and configs call them
-_CHOSEN = ("top_k", "num_experts_per_tok", "k")
+_CHOSEN = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "k")
 _GROUPS, _GROUPS_CHOSEN = ("num_group", "n_group", "n_groups", "num_expert_group"), ("topk_group", "top_k_group")
 
 
