@@ -36,7 +36,7 @@ def draw(results: Results, seeds: range, path: Path) -> None:
 def panels_of(results: Results, seeds: range) -> dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]]:
     """Return the curves of each panel that has any, by task and group."""
     kinds = [(name, group) for name in TASKS for group in ("", *PANELS, "neurons")]
-    return {kind: found for kind in kinds if len(found := curves(*kind, results, seeds)) > 1}
+    return {kind: found for kind in kinds if (found := curves(*kind, results, seeds))}
 
 
 def looks_of(panels: Iterable[Iterable[str]]) -> dict[str, tuple[str, str]]:
