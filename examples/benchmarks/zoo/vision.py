@@ -47,12 +47,13 @@ def timm_names() -> list[str]:
 
 
 def timm_model(name: str) -> tuple[nn.Module, Any]:
-    """Return a model and its inputs: of 64 pixels where it takes any number."""
+    """Return a model and its inputs: of 64 pixels, or the least that it takes, where it takes any number."""
     import timm
 
     model: nn.Module = timm.create_model(name)
     known: Any = model.pretrained_cfg
-    size = known["input_size"] if known.get("fixed_input_size") else (3, 64, 64)
+    pixels = 128 if name.startswith("inception_") else 64
+    size = known["input_size"] if known.get("fixed_input_size") else (3, pixels, pixels)
     return model, (torch.rand(1, *size).double(),)
 
 
