@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
+from methods import HIDDEN
 from second_order import accuracy, be_quiet, train
 from tasks import TASKS
 
@@ -37,7 +38,7 @@ COLUMNS = [(task, level) for task, levels in LEVELS.items() for level in levels]
 
 
 def rigl(sparsity: float, seed: int, granularity: Granularity) -> RigL:
-    return RigL(sparsity, seed=seed, scope="local", ignore=("network.head.*",), granularity=granularity)
+    return RigL(sparsity, seed=seed, granularity=granularity, **HIDDEN)
 
 
 class SRigL(RigL):
@@ -52,8 +53,7 @@ class SRigL(RigL):
 
     def __init__(self, sparsity: float, seed: int, rows: int, salient: float) -> None:
         self.salient = salient
-        ignored = ("network.head.*",)
-        super().__init__(sparsity, seed=seed, scope="local", ignore=ignored, granularity=SharedFanIn(rows))
+        super().__init__(sparsity, seed=seed, granularity=SharedFanIn(rows), **HIDDEN)
 
     @override
     def choose_masks(self, model: nn.Module, position: int, amount: float) -> Masks:

@@ -19,13 +19,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from fast import with_onnx
 from models import Transformer, cnn, mobilenet
-from onnx_session import single_threaded
 from runs import Runs
 from timing import alternate, machine
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, export_onnx, measure_latency, prune, shrink
+from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, measure_latency, prune, shrink
 
 sys.path.insert(0, str(Path(__file__).parent / "scopes"))
 from networks import DATA, accuracy, fit
@@ -74,10 +74,7 @@ def ratios(models: dict[str, nn.Module], inputs: Tensor, rounds: int, runtime: s
 def session(model: nn.Module, inputs: Tensor) -> Any:
     """Return a function that runs a model in ONNX Runtime on one thread."""
     with TemporaryDirectory() as folder:
-        export_onnx(model, inputs, f"{folder}/model.onnx", batch_axis=None)
-        running = single_threaded(f"{folder}/model.onnx")
-    feed = {running.get_inputs()[0].name: inputs.numpy()}
-    return lambda: running.run(None, feed)
+        return with_onnx(model, inputs, folder)
 
 
 def half(results: Runs, name: str, runtime: str) -> None:

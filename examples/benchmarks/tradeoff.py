@@ -28,13 +28,14 @@ from lightning_prune import NM, Block, Channel, Granularity, Magnitude, SharedFa
 from lightning_prune.export.fast import fastest
 
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
+from methods import SHARED
 from running import Results, Setting
 from tasks import lenet
 
 DOCS = Path(__file__).parents[2] / "docs"
 BATCH, SEEDS = 64, range(5)
 DENSE, MASKED, NEURONS, PAIRS, BLOCKS = "dense", "weights", "neurons, L2", "2:4, gradual", "blocks of 16 x 16"
-GROUPS = {f"groups of {rows} rows": rows for rows in (4, 8, 16, 32)}
+GROUPS = {f"groups of {rows} rows": rows for rows in SHARED}
 SHAPED = dict.fromkeys((MASKED, *GROUPS, BLOCKS), (0.8, 0.9, 0.95))
 FORMS = {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.9, 0.95)}
 PANELS = {

@@ -17,6 +17,7 @@ from lightning_prune.tensors.ranking import sum_share
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import flag, settle
+from lightning_prune.validation.values import optional
 
 
 def channel_values(output: Any, units: Units, positions: int) -> Tensor:
@@ -113,7 +114,7 @@ class Wanda(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        window = None if self.window is None else integer("window", self.window, 1)
+        window = optional(integer, "window", self.window, 1)
         settle(self, window=window, by_row=flag("by_row", self.by_row))
 
     @override

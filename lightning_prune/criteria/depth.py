@@ -10,13 +10,14 @@ from torch.nn.modules.conv import _ConvNd
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.models.layer_inputs import wide
+from lightning_prune.criteria.means import means, no_sums
 from lightning_prune.structure.blocks import first_tensor
 from lightning_prune.tensors.distributed import local
 from lightning_prune.units.layers import LayerUnits
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import settle
+from lightning_prune.validation.values import optional
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class BlockInfluence(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        settle(self, window=None if self.window is None else integer("window", self.window, 1))
+        settle(self, window=optional(integer, "window", self.window, 1))
 
     @override
     def cannot_score(self, units: Units) -> str | None:
@@ -65,15 +66,11 @@ class BlockInfluence(Criterion):
 
     @override
     def empty_state(self, units: Units) -> Tensor:
-        device = units.parameter.device
-        return torch.zeros(2, units.size, dtype=wide(device), device=device)
+        return no_sums(units)
 
     @override
     def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        total, count = units.statistic
-        influence: Tensor = 1.0 - total / count.clamp(min=1)
-        return influence
+        return 1.0 - means(units)
 
 
 def _hidden(values: Any) -> Tensor | None:

@@ -9,11 +9,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_prune.criteria.criterion import Criterion
-from lightning_prune.models.layer_inputs import wide
+from lightning_prune.criteria.means import means, no_sums
 from lightning_prune.units.coupled import CoupledUnits
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import settle
+from lightning_prune.validation.values import optional
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class REAP(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        settle(self, window=None if self.window is None else integer("window", self.window, 1))
+        settle(self, window=optional(integer, "window", self.window, 1))
 
     @override
     def cannot_score(self, units: Units) -> str | None:
@@ -65,15 +66,11 @@ class REAP(Criterion):
 
     @override
     def empty_state(self, units: Units) -> Tensor:
-        device = units.parameter.device
-        return torch.zeros(2, units.size, dtype=wide(device), device=device)
+        return no_sums(units)
 
     @override
     def scores(self, units: Units) -> Tensor:
-        assert units.statistic is not None
-        total, count = units.statistic
-        mean: Tensor = total / count.clamp(min=1)
-        return mean
+        return means(units)
 
 
 def _routed(units: Units, inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:

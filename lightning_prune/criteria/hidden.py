@@ -15,6 +15,7 @@ from lightning_prune.units.coupled import CoupledUnits
 from lightning_prune.units.units import Units
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import settle
+from lightning_prune.validation.values import optional
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ActivationNorm(Criterion):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        settle(self, window=None if self.window is None else integer("window", self.window, 1))
+        settle(self, window=optional(integer, "window", self.window, 1))
 
     @override
     def cannot_score(self, units: Units) -> str | None:

@@ -21,13 +21,22 @@ from lightning_prune.units.units import Units
 from lightning_prune.updates import onnx_timing
 from lightning_prune.updates.latency import LatencyTable, LayerTime, measure_name, values_left
 from lightning_prune.updates.smaller_copies import SmallerCopy, smaller_copy
-from lightning_prune.updates.timed_layers import Clock, Sample, Spot, at_least_zero, fitted, watching
+from lightning_prune.updates.timed_layers import (
+    Clock,
+    Sample,
+    Spot,
+    at_least_zero,
+    fitted,
+    rounds_within,
+    took,
+    watching,
+)
 from lightning_prune.validation.arguments import choice
 from lightning_prune.validation.instances import instance
 
 _ALIKE = (0.25, 0.5, 0.75)  # of all units, in the first smaller models
 _RANDOM = {"torch": 16, "onnxruntime": 8}  # more, each of whose targets keeps another part; exports take long
-_LEAST, _MOST, _SECONDS = 5, 25, 0.1  # rounds of each, and what the dense model may take in all
+_MOST, _SECONDS = 25, 0.1  # rounds of each, and what the dense model may take in all
 Runtime = Literal["torch", "onnxruntime"]
 _RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
@@ -164,19 +173,14 @@ def _in_turns(
     dense: SmallerCopy, small: SmallerCopy, inputs: Inputs, clock: Clock
 ) -> tuple[float, float, dict[str, float]]:
     """Return the seconds of a model, of a smaller one, and of each spot of the latter by the name of its weight."""
-
-    def timed(model: nn.Module) -> float:
-        began = clock()
-        call(model, inputs)
-        return clock() - began
-
-    timed(small.model)  # what is set up at first is not measured
-    rounds = round(min(_MOST, max(_LEAST, _SECONDS / max(1e-6, timed(dense.model)))))
+    first, second = partial(call, dense.model, inputs), partial(call, small.model, inputs)
+    took(second, clock)  # what is set up at first is not measured
+    rounds = rounds_within(_SECONDS, took(first, clock), _MOST)
     before, alone, inside = list[float](), list[float](), list[Mapping[str, float]]()
     for _ in range(rounds):
-        before.append(timed(dense.model))
-        alone.append(timed(small.model))
+        before.append(took(first, clock))
+        alone.append(took(second, clock))
         with watching(small.spots, clock) as watch:
-            call(small.model, inputs)
+            second()
         inside.append(watch.seconds)
     return median(before), median(alone), {name: median(each[name] for each in inside) for name in inside[0]}

@@ -4,7 +4,7 @@ ONNX Runtime merges layers with what follows them, so that a layer has no time o
 the products that it computes closely, at a speed that depends on the kind of layer.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,12 +21,10 @@ from lightning_prune.models.preserving import cacheless
 from lightning_prune.updates.latency import LayerTime, values_left
 from lightning_prune.updates.parts import Parts
 from lightning_prune.updates.smaller_copies import SmallerCopy
-from lightning_prune.updates.timed_layers import Clock, Spot, at_least_zero
+from lightning_prune.updates.timed_layers import Clock, Run, Spot, at_least_zero, rounds_within, took
 
 _KINDS = 5  # of layers that have a speed of their own; the others share one
-_LEAST, _MOST, _SECONDS = 5, 51, 0.3  # rounds of each, and what the dense model may take in all
-
-Run = Callable[[], object]
+_MOST, _SECONDS = 51, 0.3  # rounds of each, and what the dense model may take in all
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ def works_of(dense: SmallerCopy, inputs: Inputs, values: dict[str, int]) -> list
         inputs: Its example inputs.
         values: How many values each layer outputs, by the name of its weight.
     """
-    flops, names = dense_flops(dense.model, inputs), _names(dense.model)
+    flops = dense_flops(dense.model, inputs)
+    names = {parameter: name for name, parameter in named_parameters(dense.model).items()}
     works = []
     for module, spot in dense.spots.items():
         own = sum(flops.get(names[parameter], 0) for parameter in set(module.parameters()))
@@ -68,10 +67,6 @@ def works_of(dense: SmallerCopy, inputs: Inputs, values: dict[str, int]) -> list
         total[work.kind] += work.flops
     largest = sorted(total, key=lambda kind: -total[kind])[:_KINDS]
     return [work if work.kind in largest else Work(work.spot, "", work.flops, work.values) for work in works]
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in named_parameters(model).items()}
 
 
 def _kind(module: nn.Module) -> str:
@@ -117,15 +112,9 @@ def session(model: nn.Module, inputs: Inputs) -> Run:
 
 def in_turns(first: Run, second: Run, clock: Clock) -> tuple[float, float]:
     """Return the median seconds of two functions that run in turns."""
-
-    def seconds(run: Run) -> float:
-        began = clock()
-        run()
-        return clock() - began
-
-    seconds(second)  # what is set up at first is not measured
-    rounds = round(min(_MOST, max(_LEAST, _SECONDS / max(1e-6, seconds(first)))))
-    found = [(seconds(first), seconds(second)) for _ in range(rounds)]
+    took(second, clock)  # what is set up at first is not measured
+    rounds = rounds_within(_SECONDS, took(first, clock), _MOST)
+    found = [(took(first, clock), took(second, clock)) for _ in range(rounds)]
     before, after = zip(*found, strict=True)
     return median(before), median(after)
 

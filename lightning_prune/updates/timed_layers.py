@@ -18,7 +18,10 @@ from lightning_prune.models.sizes import outputs_second
 from lightning_prune.updates.latency import LayerTime
 from lightning_prune.updates.parts import Parts
 
+_LEAST = 5  # rounds
+
 Clock = Callable[[], float]
+Run = Callable[[], object]
 Dims = tuple[int | None, int | None]
 Sample = tuple[Parts, float]  # what is left of a model, and what part of the dense time something takes in it
 
@@ -65,6 +68,22 @@ def _dims(layer: nn.Module, weight: Tensor) -> Dims:
         return (1, None)
     outputs = int(outputs_second(layer))
     return (outputs, 1 - outputs)
+
+
+def took(run: Run, clock: Clock) -> float:
+    """Return the seconds that a function takes."""
+    began = clock()
+    run()
+    return clock() - began
+
+
+def rounds_within(seconds: float, once: float, most: int) -> int:
+    """Return how many rounds to time of what takes so many seconds once: no more than fit, but five at least.
+
+    >>> rounds_within(1.0, 0.1, 25), rounds_within(1.0, 0.001, 25), rounds_within(1.0, 10.0, 25)
+    (10, 25, 5)
+    """
+    return round(min(most, max(_LEAST, seconds / max(1e-6, once))))
 
 
 @dataclass
