@@ -96,14 +96,15 @@ def attempt(function: Any, *arguments: Any) -> Any:
     try:
         if limited:
             signal.setitimer(signal.ITIMER_PROF, LIMIT, 1)  # again each second, where that was in a finalizer
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        finally:  # inside, as the limit may pass once more before the timer is off
+            if limited:
+                signal.setitimer(signal.ITIMER_PROF, 0)
     except (Exception, OverLimit) as error:
         if "-v" in sys.argv:
             traceback.print_exc()
         return f"{type(error).__name__}: {error}"
-    finally:
-        if limited:
-            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def stop(*_: Any) -> None:

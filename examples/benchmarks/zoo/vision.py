@@ -23,11 +23,15 @@ def torchvision_model(name: str) -> tuple[nn.Module, Any]:
     from torchvision import models
 
     arguments: dict[str, Any] = {"weights_backbone": None} if name.startswith(SEGMENTERS) or _detects(name) else {}
-    if _detects(name):  # random weights are sure of nothing
-        arguments["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
+    if "rcnn" in name:  # random weights are sure of nothing, and find as many boxes as they may
+        arguments |= {"box_score_thresh": 0.0, "box_detections_per_img": 8}
+    elif _detects(name):
+        arguments["score_thresh"] = 0.0
+    if _detects(name) and not name.startswith("ssd"):  # which have one size; the others would take 320 to 800 pixels
+        arguments |= {"min_size": 128, "max_size": 128}
     model = models.get_model(name, weights=None, **arguments)
     if _detects(name):
-        return model, ([torch.rand(3, 96, 96).double()],)
+        return model, ([torch.rand(3, 128, 128).double()],)
     if name.startswith("raft"):
         return model, tuple(torch.rand(1, 3, 128, 128).double() for _ in range(2))
     if name.startswith(VIDEO):
