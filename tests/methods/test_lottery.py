@@ -19,10 +19,7 @@ STEPS = 3 * BATCHES  # with two rounds, three trainings of one epoch each
 class Scheduled(MLP):
     """With a learning rate that falls in every step, and other schedules that follow epochs and the loss."""
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.log("loss", loss)
-        return loss
+    logs_loss = True
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), 0.01)

@@ -51,6 +51,7 @@ class Example(MLP):
     """Has an example input, and a metric whose name has to be escaped."""
 
     example_input_array = torch.zeros(2, 6)
+    logs_loss = True
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -76,6 +77,8 @@ class Named(Example):
 
 class Wide(MLP):
     """Has sixty layers, whose masks are as large as pictures get."""
+
+    logs_loss = True
 
     def build(self, dropout: float) -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 192), *(nn.Linear(192, 192) for _ in range(58)), nn.Linear(192, 3))

@@ -28,6 +28,7 @@ class Tiny(LightningModule):
     """A classifier of 8 x 4 fixed samples. The same seed gives the same weights, and no global generator is touched."""
 
     size: tuple[int, ...] = (6,)
+    logs_loss = False
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Tiny(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        if self.trainer.loggers:  # each value that is logged takes an eighth of a short run
+        if self.trainer.loggers or self.logs_loss:  # which takes an eighth of a short run
             self.log("loss", loss, on_step=True, on_epoch=True)
         return loss
 
