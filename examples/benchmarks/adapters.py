@@ -1,7 +1,7 @@
 """What is left to train after one-shot pruning: all weights, biases alone, or adapters with and without masks.
 
 `python examples/benchmarks/adapters.py`, 90 seconds on an idle core. LeNet-300-100 learns MNIST-5k, loses 90 or 98 % of
-its weights at once by magnitude, and is trained for five epochs more in one of four ways, at two learning rates.
+its weights in one shot by magnitude, and is trained for five epochs more in one of four ways, at two learning rates.
 """
 
 import copy

@@ -75,7 +75,7 @@ def table_of_digits(runs: Runs) -> str:
         found = [runs.have(network="LeNet-300-100", level=level, permuted=permuted) for permuted in (False, True)]
         cells = [spread([run[key] for run in have]) for key in ("at_once", "tuned") for have in found]
         lines.append([f"{level:.0%}", *cells])
-    return table(["sparsity", "at once, as they are", "permuted", "fine-tuned, as they are", "permuted"], lines)
+    return table(["sparsity", "one-shot, as they are", "permuted", "fine-tuned, as they are", "permuted"], lines)
 
 
 def make_table(runs: Runs) -> str:

@@ -139,7 +139,7 @@ class GuardedPruning(rewinding.Rewinding):
 
     @override
     def describe(self) -> tuple[str, str, list[tuple[int, float]]]:
-        return f"at most {self.max_drop} of {self.monitor} lost", "level", self.state.planned
+        return f"at most {self.max_drop} of {self.monitor} lost", "sparsity", self.state.planned
 
     @override
     def explain(self) -> str:

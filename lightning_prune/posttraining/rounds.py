@@ -1,4 +1,4 @@
-"""Rounds: the units of a model as the criterion has observed them, all at once or block by block, round by round."""
+"""Rounds: the units of a model as the criterion has observed them, all together or block by block, round by round."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial

@@ -43,7 +43,7 @@ class Evolve(Search):
         offspring: How many allocations are tried in each.
         survivors: How many of them are left after each stage; 1 after the last.
         batches: How many batches they are tried on in each stage; all, if there are fewer.
-        step: The largest part, in (0, 1], of what could move between two groups of targets that moves at once.
+        step: The largest part, in (0, 1], of what could move between two groups of targets that moves in one change.
         start: The scope whose allocation is the first parent.
         metric: What is better if lower: "kl" is the mean Kullback-Leibler divergence of the softmax over the last
             dimension from that of the dense model, for outputs that are logits, as those of language models and
@@ -204,7 +204,7 @@ def spread(rooms: Mapping[str, int], amount: int) -> dict[str, int]:
 
 
 def joined(parent: Mapping[str, int], others: Sequence[Mapping[str, int]], rooms: Mapping[str, Room]) -> dict[str, int]:
-    """Make the changes of several allocations at once; the parent itself where there is no room for them all.
+    """Make the changes of several allocations together; the parent itself where there is no room for them all.
 
     >>> rooms = {"a": Room(0, 10), "b": Room(0, 10)}
     >>> joined({"a": 5, "b": 5}, [{"a": 6, "b": 4}, {"a": 8, "b": 2}], rooms)

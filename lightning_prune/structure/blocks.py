@@ -188,7 +188,7 @@ def _shared(model: nn.Module, name: str, block: nn.Module) -> str | None:
 
 
 def _in_halves(names: Sequence[str], tried: Callable[[list[str]], list[str]]) -> set[str]:
-    """Return what is left of names when every second one is tried at once, so that the others have an effect.
+    """Return what is left of names when every second one is tried together, so that the others have an effect.
 
     >>> sorted(_in_halves(["a", "b", "c"], lambda half: half[:1]))
     ['a', 'b']

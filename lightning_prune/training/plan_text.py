@@ -18,12 +18,12 @@ def plan(
     parameters: Mapping[str, Tensor],
     updates: Sequence[tuple[int, float]],
     interval: str,
-    label: str = "level",
+    label: str = "sparsity",
     left_out: Mapping[str, str] | None = None,
     levels: Mapping[str, float] | None = None,
     shared_out: str = "",
 ) -> str:
-    """Return what a pruning run is going to do: which parameters, when each update falls, and to which level.
+    """Return what a pruning run is going to do: which parameters, when each update falls, and to which sparsity.
 
     Parameters that are left out are named with the reason. Of many parameters the first and the last are shown.
 
@@ -31,9 +31,9 @@ def plan(
         name: What prunes.
         goal: What it prunes to.
         parameters: What is pruned, by name.
-        updates: Position and level of each update.
+        updates: Position and sparsity of each update.
         interval: What positions count.
-        label: What the level of an update is.
+        label: What the number of an update means.
         left_out: Why parameters are left out, by name.
         levels: The sparsity of each parameter, by name, where they have one each.
         shared_out: How the goal is shared out over the parameters.
@@ -42,7 +42,7 @@ def plan(
     >>> print(plan("Pruning", "sparsity 0.9", {"weight": torch.zeros(3, 4)}, [(2, 0.45), (4, 0.9)], "epoch"))
     Pruning to sparsity 0.9: 1 parameter, 12 weights
       weight  3 x 4  12
-    2 updates, epoch (level): 2 (45.0%), 4 (90.0%)
+    2 updates, epoch (sparsity): 2 (45.0%), 4 (90.0%)
     """
     when = [f"{position} ({due:.1%})" for position, due in updates]
     if len(when) > 8:
@@ -69,11 +69,11 @@ def listing(
         levels: The sparsity of each parameter, by name, where they have one each.
 
     >>> import torch
-    >>> print(listing("Pruning", {"a": torch.zeros(3)}, "at once", {"b": "it is frozen"}, {"a": 0.5}))
+    >>> print(listing("Pruning", {"a": torch.zeros(3)}, "one update", {"b": "it is frozen"}, {"a": 0.5}))
     Pruning: 1 parameter, 3 weights
       a  3  3  50.0%
       left out: b: it is frozen
-    at once
+    one update
     """
     weights = sum(parameter.numel() for parameter in parameters.values())
     others = [f"  left out: {name}: {reason}" for name, reason in (left_out or {}).items()]

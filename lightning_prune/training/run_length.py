@@ -56,6 +56,6 @@ def warn_if_few_updates(owner: object, horizon: Horizon, window: tuple[int, int]
         every = horizon.interval
         rank_zero_warn(
             f"{type(owner).__name__} has {counted_as(max(1, last - first), 'update')} for its schedule, which prunes a "
-            f"large part at once: start={horizon.start} and end={horizon.end} are the {every}s {first} and {last} of "
-            f"this run: train longer{', count steps' * (every == 'epoch')}, or move start and end apart"
+            f"large part in one step: start={horizon.start} and end={horizon.end} are the {every}s {first} and {last} "
+            f"of this run: train longer{', count steps' * (every == 'epoch')}, or move start and end apart"
         )

@@ -87,7 +87,7 @@ class Budget:
     def keep(self, scores: Scores, scope: Scope, amount: float) -> dict[str, int]:
         """Return how many units of each target stay: as many as the scope allows when this fraction has to go.
 
-        If it cannot be reached, as few stay as can. A scope such as "local" takes units from several targets at once:
+        If it cannot be reached, as few stay as can. A scope such as "local" takes units from several targets together:
         those that need not go, in the order of the targets, stay.
         """
         total, pruned = sum(scores.sizes.values()), scores.pruned()

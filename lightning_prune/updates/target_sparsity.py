@@ -237,8 +237,8 @@ class SparsityTarget:
 
     @property
     def label(self) -> str:
-        """What the level of an update is: the sparsity, or how much of what is below a threshold is pruned."""
-        return "level" if self.threshold is None else "part of what is below the threshold"
+        """What the number of an update means: the sparsity, or how much of what is below a threshold is pruned."""
+        return "sparsity" if self.threshold is None else "part of what is below the threshold"
 
     def __str__(self) -> str:
         """Return it in words."""

@@ -181,7 +181,7 @@ def test_a_report_is_printed_and_drawn_again(tmp_path: Path, capsys: pytest.Capt
     data = tmp_path / "report.json"
     text = said(capsys, "report", data)
     assert text.startswith("Pruning of MLP: 50.00% of the targets are pruned after 12 optimizer steps\n")
-    assert "2 updates, step (level): 4 (25.0%), 8 (50.0%)" in text
+    assert "2 updates, step (sparsity): 4 (25.0%), 8 (50.0%)" in text
     assert rows(text)["total"] == ["158", "79", "50.00%"]
     assert "val_loss: first " in text
     again = tmp_path / "again.html"

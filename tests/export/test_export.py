@@ -1,4 +1,4 @@
-"""Export: what ONNX Runtime, torch.export and the sparse layers put out is what the model puts out."""
+"""Export: what ONNX Runtime, torch.export and the sparse layers compute is what the model computes."""
 
 import sys
 from copy import deepcopy

@@ -217,7 +217,7 @@ def test_biases_of_all_layers_that_share_a_weight_follow() -> None:
     assert followers(model) == {"0.weight": ["0.bias", "2.bias"]}
 
 
-def test_a_pruned_channel_puts_out_zero_whatever_goes_in() -> None:
+def test_a_pruned_channel_outputs_zero_whatever_goes_in() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
     model[1].running_mean.data.uniform_(-1, 1)

@@ -1,4 +1,4 @@
-"""Random small runs keep every promise at once. One that does not is shrunk to a short ``Case``, to be run alone:
+"""Random small runs keep all promises together. One that does not is shrunk to a short ``Case``, to be run alone:
 
     check(Case(layers=(Layer(3, norm="batch"),), granularity=Channel(), resume=("step", 1)))
 
@@ -76,7 +76,7 @@ class _Short:
 
 @dataclass(frozen=True, repr=False)
 class Layer(_Short):
-    """A layer with what stands behind it.
+    """A layer with what follows it.
 
     Attributes:
         width: Output channels.

@@ -319,7 +319,7 @@ class Unfreeze(BaseFinetuning):
 
 
 class NewOptimizers(Callback):
-    """Has the optimizers made anew in mid-run."""
+    """Has the optimizers made again in mid-run."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 1:
@@ -1123,7 +1123,7 @@ def test_an_interrupted_run_leaves_true_masks_and_no_hook(where: str, error: typ
 
 
 class Copies(Callback):
-    """Copies the model and a callback in mid-run, and uses the copy of the model at once."""
+    """Copies the model and a callback in mid-run, and uses the copy of the model immediately."""
 
     def __init__(self, pruning: Pruning, how: Callable[[Any], Any], at: int) -> None:
         self.pruning, self.how, self.at = pruning, how, at

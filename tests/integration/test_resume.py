@@ -532,7 +532,7 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
 
 
 def damaged(checkpoint: dict[str, Any], how: str) -> dict[str, Any]:
-    """Damage the state of the pruning callback, in which all weights are pruned: applying it would be seen at once."""
+    """Damage the state of the pruning callback, in which all weights are pruned: applying it would show."""
     (key,) = (key for key in checkpoint["callbacks"] if key.startswith("Pruning"))
     pruned = edited(checkpoint["callbacks"][key], lambda part: torch.zeros_like(part) if packed(part) else part)
     state = DAMAGES[how](pruned)

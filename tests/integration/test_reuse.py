@@ -1,4 +1,4 @@
-"""A callback that is used again, with another model, begins anew, however the last run ended."""
+"""A callback that is used again, with another model, starts over, however the last run ended."""
 
 import copy
 import warnings

@@ -29,7 +29,7 @@ def bert() -> nn.Module:
 
 
 class Classifier(LightningModule):
-    """Says which of the first three tokens is the greatest, from the mean of what the encoder puts out."""
+    """Says which of the first three tokens is the greatest, from the mean of what the encoder outputs."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

@@ -162,9 +162,9 @@ def test_the_control_is_drawn_by_its_seed() -> None:
 def test_the_control_does_not_draw_the_weights_that_the_same_seed_has_drawn() -> None:
     # MLP draws its weights with seed 0, in the order of its modules
     diary = write(LotteryTicket(0.75, rounds=1, rewind="random", seed=0, frequency=1), max_epochs=2)
-    begin, anew = diary.pages[0]["model"], diary.pages[BATCHES]["model"]
+    begin, again = diary.pages[0]["model"], diary.pages[BATCHES]["model"]
     for name, mask in diary.masks[BATCHES].items():
-        assert not (begin[name] == anew[name])[mask].any()
+        assert not (begin[name] == again[name])[mask].any()
 
 
 class Annealed(MLP):
@@ -366,7 +366,7 @@ def test_a_run_that_is_too_short_is_a_warning() -> None:
         fit(MLP(), LotteryTicket(0.9, rounds=3, frequency=1), max_epochs=2)
 
 
-def test_what_adds_up_over_updates_begins_anew_where_training_is_undone() -> None:
+def test_what_adds_up_over_updates_starts_over_where_training_is_undone() -> None:
     seen: list[int] = []
 
     class Watched(Movement):

@@ -1,4 +1,4 @@
-"""Dataflow: which norm stands behind which layer, and a trace of which the model notices nothing."""
+"""Dataflow: which norm follows which layer, and a trace of which the model notices nothing."""
 
 import copy
 import pickle
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
 def test_residual_blocks() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), Block(2), Block(2), nn.BatchNorm2d(2))
-    # the last norm stands behind a sum
+    # the last norm follows a sum
     assert links(model) == {
         f"{i}.{layer}": f"{i}.{norm}"
         for i in (1, 2)

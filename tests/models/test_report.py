@@ -159,7 +159,7 @@ def test_a_plan_has_at_most_twenty_lines_for_any_model() -> None:
         assert lines[0] == "Pruning to sparsity 0.9: 100 parameters, 400 weights"
         assert lines[1].startswith("  0.weight")
         assert lines[19 - min(left_out, 6) - 1].startswith("  99.weight")
-        assert lines[-1] == "1 update, step (level): 1 (90.0%)"
+        assert lines[-1] == "1 update, step (sparsity): 1 (90.0%)"
         shown = [line for line in lines if "left out" in line]
         assert len(shown) == min(left_out, 6)
     assert "  left out: 45 more" in lines

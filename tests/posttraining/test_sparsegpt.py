@@ -23,7 +23,7 @@ def correlated(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 def by_least_squares(row: Tensor, x: Tensor, pruned: Tensor) -> Tensor:
-    """What is left of a row: after each column, those to come are fitted anew with all before them as they are."""
+    """What is left of a row: after each column, those to come are fitted again with all before them as they are."""
     new, wanted = row.clone(), x @ row
     for column in range(len(row)):
         rest = wanted - x[:, :column] @ new[:column]

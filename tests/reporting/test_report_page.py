@@ -122,7 +122,7 @@ def test_it_says_what_was_planned_what_happened_and_what_is_left(tmp_path: Path)
     [told] = found["callbacks"]
     assert told["class_path"] == "lightning_prune.MagnitudePruning"
     assert told["plan"].startswith("MagnitudePruning to sparsity 0.5: 2 parameters, 128 weights\n")
-    assert told["plan"].endswith("2 updates, step (level): 4 (25.0%), 8 (50.0%)")
+    assert told["plan"].endswith("2 updates, step (sparsity): 4 (25.0%), 8 (50.0%)")
     assert (told["sparsity"], told["reached"]) == (0.5, True)
     before, after = found["before"], found["after"]
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -191,7 +191,7 @@ def test_a_resumed_run_reports_all_of_it(tmp_path: Path) -> None:
     for epoch in (0, 1):
         path, rest = tmp_path / f"epoch={epoch}.ckpt", tmp_path / f"rest{epoch}.html"
         fit(Example(), MagnitudePruning(0.5, **LINEAR), PruningReport(str(rest)), ckpt_path=str(path), max_epochs=3)
-        # the key of its state is its path: a report to another place begins anew
+        # the key of its state is its path: a report to another place starts over
         assert json.loads(rest.with_suffix(".json").read_text())["history"]["sparsity"][0][0] > 0
         again = written(tmp_path / "whole", Example(), MagnitudePruning(0.5, **LINEAR), ckpt_path=str(path))
         assert again == whole

@@ -1,4 +1,4 @@
-"""Shrinking: the smaller model puts out what the masked one does, and what cannot go is named."""
+"""Shrinking: the smaller model gives the outputs of the masked one, and what cannot go is named."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ def test_it_logs_what_was_cut(inplace: bool, caplog: pytest.LogCaptureFixture) -
 
 
 @cases
-def test_the_shrunk_model_puts_out_what_the_masked_one_does(case: Case) -> None:
+def test_the_shrunk_model_gives_the_outputs_of_the_masked_one(case: Case) -> None:
     model, inputs = build(case)
     dense = sum(parameter.numel() for parameter in model.parameters())
     left = kill(model, trace(model, inputs))

@@ -43,7 +43,7 @@ class Net(LightningModule):
 
     Over two ranks the rows of the first are divided into 3 and 2, and the one row of the second leaves a rank empty.
     Where tensors are parallel, the first is divided by rows, the second by columns, the third is a copy on every rank
-    and the last is a plain one. A norm stands behind the layer in the middle.
+    and the last is a plain one. A norm follows the layer in the middle.
     """
 
     def __init__(self, layout: Layout = "one", tensors: bool = False, samples: int = 64) -> None:

@@ -181,7 +181,7 @@ def test_entropy_of_the_outputs_over_the_window_decides(arguments: dict[str, Any
 
 @pytest.mark.parametrize(("bins", "pruned"), [(2, 1), (4, 0)])
 def test_bins_are_equal_parts_between_smallest_and_largest_output(bins: int, pruned: int) -> None:
-    # neuron 0 puts out 0, 1, 1.25, 3: two bins hold 3 and 1 of them (H = 0.562), four hold 1, 2, 0 and 1 (1.040);
+    # neuron 0 outputs 0, 1, 1.25, 3: two bins hold 3 and 1 of them (H = 0.562), four hold 1, 2, 0 and 1 (1.040);
     # neuron 1 has two values, half each (0.693) in both cases
     outputs = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.25, 3.0], [3.0, 3.0]])
     model = Still(linear(MIX.tolist()), [outputs @ MIX / 2])

@@ -219,8 +219,8 @@ def test_a_model_for_inference_can_be_summed_up() -> None:
 
 def test_fractions_that_leave_fewer_than_three_updates_are_a_warning() -> None:
     said = (
-        "MagnitudePruning has 2 updates for its schedule, which prunes a large part at once: start=0.1 and end=0.7 are "
-        "the epochs 0 and 2 of this run: train longer, count steps, or move start and end apart"
+        "MagnitudePruning has 2 updates for its schedule, which prunes a large part in one step: start=0.1 and end=0.7 "
+        "are the epochs 0 and 2 of this run: train longer, count steps, or move start and end apart"
     )
     with pytest.warns(UserWarning, match=re.escape(said)):
         fit(MLP(), MagnitudePruning(0.5, interval="epoch"), max_epochs=3)

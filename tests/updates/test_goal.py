@@ -153,7 +153,7 @@ def test_the_plan_of_a_sparsity_per_layer_says_what_each_pattern_gets() -> None:
     fit(MLP(), callback)
     plan = callback.explain()
     assert plan.startswith("MagnitudePruning to sparsity 0.3 of 'net.0.*', 0.7 of 'net.*': 3 parameters")
-    assert plan.endswith("1 update, step (level): 1 (57.8%)"), plan
+    assert plan.endswith("1 update, step (sparsity): 1 (57.8%)"), plan
     for name, level in (("net.0.weight", "30.0%"), ("net.4.weight", "70.0%"), ("net.6.weight", "70.0%")):
         assert re.search(rf"^  {name} .* {level}$", plan, re.MULTILINE)
 

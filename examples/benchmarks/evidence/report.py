@@ -11,7 +11,7 @@ from tasks import TASKS
 
 STRATEGIES = {  # what the README says of each: the setting that was measured, what is pruned first, when to use it
     "`MagnitudePruning`": (Setting("mnist", "gradual", 0.98), "small weights, gradually", "by default"),
-    "the same, one-shot": (Setting("mnist", "one-shot", 0.98), "small weights, at once", "trained models, short runs"),
+    "the same, one-shot": (Setting("mnist", "one-shot", 0.98), "small weights, one-shot", "trained models, short runs"),
     '`LotteryTicket`, `rewind="learning_rate"`': (
         Setting("rounds", "LotteryTicket, learning rate", 0.98),
         "small weights, in rounds",
