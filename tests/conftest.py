@@ -3,15 +3,17 @@
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 
 import pytest
 import torch
 from lightning.fabric.utilities import registry
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-# Each export to ONNX reads the source of all operators: more than half of what a small model takes.
-ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
+with suppress(ImportError):  # each export to ONNX reads the source of all operators: half of what a small model takes
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
 # Each Trainer reads what every installed package says of itself, to find callbacks: a sixth of the time of a short run.
 registry.entry_points = cache(registry.entry_points)
 collect_ignore = ["support/namespace.py"]  # a script: what it inherits from is settled when it is imported
