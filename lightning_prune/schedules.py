@@ -192,7 +192,7 @@ _WAY_OUT = {"step": ': count epochs with interval="epoch", or limit the run by m
 
 
 def positions(first: int, last: int, every: int) -> range:
-    """Return every ``every``-th position from the first up to the last.
+    """Return every ``every``-th position from the first on, without the last.
 
     Raises:
         ValueError: If there are more than a million.

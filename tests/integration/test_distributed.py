@@ -23,11 +23,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import CRITERIA as VARIANTS
-from variants import METHODS, OF_LAYERS, OF_STREAMS, label
+from variants import METHODS, OF_LAYERS, OF_STREAMS, SCOPES, label
 
 from lightning_prune import (
     NM,
-    OWL,
     BatchNormScale,
     Block,
     Channel,
@@ -85,8 +84,7 @@ LATER: dict[str, dict[str, Any]] = {
     "Wanda-by-sum": {"sparsity": 0.6, "criterion": Wanda(window=2, by_row=False), "scope": "local"},
     "maximum": {"sparsity": 0.6, "criterion": Magnitude(math.inf)},
     "norm": {"sparsity": 0.6, "criterion": BatchNormScale(), "targets": ("net.3.weight",)},
-    "lamp": {"sparsity": 0.6, "scope": "lamp"},
-    "OWL": {"sparsity": 0.6, "scope": OWL(outliers=1.5, spread=0.2)},
+    **{label(scope): {"sparsity": 0.6, "scope": scope} for scope in SCOPES if not isinstance(scope, dict)},
     "min_density": {"sparsity": 0.6, "min_density": 0.35},
 }
 # two updates of five steps, each after a window of two

@@ -16,6 +16,7 @@ from models import fit
 from modes import Regression, assert_masked, plain_parameters
 from pairwise import covering
 from torch import Tensor, nn
+from variants import METHODS as VARIANTS
 
 from lightning_prune import (
     ACDC,
@@ -37,7 +38,7 @@ from lightning_prune import (
 )
 
 WINDOW: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 10, "frequency": 2}
-METHODS: dict[str, Callable[..., Any]] = {
+METHODS: dict[str, partial] = {
     "magnitude": partial(MagnitudePruning, 0.5, **WINDOW),
     "sensitivity": partial(Pruning, 0.5, criterion=Sensitivity(window=2), granularity=Channel(), **WINDOW),
     "entropy": partial(Pruning, 0.5, criterion=Entropy(window=2), granularity=Channel(), **WINDOW),
@@ -48,9 +49,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     "SRSTE": partial(SRSTE, 2, 4),
     "ticket": partial(LotteryTicket, 0.5, rounds=2, rewind_to=1, frequency=4, interval="step"),
     "at init": partial(PruningAtInit, 0.5),
-    "constant": ConstantSparsity,
+    "constant": partial(ConstantSparsity),
     "guarded": partial(GuardedPruning, "val_loss", 9.0, "min", warmup=0, step=0.3, patience=1),
 }
+METHODS |= {name: build for name, build in VARIANTS.items() if build.func not in {own.func for own in METHODS.values()}}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "AdamW": partial(torch.optim.AdamW, lr=0.01),

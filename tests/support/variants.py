@@ -75,7 +75,7 @@ SCOPES: tuple[str | dict[str, float] | Callable, ...] = (
 )
 SCHEDULES: tuple[str | Callable, ...] = ("one_shot", "linear", "cubic", "cosine", "exponential", square_root)
 # whole methods, each for a run of about nine steps, and ending with half of the weights
-METHODS: dict[str, Callable[[], MaskedTraining]] = {
+METHODS: dict[str, partial[MaskedTraining]] = {
     "ACDC": partial(ACDC, 0.5, start=1, end=6, frequency=1),
     "ACDC-epochs": partial(ACDC, 0.5, start=0, end=2, frequency=1, interval="epoch"),
     "ADMM": partial(ADMM, 0.5, penalty=0.3, end=6, frequency=2),

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 from models import MLP, fit
 from torch import nn
-from variants import square_root
+from variants import METHODS, square_root
 
 import lightning_prune as lp
 from lightning_prune.training.representation import call_text
@@ -18,6 +18,7 @@ CALLBACKS = [
     value for name in lp.__all__ if inspect.isclass(value := getattr(lp, name)) and issubclass(value, Callback)
 ]
 CALLS = [
+    *dict.fromkeys(repr(build()) for build in METHODS.values()),
     "ACDC(0.9, frequency=5)",
     "ADMM(0.9, penalty=0.1, schedule='cubic')",
     "ConstantSparsity()",
@@ -61,7 +62,8 @@ def made(text: str) -> Any:
 
 
 def test_every_callback_has_a_call() -> None:
-    assert {call.partition("(")[0] for call in CALLS} == {cls.__name__ for cls in CALLBACKS}
+    found = {call.partition("(")[0] for call in CALLS}
+    assert found == {cls.__name__ for cls in CALLBACKS}, "one is missing in CALLS and in variants.METHODS"
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -4,7 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from variants import METHODS as VARIANTS
 
 import lightning_prune as lp
 from lightning_prune.reporting.yaml_config import plain
@@ -108,6 +109,17 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "PruningAtInit": lambda: {"sparsity": 0.5},
 }
+
+
+def required(build: partial) -> dict[str, Any]:
+    """Of what a variant of a method gives, that which must be given."""
+    parameters = inspect.signature(build.func).parameters
+    given = inspect.signature(build.func).bind_partial(*build.args, **build.keywords).arguments
+    return {name: value for name, value in given.items() if parameters[name].default is inspect.Parameter.empty}
+
+
+for variant in VARIANTS.values():
+    VALID.setdefault(variant.func.__name__, partial(required, variant))
 METHODS: dict[str, Callable[[], Callable[..., Any]]] = {
     "ActiveFLOPs.update": lambda: lp.ActiveFLOPs(torch.zeros(1, 4)).update,
     "ActiveParameters.update": lambda: lp.ActiveParameters().update,
