@@ -159,7 +159,7 @@ class ChannelFlow:
 
 
 def _prepare(model: nn.Module) -> None:
-    """Give a model positive numbers, so that gradients pass everywhere."""
+    """Give a model small positive numbers: gradients pass everywhere, as no ReLU6 or hard sigmoid saturates."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
@@ -170,7 +170,10 @@ def _prepare(model: nn.Module) -> None:
             if parameter.is_floating_point():
                 parameter.requires_grad_()
                 if parameter.ndim != 2:  # factors, shifts and depthwise kernels, which may be zeros
-                    parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator) / 2 + 0.25)
+        for module in model.modules():
+            if isinstance(module, _ConvNd):  # of a depthwise one, the mean of what it reads
+                module.weight.div_(module.weight[0].numel())
 
 
 def _scale_alone(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Tracing: which of the two ways to follow channels serves a model, and that they agree."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ class Detector(nn.Module):
     Args:
         scales: How many maps have heads of their own.
         listed: Whether there is a dict for each sample, instead of two tensors.
+        activation: What follows each batch norm.
     """
 
-    def __init__(self, scales: int = 3, listed: bool = False) -> None:
+    def __init__(self, scales: int = 3, listed: bool = False, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), activation())
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+            nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), activation(), nn.Conv2d(8, 8, 1))
             for _ in range(scales)
         )
         self.boxes = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(scales))
@@ -53,11 +55,15 @@ def content(graph: Graph) -> dict[str, list[tuple[str, int, str, list[list[int]]
     }
 
 
-@pytest.mark.parametrize(("scales", "listed"), [(3, False), (1, True)], ids=["many layers", "a dict for each sample"])
+@pytest.mark.parametrize(
+    "detector",
+    [partial(Detector, 3), partial(Detector, 1, True), partial(Detector, 5, activation=nn.ReLU6)],
+    ids=["many layers", "a dict for each sample", "an activation that saturates"],
+)
 def test_a_detector_is_traced_by_its_forward_pass_alone(
-    scales: int, listed: bool, monkeypatch: pytest.MonkeyPatch
+    detector: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Detector(scales, listed).eval()
+    model = detector().eval()
     expected = tracing._depending(model, IMAGES, None)
 
     def slow(*args: object) -> None:
