@@ -3,12 +3,12 @@
 To start two processes and a group takes a sixth of a second, and what torch and Lightning do for the first time in a
 process takes another second. So the processes stay, and each call finds them as it would find new ones: the same
 random state, default type, warning filters, environment and folder. A rank that raises, dies or hangs fails its caller
-and ends the others, and the next call starts new ones.
+and ends the others, and the next call starts new ones. So it does where earlier calls have left many groups, whose
+threads wake up a hundred times a second: torch keeps what it has found out about them, so that they cannot be ended.
 """
 
 import atexit
 import faulthandler
-import gc
 import multiprocessing
 import os
 import pickle
@@ -29,6 +29,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 PATIENCE = 5  # seconds that other ranks have to fail, too, after one has
+GROUPS = 16  # that calls may leave
 
 
 def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60) -> list[Any]:
@@ -58,6 +59,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.folder = TemporaryDirectory()
         self.owner = os.getpid()
+        self.groups = 1
         fork = multiprocessing.get_context("fork")
         pipes = [fork.Pipe() for _ in range(size)]
         self.connections = [ours for ours, _ in pipes]
@@ -85,7 +87,10 @@ class Pool:
             raise
         paths = [Path(self.folder.name, str(rank)) for rank in range(len(self.processes))]
         if done:
-            return [torch.load(path.with_suffix(".pt"), weights_only=True) for path in paths]
+            answers = [torch.load(path.with_suffix(".pt"), weights_only=True) for path in paths]
+            if self.groups > GROUPS:
+                self.close()
+            return answers
         self.kill()
         texts = {path.name: path.with_suffix(".txt") for path in paths}
         told = [f"rank {name}:\n{text.read_text()}" for name, text in texts.items() if text.exists()]
@@ -100,7 +105,8 @@ class Pool:
         while waiting and (left := deadline - time.monotonic()) > 0:
             ready = wait([*waiting, *(process.sentinel for process in waiting.values())], left)
             for connection, process in list(waiting.items()):
-                if connection in ready and _answered(connection):
+                if connection in ready and (groups := _answered(connection)):
+                    self.groups = groups
                     del waiting[connection]
                 elif connection in ready or process.sentinel in ready:
                     failed, deadline = True, min(deadline, time.monotonic() + PATIENCE)
@@ -131,11 +137,12 @@ def close() -> None:
     _pools.clear()
 
 
-def _answered(connection: Connection) -> bool:
+def _answered(connection: Connection) -> int:
+    """Return how many groups a rank has; 0 if it has ended."""
     try:
-        return bool(connection.recv())
+        return int(connection.recv())
     except (EOFError, OSError):
-        return False
+        return 0
 
 
 # ------------------------------------------------------------------------------------------------ in a rank
@@ -155,16 +162,7 @@ def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
             rank_zero_only.rank = zero
             _begin(task, environment)
             torch.save(task.function(*task.args), folder / f"{rank}.pt")
-            _end_groups()
-        connection.send(True)
-
-
-def _end_groups() -> None:
-    """End the groups that a task has left, whose threads would wake up a hundred times a second."""
-    for group in list(torch.distributed.distributed_c10d._world.pg_map):
-        if group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
-    gc.collect()  # what still holds one
+        connection.send(len(torch.distributed.distributed_c10d._world.pg_map))
 
 
 def _asked(connection: Connection, parent: int) -> bool:
