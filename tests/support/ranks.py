@@ -3,8 +3,8 @@
 To start two processes and a group takes a sixth of a second, and what torch and Lightning do for the first time in a
 process takes another second. So the processes stay, and each call finds them as it would find new ones: the same
 random state, default type, warning filters, environment and folder. A rank that raises, dies or hangs fails its caller
-and ends the others, and the next call starts new ones. So it does where earlier calls have left many groups, whose
-threads wake up a hundred times a second: torch keeps what it has found out about them, so that they cannot be ended.
+and ends the others, and the next call starts new ones. It also does where earlier calls have left many groups, whose
+threads wake up a hundred times a second: torch caches what it knows of them, so that they cannot be ended.
 """
 
 import atexit

@@ -113,9 +113,9 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
 
 def required(build: partial) -> dict[str, Any]:
     """Of what a variant of a method gives, that which must be given."""
-    parameters = inspect.signature(build.func).parameters
-    given = inspect.signature(build.func).bind_partial(*build.args, **build.keywords).arguments
-    return {name: value for name, value in given.items() if parameters[name].default is inspect.Parameter.empty}
+    signature = inspect.signature(build.func)
+    given = signature.bind_partial(*build.args, **build.keywords).arguments
+    return {name: value for name, value in given.items() if signature.parameters[name].default is signature.empty}
 
 
 for variant in VARIANTS.values():
