@@ -4,22 +4,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.models.copying import hookless_copy
-from lightning_prune.models.forward import Inputs, call, convert, tensors
+from lightning_prune.models.forward import Inputs, convert
 from lightning_prune.models.kept_norms import forget_channels
 from lightning_prune.models.orientation import untransposed
 from lightning_prune.models.parameters import plain_name
 from lightning_prune.models.preserving import cacheless, eager
 from lightning_prune.structure.channel_flow import ChannelFlow
+from lightning_prune.structure.dependencies import coupled, require_torch_pruning
 from lightning_prune.structure.grouping import ROOTS, GroupBuilder, packed_heads
-from lightning_prune.structure.groups import OUTPUTS, Direction, Graph
+from lightning_prune.structure.groups import OUTPUTS, Graph, Item
 from lightning_prune.structure.layer_slices import UnsupportedError
-from lightning_prune.validation.values import install, shown
+from lightning_prune.validation.values import shown
 
 Found = TypeVar("Found")
 LOST = 0.1  # of the layers at most
@@ -110,15 +111,11 @@ def order_of(model: nn.Module) -> dict[str, int]:
 def _depending(model: nn.Module, inputs: Inputs, heads: int | None) -> Graph:
     """Return the groups that Torch-Pruning's dependency graph shows."""
     require_torch_pruning()
-    traced, dependencies, found = _traced(model, inputs)
+    traced, found = _traced(model, inputs)
     builder = GroupBuilder(traced, heads)
     groups = packed_heads(traced)
     left_out: dict[str, str] = {}
-    for group in found:
-        items = [
-            (item.dep.target.module, _direction(dependencies, item), list(item.idxs), list(item.root_idxs))
-            for item in group
-        ]
+    for items in found:
         try:
             groups.append(builder.group(items))
         except UnsupportedError as reason:
@@ -127,8 +124,8 @@ def _depending(model: nn.Module, inputs: Inputs, heads: int | None) -> Graph:
     return Graph(tuple(sorted(groups, key=lambda group: builder.order[group.name])), left_out)
 
 
-def _traced(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]]:
-    """Return a traced copy of the model, its dependency graph, and the groups in it.
+def _traced(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, list[list[Item]]]:
+    """Return a traced copy of the model, and what is coupled in it.
 
     Raises:
         ValueError: If the model cannot be run or traced.
@@ -158,37 +155,10 @@ def _untraceable(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     )
 
 
-def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any, list[Any]]:
-    """Return the model, its dependency graph, and the groups in it; all parameters then require gradients."""
+def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, list[list[Item]]]:
+    """Return the model, and what is coupled in it; all parameters then require gradients."""
     model = untransposed(model)
     model.requires_grad_()
     with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager(), cacheless(model):
         warnings.simplefilter("ignore")
-        graph = require_torch_pruning().DependencyGraph()
-        dependencies = graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)
-        return model, dependencies, list(dependencies.get_all_groups(root_module_types=ROOTS))
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Return the outputs of a model that can be traced."""
-    return [tensor for tensor in tensors(call(model, inputs)) if tensor.grad_fn is not None]
-
-
-def require_torch_pruning() -> Any:
-    """Return the module ``torch_pruning``.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError(f"coupled channels need torch-pruning: {install('shrink')}") from error
-    return torch_pruning
-
-
-def _direction(dependencies: Any, item: Any) -> Direction:
-    handler = item.dep.handler
-    out = dependencies.is_out_channel_pruning_fn(handler)
-    into = dependencies.is_in_channel_pruning_fn(handler)
-    return "both" if out and into else "out" if out else "in"
+        return model, list(coupled(model, inputs, ROOTS))

@@ -14,8 +14,8 @@ from lightning_prune.masks import Masks
 from lightning_prune.models import summary as report
 from lightning_prune.models.sizes import Size
 from lightning_prune.structure.cut_record import CutRecord, cut_record_of
+from lightning_prune.structure.dependencies import require_torch_pruning
 from lightning_prune.structure.shrinking import cut_all, what_to_keep
-from lightning_prune.structure.tracing import require_torch_pruning
 from lightning_prune.training.protocols import averaged_models
 from lightning_prune.training.run_length import warn_if_few_updates
 from lightning_prune.training.scheduled import ScheduledTraining

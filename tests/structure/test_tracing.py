@@ -1,14 +1,20 @@
 """Tracing: which of the two ways to follow channels serves a model, and that they agree."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torch_pruning
 from torch import Tensor, nn
 
 from lightning_prune import Channel, prune, shrink
-from lightning_prune.structure import tracing
+from lightning_prune.structure import dependencies, tracing
+from lightning_prune.structure.dependencies import coupled
+from lightning_prune.structure.grouping import ROOTS
 from lightning_prune.structure.groups import Graph
 
 
@@ -109,3 +115,48 @@ def test_other_convolutional_nets_are_traced_by_torch_pruning(
 
 def test_a_model_without_a_known_multiplication_has_no_groups() -> None:
     assert tracing.trace(nn.GRU(4, 4), torch.rand(1, 2, 4)).groups == ()
+
+
+class Partial(nn.Module):
+    """Adds each map to the first channels of the next, which is wider, as ReXNet does."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        widths = range(3, 4 + depth)
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(widths))
+        self.heads = nn.ModuleList(nn.Linear(widths[-1], 2) for _ in range(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        for convolution in self.convolutions:
+            wide = convolution(images)
+            images = torch.cat([wide[:, : images.shape[1]] + images, wide[:, images.shape[1] :]], 1)
+        return sum(head(images.mean((2, 3))) for head in self.heads)
+
+
+@pytest.mark.parametrize("build", [Splitting, Detector], ids=["channels that are split", "many outputs"])
+def test_one_walk_couples_what_torch_pruning_couples(build: Callable[[], nn.Module]) -> None:
+    model = build().eval()
+    graph = torch_pruning.DependencyGraph().build_dependency(model, IMAGES)
+    groups = graph.get_all_groups(root_module_types=ROOTS)
+    expected = [[(item.dep.target.module, item.idxs, item.root_idxs) for item in group] for group in groups]
+    found = [[(module, *channels) for module, _, *channels in items] for items in coupled(model, IMAGES, ROOTS)]
+
+    def of_layers(items: list[tuple[object, list[int], list[int]]]) -> list[tuple[str, list[tuple[int, int]]]]:
+        names = {module: name for name, module in model.named_modules()}
+        return sorted((names[module], sorted(zip(*idx, strict=True))) for module, *idx in items if module in names)
+
+    assert [of_layers(items) for items in found] == [of_layers(items) for items in expected]
+    assert max(len(of_layers(items)) for items in found) > 3
+
+
+def test_the_walk_goes_over_each_channel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, mapped = Counter(), dependencies._mapped
+
+    def counted(channels: list[Any], edge: object) -> list[Any]:
+        counts.update((id(edge), channel) for channel in channels)
+        return mapped(channels, edge)
+
+    monkeypatch.setattr(dependencies, "_mapped", counted)
+    first = next(coupled(Partial(6).eval().requires_grad_(), IMAGES, (nn.Conv2d,)))
+    assert len(first) > 6
+    assert set(counts.values()) == {1}

@@ -22,16 +22,10 @@ def torchvision_model(name: str) -> tuple[nn.Module, Any]:
     """Return a model and its inputs."""
     from torchvision import models
 
-    arguments: dict[str, Any] = {"weights_backbone": None} if name.startswith(SEGMENTERS) or _detects(name) else {}
-    if "rcnn" in name:  # random weights are sure of nothing, and find as many boxes as they may
-        arguments |= {"box_score_thresh": 0.0, "box_detections_per_img": 8}
-    elif _detects(name):
-        arguments["score_thresh"] = 0.0
-    if _detects(name) and not name.startswith("ssd"):  # which have one size; the others would take 320 to 800 pixels
-        arguments |= {"min_size": 128, "max_size": 128}
-    model = models.get_model(name, weights=None, **arguments)
-    if _detects(name):
-        return model, ([torch.rand(3, 128, 128).double()],)
+    if any(word in name for word in DETECTORS):
+        return models.get_model(name, **_of_detector(name)), ([torch.rand(3, 128, 128).double()],)
+    segments = name.startswith(SEGMENTERS)
+    model = models.get_model(name, weights=None, **({"weights_backbone": None} if segments else {}))
     if name.startswith("raft"):
         return model, tuple(torch.rand(1, 3, 128, 128).double() for _ in range(2))
     if name.startswith(VIDEO):
@@ -41,8 +35,12 @@ def torchvision_model(name: str) -> tuple[nn.Module, Any]:
     return model, (torch.rand(1, 3, size, size).double(),)
 
 
-def _detects(name: str) -> bool:
-    return any(word in name for word in DETECTORS)
+def _of_detector(name: str) -> dict[str, Any]:
+    """Return its arguments, with which one of random weights finds boxes, but few, in a small image."""
+    weights = {"weights": None, "weights_backbone": None}
+    found = {"box_score_thresh": 0.0, "box_detections_per_img": 8} if "rcnn" in name else {"score_thresh": 0.0}
+    sizes = {} if name.startswith("ssd") else {"min_size": 128, "max_size": 128}  # without: 320 to 800 pixels
+    return {**weights, **found, **sizes}
 
 
 def timm_names() -> list[str]:

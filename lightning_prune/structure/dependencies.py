@@ -1,0 +1,100 @@
+"""Dependencies: which channels Torch-Pruning's graph couples, found by one walk over it for each group.
+
+Torch-Pruning's own search takes every path through the graph and lists again what other paths have reached: millions of
+channels where many layers add to parts of one activation, as in ReXNet. This walk goes on with new channels only.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_prune.models.forward import Inputs, call, tensors
+from lightning_prune.structure.groups import Direction, Item
+from lightning_prune.validation.values import install
+
+
+class _Channel(NamedTuple):
+    """A channel of a layer, and the channel of the first layer that it belongs to; Torch-Pruning reads these names."""
+
+    idx: int
+    root_idx: Any
+
+
+def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]) -> Iterator[list[Item]]:
+    """Yield, for each set of layers whose outputs are coupled, which channels of which layers belong together.
+
+    Args:
+        model: All of its parameters require gradients.
+        inputs: Example inputs.
+        roots: The types of the layers that produce channels.
+
+    Raises:
+        ImportError: If torch-pruning is not installed.
+
+    >>> first, _ = coupled(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 4), (nn.Linear,))
+    >>> [(direction, channels) for module, direction, channels, _ in first]
+    [('out', [0, 1, 2]), ('in', [0, 1, 2])]
+    """
+    graph = require_torch_pruning().DependencyGraph()
+    graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)
+    seen: set[Any] = set()
+    for layer in list(graph.module2node):
+        pruner = graph.get_pruner_of_module(layer) if isinstance(layer, roots) and layer not in seen else None
+        if pruner is not None:
+            items = list(_walk(graph, layer, pruner))
+            seen.update(module for module, direction, *_ in items if direction != "in")
+            yield items
+
+
+def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:
+    """Yield everything that the outputs of a layer reach, itself first."""
+    start = graph.get_pruning_group(layer, pruner.prune_out_channels, [])[0].dep  # also prepares the index mappings
+    channels = [_Channel(channel, channel) for channel in range(pruner.get_out_channels(layer))]
+    found = {(start.target, start.handler): dict.fromkeys(channels)}
+    waiting = [(start, channels)]
+    while waiting:
+        reached, channels = waiting.pop()
+        for edge in reached.target.dependencies:
+            if edge.is_triggered_by(reached.handler):
+                known = found.setdefault((edge.target, edge.handler), {})
+                new = [channel for channel in _mapped(channels, edge) if channel not in known]
+                known.update(dict.fromkeys(new))
+                if new:
+                    waiting.append((edge, new))
+    for (node, handler), reached in found.items():
+        first: dict[int, Any] = {}
+        for channel in reached:
+            first.setdefault(channel.idx, channel.root_idx)
+        if first:
+            yield node.module, _direction(graph, handler), list(first), list(first.values())
+
+
+def _mapped(channels: list[_Channel], edge: Any) -> list[_Channel]:
+    """Return which channels of its target the channels of an edge's source are."""
+    for mapping in edge.index_mapping:
+        channels = channels if mapping is None else mapping(channels)
+    return channels
+
+
+def _direction(graph: Any, handler: Any) -> Direction:
+    out, into = graph.is_out_channel_pruning_fn(handler), graph.is_in_channel_pruning_fn(handler)
+    return "both" if out and into else "out" if out else "in"
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the outputs of a model that can be traced."""
+    return [tensor for tensor in tensors(call(model, inputs)) if tensor.grad_fn is not None]
+
+
+def require_torch_pruning() -> Any:
+    """Return the module ``torch_pruning``.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(f"coupled channels need torch-pruning: {install('shrink')}") from error
+    return torch_pruning
