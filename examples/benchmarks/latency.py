@@ -2,8 +2,9 @@
 
 Networks like ResNet-18 and MobileNet-v2 and a small transformer, with random weights, are pruned with `of="latency"`,
 and with `of="flops"` to the same fraction, shrunk, and timed in turns with the dense model; with `--onnx`, in ONNX
-Runtime. With `--accuracy`, two small networks are trained on 5,000 images of Fashion-MNIST, pruned to equal time by
-both and by a knapsack, shrunk, and fine-tuned.
+Runtime. Groups of rows that share their inputs are not shrunk: there every layer takes its fastest form (`to_fast`).
+With `--accuracy`, two small networks are trained on 5,000 images of Fashion-MNIST, pruned to equal time by both and by
+a knapsack, shrunk, and fine-tuned.
 Finished runs are not repeated: delete results/latency.jsonl to start over.
 """
 
@@ -25,7 +26,8 @@ from runs import Runs
 from timing import alternate, machine
 from torch import Tensor, nn
 
-from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, measure_latency, prune, shrink
+from lightning_prune import Channel, Head, Knapsack, LatencyTable, Layer, SharedFanIn, measure_latency, prune, shrink
+from lightning_prune.export.fast import fastest
 
 sys.path.insert(0, str(Path(__file__).parent / "scopes"))
 from networks import DATA, accuracy, fit
@@ -49,6 +51,16 @@ def wide_transformer() -> nn.Module:
     return Transformer(words=100, width=256)
 
 
+def rows() -> Tensor:
+    return torch.randn(32, 784)
+
+
+def perceptron() -> nn.Module:
+    """Return three linear layers, most of whose time two of them take."""
+    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
+    return nn.Sequential(*layers)
+
+
 CASES: dict[str, tuple[Any, Any, Any, float]] = {
     "ResNet-18-like, round_to=16": (cnn, images, Channel(round_to=16), 0.5),
     "ResNet-18-like, round_to=8": (cnn, images, Channel(round_to=8), 0.5),
@@ -57,6 +69,8 @@ CASES: dict[str, tuple[Any, Any, Any, float]] = {
     "transformer, Channel": (wide_transformer, tokens, Channel(round_to=8), 0.3),
     "transformer, Head": (wide_transformer, tokens, Head(), 0.15),
     "transformer, Layer": (wide_transformer, tokens, Layer(), 0.45),
+    "MLP, SharedFanIn": (perceptron, rows, SharedFanIn(16), 0.5),
+    "transformer, SharedFanIn": (wide_transformer, tokens, SharedFanIn(16), 0.5),
 }
 
 
@@ -80,22 +94,22 @@ def session(model: nn.Module, inputs: Tensor) -> Any:
 def half(results: Runs, name: str, runtime: str) -> None:
     """Prune a network to a fraction of its time, and measure it."""
     kind = "time" if runtime == "torch" else "time in ONNX Runtime"
-    if results.have(kind=kind, case=name):
-        return
     build, example, granularity, sparsity = CASES[name]
+    if results.have(kind=kind, case=name) or (granularity.even and runtime != "torch"):
+        return
     torch.manual_seed(0)
     dense, inputs = build().eval(), example()
     began = time.perf_counter()
     table = measure_latency(dense, inputs, granularity, runtime)
     took = time.perf_counter() - began
     models: dict[str, nn.Module] = {"dense": dense}
-    for measure, of in (("latency", table), ("flops", "flops")):
-        model = copy.deepcopy(dense)
-        prune(model, sparsity, granularity=granularity, of=of, example_inputs=inputs)
-        models[measure] = shrink(model, inputs)
+    for measure, of in {"latency": table, "flops": "flops"}.items():
+        if measure in granularity.measures:
+            model = copy.deepcopy(dense)
+            prune(model, sparsity, granularity=granularity, of=of, example_inputs=inputs)
+            models[measure] = shrink(model, inputs) if "flops" in granularity.measures else fastest(model, inputs)[0]
     found = ratios(models, inputs, 31, runtime)
-    asked = round(1 - sparsity, 3)
-    shown = {"asked": asked, "latency": found["latency"], "flops": found["flops"]}
+    shown = {"asked": round(1 - sparsity, 3), "latency": found["latency"], "flops": found.get("flops")}
     facts = {"dense_ms": round(table.dense, 2), "measuring_s": round(took, 1), "load": round(os.getloadavg()[0], 1)}
     results.add(kind=kind, case=name, **shown, **facts, cpu=machine()["cpu"])
     print(results.rows[-1], flush=True)

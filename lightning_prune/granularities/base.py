@@ -34,7 +34,7 @@ class Granularity:
         coupled: Whether units follow the dependency graph of the model; None: where an example input is given.
         round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
         even: Whether units are compared within groups, all of which lose as many as the others.
-        measures: Whether units can be counted as parameters and FLOPs of a smaller model.
+        measures: What a sparsity may be a fraction of: all but the units needs a model that gets smaller or faster.
         within_blocks: Whether units lie within blocks of a model, which ``prune(sequential=)`` takes one by one.
         normalized: Whether norms take statistics over the units, from then on over those that are left.
         default_scope: The scope where none is given.
@@ -45,7 +45,7 @@ class Granularity:
     follows: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
     even: bool = False
-    measures: ClassVar[bool] = True
+    measures: ClassVar[Sequence[str]] = ("units", "parameters", "flops", "latency")
     within_blocks: ClassVar[bool] = True
     normalized: ClassVar[bool] = False
     default_scope: ClassVar[Literal["global", "local"]] = "global"

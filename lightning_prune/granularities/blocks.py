@@ -1,6 +1,7 @@
 """Blocks as units."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ class Block(Granularity):
             [ True,  True,  True, False]])
     """
 
-    measures: ClassVar[bool] = False
+    measures: ClassVar[Sequence[str]] = ("units",)
 
     height: int = 4
     width: int = 4

@@ -43,7 +43,7 @@ class Expert(Granularity):
     """
 
     coupled = True
-    measures: ClassVar[bool] = False  # a token takes as many experts as before, and as long
+    measures: ClassVar[Sequence[str]] = ("units",)  # a token takes as many experts as before, and as long
     normalized = True
     default_scope: ClassVar[Literal["global", "local"]] = "local"
 

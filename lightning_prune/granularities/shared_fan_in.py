@@ -1,6 +1,7 @@
 """Shared fan-in: rows in groups that read the same inputs, which runs as dense products of smaller matrices."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +41,7 @@ class SharedFanIn(Granularity):
     ([2, 2, 2, 2], True)
     """
 
-    measures: ClassVar[bool] = False
+    measures: ClassVar[Sequence[str]] = ("units", "latency")  # that which to_fast reaches
     even = True
 
     rows: int = 16

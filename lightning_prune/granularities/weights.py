@@ -81,7 +81,7 @@ class NM(Weight):
     """
 
     even = True
-    measures: ClassVar[bool] = False
+    measures: ClassVar[Sequence[str]] = ("units",)
 
     n: int = 2
     m: int = 4

@@ -78,31 +78,41 @@ class Knapsack:
             lost[name] = [0.0, *left_over.clamp(min=1e-12).log().neg().tolist()]  # the logarithm: of what is there
         keep, taken, waiting = dict(scores.sizes), list[tuple[str, int]](), list[tuple[float, str]]()
 
-        def price(name: str) -> float:
-            less, size = options[name][-1], scores.sizes[name]
-            saved = left(keep) - left({**keep, name: less})
-            return float(lost[name][size - less] - lost[name][size - keep[name]]) / max(1e-12, saved)
+        def price(name: str) -> tuple[float, int]:
+            """Return what the next step of a target costs, and how many of its units stay after it."""
+            size, now = scores.sizes[name], left(keep)
+            found = list[tuple[float, int]]()
+            for less in reversed(options[name]):
+                saved = now - left({**keep, name: less})
+                found.append((float(lost[name][size - less] - lost[name][size - keep[name]]) / max(1e-12, saved), less))
+                if keep[name] < size:
+                    break  # before, the first steps may save nothing, as where only few units have a faster form
+            return min(found)
 
         for name in scores.sizes:
             _push(waiting, options, name, price)
         while waiting:
             _, name = heapq.heappop(waiting)
-            now = price(name)  # it may cost less by now, since other targets have become smaller
+            now, less = price(name)  # it may cost less by now, since other targets have become smaller
             if waiting and (now, name) > waiting[0]:
                 heapq.heappush(waiting, (now, name))
                 continue
-            keep[name] = options[name].pop()
-            taken.append((name, keep[name]))
+            keep[name] = less
+            options[name] = [count for count in options[name] if count < less]
+            taken.append((name, less))
             _push(waiting, options, name, price)
         return taken
 
 
 def _push(
-    waiting: list[tuple[float, str]], options: Mapping[str, Sequence[int]], name: str, price: Callable[[str], float]
+    waiting: list[tuple[float, str]],
+    options: Mapping[str, Sequence[int]],
+    name: str,
+    price: Callable[[str], tuple[float, int]],
 ) -> None:
     """Let a target wait for its next step, if there is one."""
     if options[name]:
-        heapq.heappush(waiting, (price(name), name))
+        heapq.heappush(waiting, (price(name)[0], name))
 
 
 def _importance(scores: Tensor) -> Tensor:

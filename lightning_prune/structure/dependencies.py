@@ -4,6 +4,7 @@ Torch-Pruning's own search takes every path through the graph and lists again wh
 channels where many layers add to parts of one activation, as in ReXNet. This walk goes on with new channels only.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ class _Channel(NamedTuple):
     root_idx: Any
 
 
-def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]) -> Iterator[list[Item]]:
-    """Yield, for each set of layers whose outputs are coupled, which channels of which layers belong together.
+def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]) -> list[list[Item]]:
+    """Return, for each set of layers whose outputs are coupled, which channels of which layers belong together.
 
     Args:
         model: All of its parameters require gradients.
@@ -32,19 +33,23 @@ def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]
     Raises:
         ImportError: If torch-pruning is not installed.
 
-    >>> first, _ = coupled(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 4), (nn.Linear,))
-    >>> [(direction, channels) for module, direction, channels, _ in first]
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> outputs, between = coupled(model, Tensor(2, 4), (nn.Linear,))
+    >>> [(direction, channels) for module, direction, channels, _ in between[:2]]
     [('out', [0, 1, 2]), ('in', [0, 1, 2])]
     """
     graph = require_torch_pruning().DependencyGraph()
-    graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)
-    seen: set[Any] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the tracer and the model tell their users
+        graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)
+    groups, seen = list[list[Item]](), set[Any]()
     for layer in list(graph.module2node):
         pruner = graph.get_pruner_of_module(layer) if isinstance(layer, roots) and layer not in seen else None
         if pruner is not None:
             items = list(_walk(graph, layer, pruner))
             seen.update(module for module, direction, *_ in items if direction != "in")
-            yield items
+            groups.append(items)
+    return groups
 
 
 def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:

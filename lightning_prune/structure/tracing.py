@@ -1,6 +1,5 @@
 """Tracing: which channels of which parameters must be removed together, by a forward pass or by Torch-Pruning."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -159,6 +158,5 @@ def _dependencies(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, list[lis
     """Return the model, and what is coupled in it; all parameters then require gradients."""
     model = untransposed(model)
     model.requires_grad_()
-    with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(devices=[]), eager(), cacheless(model):
-        warnings.simplefilter("ignore")
-        return model, list(coupled(model, inputs, ROOTS))
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), eager(), cacheless(model):
+        return model, coupled(model, inputs, ROOTS)

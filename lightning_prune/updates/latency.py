@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from typing_extensions import override
@@ -15,7 +16,7 @@ from lightning_prune.updates.parts import Parts
 from lightning_prune.validation.arguments import integer, number, numbers
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.instances import sequence_of, settle, text
-from lightning_prune.validation.states import NUMBER, TEXT, Rule, items, optional, record, row, whole
+from lightning_prune.validation.states import NUMBER, TEXT, Rule, every, items, optional, record, row, whole
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class LayerTime:
         dims: The dimensions of the weight that hold its outputs and its inputs; None where these always stay.
         ms: Milliseconds of a forward pass: at least, for all outputs, for all inputs, for all products of both.
         values: How many values it outputs.
+        levels: Instead, for a layer that keeps its shape: what is left of its units, in ascending order, and the
+            milliseconds that it then takes in its fastest form; they are interpolated.
 
     >>> layer = LayerTime("weight", (0, 1), (0.5, 1.0, 0.0, 4.0), 64)
     >>> layer.time({}), layer.time({("weight", 0): 0.5, ("weight", 1): 0.25})
@@ -37,11 +40,14 @@ class LayerTime:
     dims: tuple[int | None, int | None]
     ms: tuple[float, float, float, float]
     values: int = 0
+    levels: tuple[tuple[float, float], ...] = ()
 
     def time(self, parts: Parts) -> float:
         """Return the milliseconds with what is left of its weight."""
         outputs, inputs = self.left(parts)
         least, by_output, by_input, by_both = self.ms
+        if self.levels:
+            return interpolated(self.levels, outputs)
         return least + by_output * outputs + by_input * inputs + by_both * outputs * inputs
 
     def left(self, parts: Parts) -> tuple[float, float]:
@@ -91,6 +97,8 @@ class LatencyTable:
         settle(self, threads=integer("threads", self.threads, 1), inputs=text("inputs", self.inputs, "shapes"))
         for layer in layers:
             _times(f"ms of {layer.weight!r}", layer.ms, 4)
+            for _, ms in layer.levels:
+                number(f"levels of {layer.weight!r}", ms, "[0, inf)")
 
     def time(self, parts: Parts) -> float:
         """Return the milliseconds of a model of whose parameters these parts are left."""
@@ -116,7 +124,7 @@ class LatencyTable:
             if any(dim is not None and dim >= len(shapes.get(name, ())) for dim in dims):
                 self._reject(f"of this model, got one with {name!r}")
         for unit in units:
-            if not isinstance(unit, CoupledUnits | LayerUnits):
+            if not (unit.even or isinstance(unit, CoupledUnits | LayerUnits)):
                 self._reject(f"and Channel(coupled=True), got {unit.name!r} without what depends on its channels")
             places = [(name, dim) for name, dim in unit.shares if name in known]
             if not places or (places[0][1] not in known[places[0][0]]):
@@ -141,7 +149,7 @@ class LatencyTable:
             TABLE("table", values)
         except ValueError as error:
             raise ValueError(f"a latency table must have {error}") from error
-        layers = [LayerTime(**{key: _frozen(layer[key]) for key in _LAYER_KEYS}) for layer in values["layers"]]
+        layers = [LayerTime(**{key: _frozen(layer.get(key, ())) for key in _LAYER_KEYS}) for layer in values["layers"]]
         return cls(**{**{key: _frozen(values[key]) for key in _KEYS}, "layers": tuple(layers)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -179,6 +187,18 @@ def measure_name(of: "str | LatencyTable") -> str:
     return "latency" if isinstance(of, LatencyTable) else of
 
 
+def interpolated(levels: Sequence[tuple[float, float]], at: float) -> float:
+    """Return the value between those of the two nearest levels, which are in ascending order; outside, of the nearest.
+
+    >>> interpolated([(0.25, 1.0), (0.5, 3.0)], 0.375), interpolated([(0.25, 1.0), (0.5, 3.0)], 1.0)
+    (2.0, 3.0)
+    """
+    for (low, least), (high, most) in pairwise(levels):
+        if low <= at <= high:
+            return least + (most - least) * (at - low) / (high - low)
+    return levels[0][1] if at < levels[0][0] else levels[-1][1]
+
+
 def values_left(layers: Sequence[LayerTime], parts: Parts) -> float:
     """Return which fraction, 0 to 1, of the values that layers output is left.
 
@@ -202,10 +222,14 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
+def _levels(path: str, layer: Mapping[str, Any]) -> None:
+    items(row(NUMBER, NUMBER))(f"{path}.levels", layer.get("levels", ()))  # which tables of earlier releases lack
+
+
 _MS = row(NUMBER, NUMBER, NUMBER, NUMBER)
 _LAYER_RULES = {"weight": TEXT, "dims": row(optional(whole()), optional(whole())), "ms": _MS, "values": whole()}
 _RULES: dict[str, Rule] = {
-    "layers": items(record(**_LAYER_RULES)),
+    "layers": items(every(record(**_LAYER_RULES), _levels)),
     "rest": row(NUMBER, NUMBER),
     "dense": NUMBER,
     "granularity": TEXT,
@@ -213,5 +237,5 @@ _RULES: dict[str, Rule] = {
     "inputs": TEXT,
     "threads": whole(1),
 }
-_LAYER_KEYS, _KEYS = list(_LAYER_RULES), list(_RULES)
+_LAYER_KEYS, _KEYS = [*_LAYER_RULES, "levels"], list(_RULES)
 TABLE = record(**_RULES)  # what a saved table has to look like

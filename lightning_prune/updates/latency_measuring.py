@@ -27,6 +27,7 @@ from lightning_prune.updates.timed_layers import (
     Spot,
     at_least_zero,
     fitted,
+    in_levels,
     rounds_within,
     took,
     watching,
@@ -37,6 +38,7 @@ from lightning_prune.validation.instances import instance
 _ALIKE = (0.25, 0.5, 0.75)  # of all units, in the first smaller models
 _RANDOM = {"torch": 16, "onnxruntime": 8}  # more, each of whose targets keeps another part; exports take long
 _MOST, _SECONDS = 25, 0.1  # rounds of each, and what the dense model may take in all
+_SPARSE = (0.015, 0.03, 0.06, 0.12, 0.24)  # of all units, where layers that keep their shape have other forms
 Runtime = Literal["torch", "onnxruntime"]
 _RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
@@ -61,8 +63,9 @@ def measure_latency(
         model: Any module on the CPU; it is left as it is.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments, with the batch size of use; None
             takes the ``example_input_array`` of a ``LightningModule``.
-        granularity: What is going to be pruned: ``Channel()``, ``Head()``, ``Layer()`` or ``ResidualChannel()``; its
-            ``round_to`` counts, since odd numbers of channels may be slow.
+        granularity: What is going to be pruned: ``Channel()``, ``Head()``, ``Layer()`` or ``ResidualChannel()``, whose
+            ``round_to`` counts, since odd numbers of channels may be slow; or ``SharedFanIn()``, with the form of each
+            layer that ``to_fast`` chooses.
         runtime: What is going to run the model: "torch" or "onnxruntime".
 
     Raises:
@@ -78,10 +81,10 @@ def measure_latency(
     """
     instance("model", model, nn.Module)
     inputs = needed_example_of(model, example_inputs)
-    granularity = shrinkable(granularity, "measure_latency")
-    if not granularity.measures:
-        raise ValueError(f"granularity must be one that makes the model faster, got {granularity}")
     runtime = choice("runtime", runtime, _RUNTIMES)
+    if runtime != "torch" and instance("granularity", granularity, Granularity).even:
+        raise ValueError(f'runtime must be "torch" for {granularity}, since to_fast measures in torch, got {runtime!r}')
+    granularity = _timed(granularity, "measure_latency")
     units, _ = granularity.find_units(find(model), model, inputs)
     return latency_table(units, granularity, model, inputs, runtime=runtime)
 
@@ -92,12 +95,27 @@ def check_measure(of: str | LatencyTable, granularity: Granularity) -> None:
     Raises:
         ValueError: If they cannot be counted in it, or a table is one of other units.
     """
-    if not granularity.measures:
-        raise ValueError(f'of must be "units" for {granularity}, got {of!r}')
+    if measure_name(of) not in granularity.measures:
+        allowed = " or ".join(f'"{measure}"' for measure in granularity.measures)
+        raise ValueError(f"of must be {allowed} for {granularity}, got {of!r}")
     if measure_name(of) == "latency":
-        shrinkable(granularity, f"of={of!r}")  # others make no model smaller
+        _timed(granularity, f"of={of!r}")
     if isinstance(of, LatencyTable) and of.granularity != type(granularity).__name__:
         raise ValueError(f"of must be a latency table for {granularity}, got one for {of.granularity}()")
+
+
+def _timed(granularity: Granularity, where: str) -> Granularity:
+    """Return a granularity that makes models faster, whose channels are coupled.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if "flops" not in granularity.measures and "latency" in granularity.measures:
+        return granularity  # its units stay where they are, in layers of another form
+    found = shrinkable(granularity, where)
+    if "latency" not in found.measures:
+        raise ValueError(f"granularity must be one that makes the model faster, got {granularity} with {where}")
+    return found
 
 
 def latency_table(
@@ -129,7 +147,9 @@ def _measured(
 ) -> LatencyTable:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     dense = smaller_copy(model, units, [1.0] * len(units))
-    smaller = (smaller_copy(model, units, levels) for levels in _designs(len(units), _RANDOM[runtime]))
+    sparse = ([level] * len(units) for level in (1.0, *_SPARSE))
+    designs = sparse if granularity.even else _designs(len(units), _RANDOM[runtime])
+    smaller = (smaller_copy(model, units, levels, inputs) for levels in designs)
     with torch.no_grad(), eager(), torch.random.fork_rng(devices=[]), cacheless(dense.model):
         with watching(dense.spots, clock) as watch:
             call(dense.model, inputs)
@@ -156,7 +176,10 @@ def _in_torch(
         for spot, found in samples.items():
             found.append((small.parts, inside.get(spot.weight, 0.0) / took))
     ms = 1e3 * median(whole)
-    layers = [fitted(spot, values.get(spot.weight, 0), ms, found) for spot, found in samples.items()]
+    layers = [
+        in_levels(spot, ms, found) if spot.keeps_shape else fitted(spot, values.get(spot.weight, 0), ms, found)
+        for spot, found in samples.items()
+    ]
     columns = [[1.0, values_left(layers, parts)] for parts, _ in rest]
     least, by_value = at_least_zero(torch.tensor(columns, dtype=torch.float64), [ms * part for _, part in rest])
     return tuple(layers), (least, by_value), ms

@@ -2,17 +2,20 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from lightning_prune.export.fast import fastest
 from lightning_prune.models.copying import hookless_copy
-from lightning_prune.models.parameters import plain_name
+from lightning_prune.models.forward import Inputs
+from lightning_prune.models.parameters import named_parameters, plain_name
 from lightning_prune.structure.cut_record import CutRecord
 from lightning_prune.structure.surgery import cut, kept_by
 from lightning_prune.units.coupled import CoupledUnits
 from lightning_prune.units.layers import LayerUnits
+from lightning_prune.units.pooled import PooledUnits
 from lightning_prune.units.units import Units
 from lightning_prune.updates.decision import round_keep
 from lightning_prune.updates.parts import Parts, parts_left
@@ -34,13 +37,16 @@ class SmallerCopy:
     spots: Mapping[nn.Module, Spot]
 
 
-def smaller_copy(model: nn.Module, units: Sequence[Units], levels: Sequence[float]) -> SmallerCopy:
+def smaller_copy(
+    model: nn.Module, units: Sequence[Units], levels: Sequence[float], inputs: Inputs = None
+) -> SmallerCopy:
     """Return a copy of a model with a part of the units of each target.
 
     Args:
         model: The model.
         units: Its targets.
         levels: Which fraction of each target is left; at least one unit is.
+        inputs: Example inputs, for which layers that keep their shape take the form that is fastest.
 
     Raises:
         ValueError: If units cannot be taken out of it.
@@ -49,6 +55,9 @@ def smaller_copy(model: nn.Module, units: Sequence[Units], levels: Sequence[floa
     stacks = [unit for unit in units if isinstance(unit, LayerUnits)]
     if stacks:
         return _shallower(model, stacks, keep)
+    groups = [unit for unit in units if isinstance(unit, PooledUnits) and unit.even]
+    if groups:
+        return _sparser(model, groups, keep, inputs)
     copy = hookless_copy(model).eval()
     coupled = [unit for unit in units if isinstance(unit, CoupledUnits)]
     if len(coupled) < len(units):
@@ -59,6 +68,26 @@ def smaller_copy(model: nn.Module, units: Sequence[Units], levels: Sequence[floa
     spots = layer_spots(copy, parts)
     cut(copy, kept_by(copy, [(unit.group, torch.arange(unit.size) < keep[unit.name]) for unit in coupled]))
     return SmallerCopy(copy, parts, spots)
+
+
+def _sparser(model: nn.Module, units: Sequence[PooledUnits], keep: Mapping[str, int], inputs: Inputs) -> SmallerCopy:
+    """Return a copy with random units at zero, whose layers have the form that is fastest."""
+    copy = hookless_copy(model).eval()
+    parts = parts_left({unit.name: unit for unit in units}, {unit.name: unit.shares for unit in units}, keep)
+    names = {module: name for name, module in copy.named_modules()}
+    spots = {names[module]: spot for module, spot in layer_spots(copy, parts).items()}
+    parameters, generator = named_parameters(copy), torch.Generator().manual_seed(sum(keep.values()))
+    pruned = [unit for unit in units if keep[unit.name] < unit.size]
+    for unit in pruned:
+        each = torch.rand(unit.groups, unit.size // unit.groups, generator=generator).argsort(1).argsort(1)
+        mask = unit.masks((each < keep[unit.name] // unit.groups).flatten())[unit.name]
+        parameters[unit.name].data.mul_(mask)
+    running = fastest(copy, inputs)[0] if pruned else copy
+    modules = dict(running.named_modules())
+    targets = {unit.name for unit in units}
+    return SmallerCopy(
+        running, parts, {modules[n]: replace(s, keeps_shape=s.weight in targets) for n, s in spots.items()}
+    )
 
 
 def _shallower(model: nn.Module, stacks: Sequence[LayerUnits], keep: Mapping[str, int]) -> SmallerCopy:

@@ -33,17 +33,19 @@ class Spot:
     Args:
         weight: The name of its weight, by which it is known.
         dims: The dimensions of the weight that hold its outputs and its inputs.
+        keeps_shape: Whether it loses units without getting smaller, by zeros, with which another form may be faster.
     """
 
     weight: str
     dims: Dims
+    keeps_shape: bool = False
 
 
 def layer_spots(model: nn.Module, places: Mapping[tuple[str, int], float]) -> dict[nn.Module, Spot]:
     """Return the layers with weights; their dimensions are those among the places that can shrink.
 
     >>> list(layer_spots(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), {("0.weight", 0): 1.0}).values())
-    [Spot(weight='0.weight', dims=(0, None))]
+    [Spot(weight='0.weight', dims=(0, None), keeps_shape=False)]
     """
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters():
@@ -148,6 +150,18 @@ def fitted(spot: Spot, values: int, ms: float, samples: Sequence[Sample]) -> Lay
     factors = dict(zip(columns, found, strict=True))
     least, by_output, by_input, by_both = (factors.get(place, 0.0) for place in range(4))
     return LayerTime(spot.weight, spot.dims, (least, by_output, by_input, by_both), values)
+
+
+def in_levels(spot: Spot, ms: float, samples: Sequence[Sample]) -> LayerTime:
+    """Return likewise the time of a layer that keeps its shape: less of it never takes longer.
+
+    >>> samples = [({("weight", 0): left}, part) for left, part in ((1.0, 0.5), (0.2, 0.6), (0.1, 0.2))]
+    >>> in_levels(Spot("weight", (0, None), keeps_shape=True), 10.0, samples).levels
+    ((0.1, 2.0), (0.2, 5.0), (1.0, 5.0))
+    """
+    found = sorted(((parts[spot.weight, spot.dims[0] or 0], ms * part) for parts, part in samples), reverse=True)
+    levels = [(left, min(taken for _, taken in found[: place + 1])) for place, (left, _) in enumerate(found)]
+    return LayerTime(spot.weight, spot.dims, (0.0, 0.0, 0.0, 0.0), levels=tuple(reversed(levels)))
 
 
 def at_least_zero(columns: Tensor, wanted: Sequence[float]) -> list[float]:

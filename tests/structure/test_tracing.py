@@ -157,6 +157,6 @@ def test_the_walk_goes_over_each_channel_once(monkeypatch: pytest.MonkeyPatch) -
         return mapped(channels, edge)
 
     monkeypatch.setattr(dependencies, "_mapped", counted)
-    first = next(coupled(Partial(6).eval().requires_grad_(), IMAGES, (nn.Conv2d,)))
+    first = coupled(Partial(6).eval().requires_grad_(), IMAGES, (nn.Conv2d,))[0]
     assert len(first) > 6
     assert set(counts.values()) == {1}

@@ -13,14 +13,16 @@ import pytest
 import torch
 from architectures import CASES, build
 from lightning.pytorch import Callback
-from models import ConvNet, Deep, fit
+from models import MLP, ConvNet, Deep, fit
 from ranks import run
 from torch import Tensor, nn
 
 from lightning_prune import (
+    Block,
     Channel,
     Granularity,
     Head,
+    Knapsack,
     LatencyTable,
     Layer,
     Pruning,
@@ -33,12 +35,14 @@ from lightning_prune import (
 )
 from lightning_prune.models.parameters import find
 from lightning_prune.training import observed
-from lightning_prune.updates import latency_measuring, onnx_timing
+from lightning_prune.updates import latency_measuring, onnx_timing, smaller_copies
 from lightning_prune.updates.latency import LayerTime
 from lightning_prune.updates.latency_measuring import latency_table
-from lightning_prune.updates.timed_layers import Spot, at_least_zero, fitted
+from lightning_prune.updates.timed_layers import Spot, at_least_zero, fitted, in_levels
 
 CHANNELS = Channel(coupled=True)
+NONE = (0.0, 0.0, 0.0, 0.0)
+LEVELS = ((0.0, 0.0), (0.5, 1.0), (1.0, 1.0))
 
 
 def network() -> nn.Sequential:
@@ -142,13 +146,22 @@ def test_a_damaged_file_is_refused(damage: Callable[[Any], Any], message: str, t
 # ------------------------------------------------------------------------------------------------ what cannot be
 
 
-@pytest.mark.parametrize("granularity", [Weight(), SharedFanIn(), Channel(coupled=False)])
+@pytest.mark.parametrize("granularity", [Weight(), Block(4, 4), Channel(coupled=False)])
 @pytest.mark.parametrize("of", ["latency", table()], ids=["latency", "table"])
 def test_units_that_make_no_model_smaller_are_refused(granularity: Granularity, of: Any) -> None:
     with pytest.raises(ValueError, match=r"(granularity must be Channel.* with of=|of must be \"units\" for )"):
         Pruning(0.5, granularity=granularity, of=of)
     with pytest.raises(ValueError, match=r"(granularity must be Channel.* with of=|of must be \"units\" for )"):
         prune(network(), 0.5, granularity=granularity, of=of, example_inputs=torch.zeros(8, 6))
+
+
+def test_what_keeps_its_shape_saves_time_alone() -> None:
+    with pytest.raises(ValueError, match=r'of must be "units" or "latency" for SharedFanIn\(rows=16\), got .flops.'):
+        Pruning(0.5, granularity=SharedFanIn(), of="flops")
+    with pytest.raises(ValueError, match=r'runtime must be "torch" for SharedFanIn\(rows=16\)'):
+        measure_latency(network(), torch.zeros(8, 6), SharedFanIn(), "onnxruntime")
+    with pytest.raises(ValueError, match=r"of must be a latency table for SharedFanIn\(rows=16\), got one for Channel"):
+        Pruning(0.5, granularity=SharedFanIn(), of=table())
 
 
 def test_a_threshold_or_a_sparsity_per_layer_is_none_of_the_latency() -> None:
@@ -355,6 +368,100 @@ def test_blocks_and_the_hidden_width_are_measured_too(granularity: Granularity) 
     prune(model, 0.5, granularity=granularity, of=given, example_inputs=inputs)
     dead = sum(not block.up.weight.any() for block in model.modules() if hasattr(block, "up"))
     assert dead == 4  # 3 of 7 milliseconds would leave more than half
+
+
+# ------------------------------------------------------------------------------------------------ shared fan-in
+
+
+def in_groups(dense: float) -> LatencyTable:
+    """Return a table in which two layers are faster in groups, the first of them slow, and a third one is not."""
+    layers = (
+        LayerTime("0.weight", (0, None), NONE, levels=((0.0, 1.0), (0.45, dense), (1.0, dense))),
+        LayerTime("2.weight", (0, None), NONE, levels=((0.0, 0.1), (0.45, 1.0), (1.0, 1.0))),
+        LayerTime("4.weight", (0, None), NONE, levels=((0.0, 1.0), (1.0, 1.0))),
+    )
+    return LatencyTable(layers, (1.0, 0.0), dense + 3.0, "SharedFanIn")
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4))
+
+
+def density(model: nn.Sequential) -> list[float]:
+    return [float((layer.weight != 0).float().mean()) for layer in model if isinstance(layer, nn.Linear)]
+
+
+def test_a_layer_takes_what_was_measured_at_its_level() -> None:
+    layer = in_groups(10.0).layers[0]
+    taken = [layer.time({("0.weight", 0): left}) for left in (1.0, 0.9, 0.45, 0.4, 0.1)]
+    assert taken == pytest.approx([10.0, 10.0, 10.0, 9.0, 3.0])
+    samples = [({("0.weight", 0): left}, layer.time({("0.weight", 0): left}) / 13) for left in (0.45, 1.0, 0.0)]
+    assert in_levels(Spot("0.weight", (0, None), keeps_shape=True), 13.0, samples) == layer
+
+
+@pytest.mark.parametrize("scope", ["local", "global", Knapsack()])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6])
+def test_groups_of_rows_take_the_time_that_is_asked_for(scope: Any, sparsity: float) -> None:
+    model, known = wide(), in_groups(10.0)
+    given: dict[str, Any] = {"granularity": SharedFanIn(2), "example_inputs": torch.zeros(8, 40), "scope": scope}
+    prune(model, sparsity, of=known, **given)
+    first, second, _ = density(model)
+    time = min(10.0, 1.0 + 20.0 * first) + min(1.0, 0.1 + 2.0 * second) + 1.0 + 1.0
+    assert 1.0 - sparsity - 0.1 < time / 13.0 <= 1.0 - sparsity + 1e-6
+
+
+def test_the_knapsack_leaves_what_saves_nothing() -> None:
+    model = wide()
+    for layer in (model[0], model[2], model[4]):
+        nn.init.ones_(layer.weight)
+    given: dict[str, Any] = {"granularity": SharedFanIn(2), "example_inputs": torch.zeros(8, 40)}
+    prune(model, 0.4, of=in_groups(10.0), scope=Knapsack(), **given)
+    first, *others = density(model)
+    assert first < 0.25
+    assert others == [1.0, 1.0]
+
+
+def test_a_table_of_an_earlier_release_is_read() -> None:
+    values = table().to_dict()
+    for layer in values["layers"]:
+        del layer["levels"]
+    assert LatencyTable.from_dict(values) == table()
+    values["layers"][0]["levels"] = [[0.5, "fast"]]
+    with pytest.raises(ValueError, match=r"must have a number in 'table.layers\[0\].levels\[0\]\[1\]', got 'fast'"):
+        LatencyTable.from_dict(values)
+    with pytest.raises(ValueError, match=r"levels of '0.weight' must be at least 0, got -1\.0"):
+        in_groups(-1.0)
+
+
+@pytest.mark.usefixtures("few")
+def test_groups_of_rows_are_measured_in_the_form_that_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_measuring, "_SPARSE", (0.25,))
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten()]
+    model, inputs = nn.Sequential(*convolutions, nn.Linear(64, 4)), torch.randn(2, 3, 4, 4)
+    before = copy.deepcopy(model.state_dict())
+    with patch.object(smaller_copies, "fastest", wraps=smaller_copies.fastest) as chosen:
+        known = measure_latency(model, inputs, SharedFanIn(4))
+    chosen.assert_called_once()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    layers = {layer.weight: layer for layer in known.layers}
+    assert layers.keys() == {"0.weight", "1.weight", "3.weight", "5.weight"}
+    assert layers["1.weight"].levels == ()
+    assert all([left for left, _ in layers[f"{place}.weight"].levels][1:] == [1.0] for place in (0, 3, 5))
+    assert known.granularity == "SharedFanIn"
+    assert LatencyTable.from_dict(known.to_dict()) == known
+
+
+def test_a_run_prunes_groups_of_rows_by_its_table() -> None:
+    model = MLP()
+    layers = [LayerTime(f"net.{n}.weight", (0, None), NONE, levels=LEVELS) for n in (0, 4, 6)]
+    known = LatencyTable(tuple(layers), (0.0, 0.0), 3.0, "SharedFanIn")
+    pruning = Pruning(0.5, granularity=SharedFanIn(2), of="latency", scope="local", schedule="linear", start=0, end=6)
+    with patch.object(observed, "latency_table", return_value=known):
+        fit(model, pruning)
+    assert pruning.state.latency == known
+    assert sum(min(1.0, 2.0 * float(mask.double().mean())) for mask in pruning.masks.values()) <= 1.5 + 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ ONNX Runtime
