@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "benchmarks"
 CODE = """
@@ -28,6 +30,16 @@ for by in (pruning_bench.by_us, pruning_bench.by_peer):
     print(by.__name__, before / pruning_bench.operations(small, data.train[0][:1]), sep=": ")
 """
 
+ZOO = """
+import runpy
+import sys
+import transformers
+zoo = runpy.run_path(sys.argv[1], run_name="zoo")
+for name in ("bert", "llama", "vit"):
+    found = zoo["tried"]("transformers", name)
+    print(name, *(zoo["works"](found.get(part)) for part in zoo["PARTS"][:4]), sep=": ")
+"""
+
 
 def test_every_benchmark_can_be_imported_and_prunes_what_it_should() -> None:
     names = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -40,3 +52,13 @@ def test_every_benchmark_can_be_imported_and_prunes_what_it_should() -> None:
     for by in ("by_us", "by_peer"):
         assert abs(float(found.pop(by)) - 2) < 0.2, by
     assert all(abs(float(zeros) - 0.9) < 0.01 for zeros in found.values()), found
+
+
+def test_a_sample_of_the_zoo_is_pruned_and_shrunk() -> None:
+    pytest.importorskip("transformers")
+    main = FOLDER / "zoo" / "__main__.py"
+    settings = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{main.parent}"}
+    done = subprocess.run([sys.executable, "-c", ZOO, main], env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # single weights, channels, heads and FLOPs
+    assert done.stdout.splitlines() == [f"{name}: True: True: True: True" for name in ("bert", "llama", "vit")]
