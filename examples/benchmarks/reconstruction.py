@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from marked import replace, table
+from marked import replace, spread, table
 from post_training import SETTINGS, Task, smollm2
 from timing import RESULTS, load, machine, quiet
 
@@ -57,15 +57,17 @@ def read() -> list[Row]:
 
 
 def make_table(rows: list[Row]) -> str:
-    """Return the perplexities, those of all draws in one cell."""
-    lines = []
-    for setting in SETTINGS:
-        cells = [
-            ", ".join(f"{row['score']:.1f}" for row in rows if (row["setting"], row["method"]) == (setting, method))
-            for method in OPTIONS
-        ]
-        lines.append([setting, *cells])
+    """Return the mean and the deviation of the perplexities of all draws, or those of the draws that are there."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        scores.setdefault((row["setting"], row["method"]), []).append(row["score"])
+    lines = [[setting, *(cell(scores.get((setting, method), [])) for method in OPTIONS)] for setting in SETTINGS]
     return table(["sparsity", *OPTIONS], lines)
+
+
+def cell(scores: list[float]) -> str:
+    """Return perplexities as a cell of the table."""
+    return spread(scores) if len(scores) == DRAWS else ", ".join(f"{score:.1f}" for score in scores)
 
 
 def main() -> None:

@@ -116,8 +116,17 @@ def to_fast(model: Model, example_inputs: Inputs = None) -> Model:
 def fastest(model: Model, example_inputs: Inputs = None) -> tuple[Model, SpeedUp]:
     """Return what ``to_fast`` does, and what it has measured."""
     inputs = fitting(needed_example_of(model, example_inputs), model)
-    layers = dict(_layers(model))
-    _check(layers)
+    _check(_with_zeros(model))
+    fast, rows = in_fastest_forms(model, inputs)
+    with evaluating(model), torch.no_grad(), eager(), torch.random.fork_rng(devices=[]):
+        _check_outputs(model, fast, inputs)
+        both = _alternate({"dense": partial(call, model, inputs), "fast": partial(call, fast, inputs)})
+    return fast, SpeedUp(rows, both["dense"], both["fast"])
+
+
+def in_fastest_forms(model: Model, inputs: Inputs) -> tuple[Model, tuple[LayerTime, ...]]:
+    """Return a copy of a model with every layer that has zeros in its fastest form, and what these layers take."""
+    layers = _with_zeros(model)
     copy = copied(model).eval().requires_grad_(False)
     with evaluating(model), torch.no_grad(), eager(), torch.random.fork_rng(devices=[]):
         read = _inputs_of_layers(model, layers, inputs)
@@ -127,21 +136,24 @@ def fastest(model: Model, example_inputs: Inputs = None) -> tuple[Model, SpeedUp
             rows.append(row)
             if form is not None:
                 chosen[name] = form
-        fast = replaced(copy, chosen)
-        _check_outputs(model, fast, inputs)
-        both = _alternate({"dense": partial(call, model, inputs), "fast": partial(call, fast, inputs)})
-    return fast, SpeedUp(tuple(rows), both["dense"], both["fast"])
+    return replaced(copy, chosen), tuple(rows)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Yield the layers that have other forms: plain linear layers and 1 x 1 convolutions with zeros."""
+def layers_with_forms(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Yield the layers that may be faster in another form: plain linear layers and 1 x 1 convolutions.
+
+    >>> [name for name, _ in layers_with_forms(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)))]
+    ['0']
+    """
     for name, module in model.named_modules():
         plain = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
-        if plain and module.padding in ((0, 0), "valid", "same") and bool((module.weight == 0).any()):
+        if plain and module.padding in ((0, 0), "valid", "same"):
             yield name, module
-    for name, linear in linear_layers(model):
-        if bool((linear.weight == 0).any()):
-            yield name, linear
+    yield from linear_layers(model)
+
+
+def _with_zeros(model: nn.Module) -> dict[str, Layer]:
+    return {name: layer for name, layer in layers_with_forms(model) if bool((layer.weight == 0).any())}
 
 
 def _check(layers: Mapping[str, Layer]) -> None:

@@ -34,7 +34,7 @@ class Granularity:
         coupled: Whether units follow the dependency graph of the model; None: where an example input is given.
         round_to: The number of units that stay in a target is a multiple of this, as far as it is pruned.
         even: Whether units are compared within groups, all of which lose as many as the others.
-        measures: What a sparsity may be a fraction of: all but the units needs a model that gets smaller or faster.
+        measures: What a sparsity may be a fraction of; all but "units" need a model that gets smaller or faster.
         within_blocks: Whether units lie within blocks of a model, which ``prune(sequential=)`` takes one by one.
         normalized: Whether norms take statistics over the units, from then on over those that are left.
         default_scope: The scope where none is given.

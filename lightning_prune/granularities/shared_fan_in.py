@@ -41,7 +41,7 @@ class SharedFanIn(Granularity):
     ([2, 2, 2, 2], True)
     """
 
-    measures: ClassVar[Sequence[str]] = ("units", "latency")  # that which to_fast reaches
+    measures: ClassVar[Sequence[str]] = ("units", "latency")  # as to_fast runs it
     even = True
 
     rows: int = 16

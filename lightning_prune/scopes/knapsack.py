@@ -1,7 +1,8 @@
 """Knapsack: units go where the least importance is lost for what they cost."""
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from lightning_prune.tensors.selection import Scores
 from lightning_prune.validation.arguments import integer
 from lightning_prune.validation.instances import settle
 
+_NOTHING = 1e-12  # of the cost
 Left = Callable[[Mapping[str, int]], float]  # from how many units stay to the fraction of the cost that is left
 
 
@@ -79,15 +81,9 @@ class Knapsack:
         keep, taken, waiting = dict(scores.sizes), list[tuple[str, int]](), list[tuple[float, str]]()
 
         def price(name: str) -> tuple[float, int]:
-            """Return what the next step of a target costs, and how many of its units stay after it."""
-            size, now = scores.sizes[name], left(keep)
-            found = list[tuple[float, int]]()
-            for less in reversed(options[name]):
-                saved = now - left({**keep, name: less})
-                found.append((float(lost[name][size - less] - lost[name][size - keep[name]]) / max(1e-12, saved), less))
-                if keep[name] < size:
-                    break  # before, the first steps may save nothing, as where only few units have a faster form
-            return min(found)
+            size, now, gone = scores.sizes[name], left(keep), lost[name][scores.sizes[name] - keep[name]]
+            steps = reversed(options[name])
+            return _next((lost[name][size - less] - gone, now - left({**keep, name: less}), less) for less in steps)
 
         for name in scores.sizes:
             _push(waiting, options, name, price)
@@ -97,11 +93,29 @@ class Knapsack:
             if waiting and (now, name) > waiting[0]:
                 heapq.heappush(waiting, (now, name))
                 continue
-            keep[name] = less
-            options[name] = [count for count in options[name] if count < less]
-            taken.append((name, less))
+            while keep[name] > less:
+                keep[name] = options[name].pop()
+                taken.append((name, keep[name]))
             _push(waiting, options, name, price)
         return taken
+
+
+def _next(steps: Iterable[tuple[float, float, int]]) -> tuple[float, int]:
+    """Return what the next steps of a target cost for what they save, and how many of its units stay after them.
+
+    It is one step where each costs more than the one before. Steps that save nothing, as where only few units have a
+    faster form, are taken together with those that do.
+
+    Args:
+        steps: What importance is lost and what is saved by all of them so far, and how many units stay.
+    """
+    best = (math.inf, 0)
+    for lost, saved, less in steps:
+        cost = lost / max(_NOTHING, saved)
+        if saved > _NOTHING and cost >= best[0]:
+            break
+        best = min(best, (cost, less), key=lambda found: found[0])
+    return best
 
 
 def _push(

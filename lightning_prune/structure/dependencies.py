@@ -16,7 +16,7 @@ from lightning_prune.validation.values import install
 
 
 class _Channel(NamedTuple):
-    """A channel of a layer, and the channel of the first layer that it belongs to; Torch-Pruning reads these names."""
+    """A channel, and the channel of the layer where the walk began that reaches it; Torch-Pruning's names."""
 
     idx: int
     root_idx: Any
@@ -26,7 +26,7 @@ def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]
     """Return, for each set of layers whose outputs are coupled, which channels of which layers belong together.
 
     Args:
-        model: All of its parameters require gradients.
+        model: The model, all of whose parameters require gradients.
         inputs: Example inputs.
         roots: The types of the layers that produce channels.
 
@@ -40,7 +40,7 @@ def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]
     """
     graph = require_torch_pruning().DependencyGraph()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the tracer and the model tell their users
+        warnings.simplefilter("ignore")  # from the tracer and the model
         graph.build_dependency(model, inputs, forward_fn=_outputs, verbose=False)
     groups, seen = list[list[Item]](), set[Any]()
     for layer in list(graph.module2node):
@@ -53,7 +53,11 @@ def coupled(model: nn.Module, inputs: Inputs, roots: tuple[type[nn.Module], ...]
 
 
 def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:
-    """Yield everything that the outputs of a layer reach, itself first."""
+    """Yield everything that the outputs of a layer reach, itself first.
+
+    Where Torch-Pruning misplaces channels, as of a layer that is called twice, they may lie outside of a layer. Such an
+    item is listed, so that the group is refused, but the walk does not go on from there: it would not end.
+    """
     start = graph.get_pruning_group(layer, pruner.prune_out_channels, [])[0].dep  # also prepares the index mappings
     channels = [_Channel(channel, channel) for channel in range(pruner.get_out_channels(layer))]
     found = {(start.target, start.handler): dict.fromkeys(channels)}
@@ -65,8 +69,9 @@ def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:
                 known = found.setdefault((edge.target, edge.handler), {})
                 new = [channel for channel in _mapped(channels, edge) if channel not in known]
                 known.update(dict.fromkeys(new))
-                if new:
-                    waiting.append((edge, new))
+                size = _size(graph, edge.target.module)
+                if inside := [channel for channel in new if size is None or channel.idx < size]:
+                    waiting.append((edge, inside))
     for (node, handler), reached in found.items():
         first: dict[int, Any] = {}
         for channel in reached:
@@ -75,7 +80,16 @@ def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:
             yield node.module, _direction(graph, handler), list(first), list(first.values())
 
 
-def _mapped(channels: list[_Channel], edge: Any) -> list[_Channel]:
+def _size(graph: Any, module: Any) -> int | None:
+    """Return how many channels a layer has at most; None for an operation."""
+    if not isinstance(module, nn.Module) or not any(True for _ in module.parameters()):
+        return None
+    pruner = graph.get_pruner_of_module(module)
+    sizes = (pruner.get_out_channels(module), pruner.get_in_channels(module)) if pruner is not None else (None,)
+    return max((size for size in sizes if size is not None), default=None)
+
+
+def _mapped(channels: list[Any], edge: Any) -> list[Any]:
     """Return which channels of its target the channels of an edge's source are."""
     for mapping in edge.index_mapping:
         channels = channels if mapping is None else mapping(channels)

@@ -16,7 +16,7 @@ from lightning_prune.updates.parts import Parts
 from lightning_prune.validation.arguments import integer, number, numbers
 from lightning_prune.validation.instances import path as as_path
 from lightning_prune.validation.instances import sequence_of, settle, text
-from lightning_prune.validation.states import NUMBER, TEXT, Rule, every, items, optional, record, row, whole
+from lightning_prune.validation.states import FRACTION, NUMBER, TEXT, Rule, every, items, optional, record, row, whole
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class LayerTime:
 
     Args:
         weight: The name of its weight.
-        dims: The dimensions of the weight that hold its outputs and its inputs; None where these always stay.
+        dims: The dimensions of the weight that hold its outputs and its inputs; None where these always stay. Of a
+            layer that keeps its shape, the first one stands for its units.
         ms: Milliseconds of a forward pass: at least, for all outputs, for all inputs, for all products of both.
-        values: How many values it outputs.
-        levels: Instead, for a layer that keeps its shape: what is left of its units, in ascending order, and the
-            milliseconds that it then takes in its fastest form; they are interpolated.
+        values: How many values it outputs; 0 for a layer that keeps its shape.
+        levels: What a layer that keeps its shape takes in place of ``ms``: pairs of the fraction of its units that is
+            left and milliseconds in its fastest form, in ascending order. In between, they are interpolated.
 
     >>> layer = LayerTime("weight", (0, 1), (0.5, 1.0, 0.0, 4.0), 64)
     >>> layer.time({}), layer.time({("weight", 0): 0.5, ("weight", 1): 0.25})
@@ -60,7 +61,7 @@ class LayerTime:
 class LatencyTable:
     """What each layer of a model takes on one machine: with ``of=table`` a sparsity is a fraction of this time.
 
-    ``measure_latency`` makes one. A smaller model takes the sum of what its layers take, and the rest: what the model
+    ``measure_latency`` makes one. A pruned model takes the sum of what its layers take, and the rest: what the model
     does outside of layers with weights, by how many values these output.
 
     Args:
@@ -73,7 +74,7 @@ class LatencyTable:
         threads: How many threads it had.
 
     Raises:
-        ValueError: If a time is negative, or that of the whole model is 0.
+        ValueError: If a time is negative, that of the whole model is 0, or levels do not ascend.
 
     >>> table = LatencyTable((LayerTime("weight", (0, None), (0.5, 1.5, 0.0, 0.0), 64),), (0.5, 1.5), 4.0, "Channel")
     >>> table.time({("weight", 0): 0.5}), table.left({("weight", 0): 0.5})
@@ -97,8 +98,7 @@ class LatencyTable:
         settle(self, threads=integer("threads", self.threads, 1), inputs=text("inputs", self.inputs, "shapes"))
         for layer in layers:
             _times(f"ms of {layer.weight!r}", layer.ms, 4)
-            for _, ms in layer.levels:
-                number(f"levels of {layer.weight!r}", ms, "[0, inf)")
+            _check_levels(f"levels of {layer.weight!r}", layer.levels)
 
     def time(self, parts: Parts) -> float:
         """Return the milliseconds of a model of whose parameters these parts are left."""
@@ -222,8 +222,16 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
+def _check_levels(name: str, levels: Any) -> None:
+    """Reject levels that do not ascend, so that a layer with fewer units would take longer."""
+    items(row(FRACTION, NUMBER))(name, levels)
+    ascending = all(low < high and least <= most for (low, least), (high, most) in pairwise(levels))
+    if not ascending or any(not ms >= 0 for _, ms in levels):
+        raise ValueError(f"{name} must ascend, from a time of at least 0, got {levels}")
+
+
 def _levels(path: str, layer: Mapping[str, Any]) -> None:
-    items(row(NUMBER, NUMBER))(f"{path}.levels", layer.get("levels", ()))  # which tables of earlier releases lack
+    items(row(FRACTION, NUMBER))(f"{path}.levels", layer.get("levels", ()))  # absent from tables of earlier releases
 
 
 _MS = row(NUMBER, NUMBER, NUMBER, NUMBER)

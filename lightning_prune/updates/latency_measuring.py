@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Literal, get_args
@@ -10,10 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from lightning_prune.granularities import Channel, Granularity
+from lightning_prune.export.fast import layers_with_forms
+from lightning_prune.granularities import Channel, Granularity, SharedFanIn
 from lightning_prune.granularities.shrinkable import shrinkable
 from lightning_prune.models.forward import Inputs, call, device_of, fitting, needed_example_of, tensors
-from lightning_prune.models.parameters import find
+from lightning_prune.models.parameters import find, plain_name
 from lightning_prune.models.preserving import cacheless, eager
 from lightning_prune.models.summary import shape_text
 from lightning_prune.tensors.distributed import from_first_rank
@@ -38,7 +39,7 @@ from lightning_prune.validation.instances import instance
 _ALIKE = (0.25, 0.5, 0.75)  # of all units, in the first smaller models
 _RANDOM = {"torch": 16, "onnxruntime": 8}  # more, each of whose targets keeps another part; exports take long
 _MOST, _SECONDS = 25, 0.1  # rounds of each, and what the dense model may take in all
-_SPARSE = (0.015, 0.03, 0.06, 0.12, 0.24)  # of all units, where layers that keep their shape have other forms
+_SPARSE = (0.015, 0.03, 0.06, 0.12, 0.24, 0.4)  # of all units, where layers that keep their shape have other forms
 Runtime = Literal["torch", "onnxruntime"]
 _RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
@@ -58,6 +59,9 @@ def measure_latency(
 
     ONNX Runtime has no time for a layer, which it merges with its neighbours. There the copies are exported and run
     whole, and their times are explained by the FLOPs of each kind of layer. To export them takes a minute or so.
+
+    With ``SharedFanIn()`` there are six copies, each with the same fraction of all units. Every layer is in the form
+    that ``to_fast`` chooses, and the table holds its times.
 
     Args:
         model: Any module on the CPU; it is left as it is.
@@ -81,10 +85,10 @@ def measure_latency(
     """
     instance("model", model, nn.Module)
     inputs = needed_example_of(model, example_inputs)
-    runtime = choice("runtime", runtime, _RUNTIMES)
-    if runtime != "torch" and instance("granularity", granularity, Granularity).even:
-        raise ValueError(f'runtime must be "torch" for {granularity}, since to_fast measures in torch, got {runtime!r}')
     granularity = _timed(granularity, "measure_latency")
+    runtime = choice("runtime", runtime, _RUNTIMES)
+    if runtime != "torch" and isinstance(granularity, SharedFanIn):
+        raise ValueError(f'runtime must be "torch" for {granularity}, since to_fast measures in torch, got {runtime!r}')
     units, _ = granularity.find_units(find(model), model, inputs)
     return latency_table(units, granularity, model, inputs, runtime=runtime)
 
@@ -110,12 +114,13 @@ def _timed(granularity: Granularity, where: str) -> Granularity:
     Raises:
         ValueError: If it does not.
     """
-    if "flops" not in granularity.measures and "latency" in granularity.measures:
-        return granularity  # its units stay where they are, in layers of another form
-    found = shrinkable(granularity, where)
-    if "latency" not in found.measures:
-        raise ValueError(f"granularity must be one that makes the model faster, got {granularity} with {where}")
-    return found
+    if "latency" not in instance("granularity", granularity, Granularity).measures:
+        raise ValueError(
+            f"granularity must be Channel(), Head(), Layer(), ResidualChannel() or SharedFanIn() to make the model "
+            f"faster, got {granularity} with {where}"
+        )
+    # layers with shared fan-in are not cut, but run in another form
+    return granularity if isinstance(granularity, SharedFanIn) else shrinkable(granularity, where)
 
 
 def latency_table(
@@ -147,8 +152,10 @@ def _measured(
 ) -> LatencyTable:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     dense = smaller_copy(model, units, [1.0] * len(units))
-    sparse = ([level] * len(units) for level in (1.0, *_SPARSE))
-    designs = sparse if granularity.even else _designs(len(units), _RANDOM[runtime])
+    designs: Iterable[list[float]] = _designs(len(units), _RANDOM[runtime])
+    if isinstance(granularity, SharedFanIn):
+        _check_forms(units, model, dense)
+        designs = ([level] * len(units) for level in (1.0, *_SPARSE))
     smaller = (smaller_copy(model, units, levels, inputs) for levels in designs)
     with torch.no_grad(), eager(), torch.random.fork_rng(devices=[]), cacheless(dense.model):
         with watching(dense.spots, clock) as watch:
@@ -162,22 +169,37 @@ def _measured(
     return LatencyTable(layers, rest, ms, type(granularity).__name__, runtime, shapes, torch.get_num_threads())
 
 
+def _check_forms(units: Sequence[Units], model: nn.Module, dense: SmallerCopy) -> None:
+    """Reject targets whose zeros cannot make a model faster, or of which the time is not known."""
+    names, timed = [unit.name for unit in units], {spot.weight for spot in dense.spots.values()}
+    if not {f"{plain_name(name)}.weight".lstrip(".") for name, _ in layers_with_forms(model)}.intersection(names):
+        raise ValueError(
+            f'targets must hold linear layers or 1 x 1 convolutions, which to_fast makes faster, for of="latency" with '
+            f"SharedFanIn(), got {names[:5]}"
+        )
+    if missing := [name for name in names if name not in timed]:
+        raise ValueError(f'targets must be one for each layer for of="latency", got {missing[:5]} too: ignore them')
+
+
 def _in_torch(
     dense: SmallerCopy, smaller: Iterator[SmallerCopy], inputs: Inputs, clock: Clock, values: Mapping[str, int]
 ) -> tuple[tuple[LayerTime, ...], tuple[float, float], float]:
     """Return the times of layers, of the rest, and of the whole model, by what layers take in smaller models."""
     samples: dict[Spot, list[Sample]] = {spot: [] for spot in dense.spots.values()}
-    rest, whole = list[Sample](), list[float]()
+    rest, whole, stays = list[Sample](), list[float](), list[Collection[str]]()
     for small in smaller:
         with cacheless(small.model):
             took, alone, inside = _in_turns(dense, small, inputs, clock)
         whole.append(took)
+        stays.append(small.dense)
         rest.append((small.parts, (alone - sum(inside.values())) / took))
         for spot, found in samples.items():
             found.append((small.parts, inside.get(spot.weight, 0.0) / took))
     ms = 1e3 * median(whole)
     layers = [
-        in_levels(spot, ms, found) if spot.keeps_shape else fitted(spot, values.get(spot.weight, 0), ms, found)
+        in_levels(spot, ms, found, [spot.weight in dense for dense in stays])
+        if spot.keeps_shape
+        else fitted(spot, values.get(spot.weight, 0), ms, found)
         for spot, found in samples.items()
     ]
     columns = [[1.0, values_left(layers, parts)] for parts, _ in rest]

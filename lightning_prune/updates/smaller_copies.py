@@ -1,13 +1,13 @@
 """Smaller copies: a model with fewer units, to see what its parts take then."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from lightning_prune.export.fast import fastest
+from lightning_prune.export.fast import in_fastest_forms
 from lightning_prune.models.copying import hookless_copy
 from lightning_prune.models.forward import Inputs
 from lightning_prune.models.parameters import named_parameters, plain_name
@@ -30,11 +30,13 @@ class SmallerCopy:
         model: The copy, in eval mode.
         parts: What is left of the model.
         spots: What of it can be timed: its layers, or the blocks of which some have been taken out.
+        dense: The weights of layers that keep their shape and are dense, because no other form is faster.
     """
 
     model: nn.Module
     parts: Parts
     spots: Mapping[nn.Module, Spot]
+    dense: Collection[str] = ()
 
 
 def smaller_copy(
@@ -71,23 +73,24 @@ def smaller_copy(
 
 
 def _sparser(model: nn.Module, units: Sequence[PooledUnits], keep: Mapping[str, int], inputs: Inputs) -> SmallerCopy:
-    """Return a copy with random units at zero, whose layers have the form that is fastest."""
+    """Return a copy with random units at zero, whose layers are in their fastest form."""
     copy = hookless_copy(model).eval()
     parts = parts_left({unit.name: unit for unit in units}, {unit.name: unit.shares for unit in units}, keep)
-    names = {module: name for name, module in copy.named_modules()}
-    spots = {names[module]: spot for module, spot in layer_spots(copy, parts).items()}
-    parameters, generator = named_parameters(copy), torch.Generator().manual_seed(sum(keep.values()))
-    pruned = [unit for unit in units if keep[unit.name] < unit.size]
-    for unit in pruned:
-        each = torch.rand(unit.groups, unit.size // unit.groups, generator=generator).argsort(1).argsort(1)
-        mask = unit.masks((each < keep[unit.name] // unit.groups).flatten())[unit.name]
+    spots = layer_spots(copy, parts)
+    named = {name: (module, spots[module]) for name, module in copy.named_modules() if module in spots}
+    parameters, generator = named_parameters(copy), torch.Generator().manual_seed(0)
+    for unit in units:
+        order = torch.rand(unit.groups, unit.size // unit.groups, generator=generator).argsort(1).argsort(1)
+        mask = unit.masks((order < keep[unit.name] // unit.groups).flatten())[unit.name]
         parameters[unit.name].data.mul_(mask)
-    running = fastest(copy, inputs)[0] if pruned else copy
-    modules = dict(running.named_modules())
-    targets = {unit.name for unit in units}
-    return SmallerCopy(
-        running, parts, {modules[n]: replace(s, keeps_shape=s.weight in targets) for n, s in spots.items()}
-    )
+    pruned = any(keep[unit.name] < unit.size for unit in units)
+    running = in_fastest_forms(copy, inputs)[0] if pruned else copy
+    targets, found, dense = {unit.name for unit in units}, {}, set[str]()
+    for name, (module, spot) in named.items():
+        form = running.get_submodule(name)
+        found[form] = replace(spot, keeps_shape=spot.weight in targets)
+        dense |= {spot.weight} if type(form) is type(module) else set()
+    return SmallerCopy(running, parts, found, frozenset(dense))
 
 
 def _shallower(model: nn.Module, stacks: Sequence[LayerUnits], keep: Mapping[str, int]) -> SmallerCopy:

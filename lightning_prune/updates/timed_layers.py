@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_prune.updates.latency import LayerTime
 from lightning_prune.updates.parts import Parts
 
 _LEAST = 5  # rounds
+_STEP = 1e-6  # of all units, below the least that one of them can be
 
 Clock = Callable[[], float]
 Run = Callable[[], object]
@@ -33,7 +35,7 @@ class Spot:
     Args:
         weight: The name of its weight, by which it is known.
         dims: The dimensions of the weight that hold its outputs and its inputs.
-        keeps_shape: Whether it loses units without getting smaller, by zeros, with which another form may be faster.
+        keeps_shape: Whether pruning leaves zeros in it, with which it may be faster in another form.
     """
 
     weight: str
@@ -152,16 +154,31 @@ def fitted(spot: Spot, values: int, ms: float, samples: Sequence[Sample]) -> Lay
     return LayerTime(spot.weight, spot.dims, (least, by_output, by_input, by_both), values)
 
 
-def in_levels(spot: Spot, ms: float, samples: Sequence[Sample]) -> LayerTime:
-    """Return likewise the time of a layer that keeps its shape: less of it never takes longer.
+def in_levels(spot: Spot, ms: float, samples: Sequence[Sample], dense: Sequence[bool]) -> LayerTime:
+    """Return the time of a layer that keeps its shape, level by level; fewer units never take longer.
+
+    Args:
+        spot: The layer.
+        ms: What the whole model takes.
+        samples: Of the layer, in sparser models and in the dense one.
+        dense: In which of them the layer is dense, because no other form is faster.
 
     >>> samples = [({("weight", 0): left}, part) for left, part in ((1.0, 0.5), (0.2, 0.6), (0.1, 0.2))]
-    >>> in_levels(Spot("weight", (0, None), keeps_shape=True), 10.0, samples).levels
-    ((0.1, 2.0), (0.2, 5.0), (1.0, 5.0))
+    >>> in_levels(Spot("weight", (0, None), keeps_shape=True), 10.0, samples, [True, True, False]).levels
+    ((0.1, 2.0), (0.100001, 5.5), (0.2, 5.5), (1.0, 5.5))
     """
-    found = sorted(((parts[spot.weight, spot.dims[0] or 0], ms * part) for parts, part in samples), reverse=True)
-    levels = [(left, min(taken for _, taken in found[: place + 1])) for place, (left, _) in enumerate(found)]
-    return LayerTime(spot.weight, spot.dims, (0.0, 0.0, 0.0, 0.0), levels=tuple(reversed(levels)))
+    place = (spot.weight, spot.dims[0] or 0)
+    whole = ms * median(part for (_, part), is_dense in zip(samples, dense, strict=True) if is_dense)
+    faster = {parts[place]: ms * part for (parts, part), is_dense in zip(samples, dense, strict=True) if not is_dense}
+    taken, most = dict[float, float](), whole
+    for left in sorted({parts[place] for parts, _ in samples}, reverse=True):
+        most = taken[left] = min(most, faster.get(left, whole))
+    levels = list[tuple[float, float]]()
+    for left, time in sorted(taken.items()):
+        if levels and time == whole > levels[-1][1]:
+            levels.append((levels[-1][0] + _STEP, whole))  # in between it may be dense as well
+        levels.append((left, time))
+    return LayerTime(spot.weight, spot.dims, (0.0, 0.0, 0.0, 0.0), levels=tuple(levels))
 
 
 def at_least_zero(columns: Tensor, wanted: Sequence[float]) -> list[float]:

@@ -48,6 +48,29 @@ def test_of_what_costs_the_same_the_unimportant_goes() -> None:
     assert priced(scores, 1.0) == {"a": 0, "b": 0}
 
 
+def test_of_units_that_are_worth_nothing_no_more_go_than_it_takes() -> None:
+    model = network()
+    nn.init.zeros_(model[2].weight[:16])
+    given: dict[str, Any] = {"granularity": Channel(coupled=True), "example_inputs": torch.zeros(2, 6)}
+    prune(model, 0.1, of="flops", scope=Knapsack(), **given)
+    one, two = kept(model)
+    assert one == 16
+    assert two == 16
+    dead = int((model[4].weight == 0).all(0).sum())
+    assert dead == 4  # with 2 x 16 + 2 x 3 FLOPs each, of 2 x (6 x 16 + 16 x 32 + 32 x 3)
+
+
+def test_steps_that_save_nothing_are_taken_with_those_that_do() -> None:
+    scores = Scores.of({"a": torch.ones(16), "b": torch.ones(16)})
+
+    def left(keep: dict[str, int]) -> float:
+        steps = {16: 10, 15: 8, 14: 8, 13: 8, 12: 8}  # then the first target gets faster with every unit
+        return (steps.get(keep["a"], 0.5 * keep["a"]) + 1 + 0.01 * keep["b"]) / 11.16
+
+    priced = Knapsack(16).priced(scores, lambda name, count: count, left)
+    assert [priced(scores, part / 32) for part in (1, 5, 8)] == [{"a": 16 - n, "b": 16} for n in (1, 5, 8)]
+
+
 @pytest.mark.parametrize(
     "of", ["units", "parameters", "flops", table(1.0, 2.0)], ids=["units", "params", "flops", "ms"]
 )

@@ -133,7 +133,26 @@ class Partial(nn.Module):
         return sum(head(images.mean((2, 3))) for head in self.heads)
 
 
-@pytest.mark.parametrize("build", [Splitting, Detector], ids=["channels that are split", "many outputs"])
+class Separable(nn.Module):
+    """A depthwise convolution, a flattened map and a layer that two others add to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.pointwise = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8 * 64, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        return self.head((features + self.pointwise(self.depthwise(features).relu())).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Splitting, Detector, Separable, lambda: Partial(2)],
+    ids=["channels that are split", "many outputs", "separable", "partial sums"],
+)
 def test_one_walk_couples_what_torch_pruning_couples(build: Callable[[], nn.Module]) -> None:
     model = build().eval()
     graph = torch_pruning.DependencyGraph().build_dependency(model, IMAGES)
@@ -160,3 +179,21 @@ def test_the_walk_goes_over_each_channel_once(monkeypatch: pytest.MonkeyPatch) -
     first = coupled(Partial(6).eval().requires_grad_(), IMAGES, (nn.Conv2d,))[0]
     assert len(first) > 6
     assert set(counts.values()) == {1}
+
+
+class Rolling(nn.Module):
+    """Calls a layer twice and adds its outputs in another order, which Torch-Pruning places outside of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        other = self.twice(inputs + 1)
+        return self.head(self.twice(inputs) + torch.cat([other[:, 4:], other[:, :4]], 1))
+
+
+def test_a_walk_that_leaves_a_layer_ends() -> None:
+    graph = tracing._depending(Rolling(), torch.rand(2, 4), None)
+    assert graph.groups == ()
+    assert set(graph.left_out) == {"twice.weight", "head.weight"}

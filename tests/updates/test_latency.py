@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ranks import run
 from torch import Tensor, nn
 
 from lightning_prune import (
+    NM,
     Block,
     Channel,
     Granularity,
@@ -192,6 +194,10 @@ def test_measuring_needs_example_inputs_and_a_cpu() -> None:
         latency_table([], Channel(), nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"granularity must be Channel.* with measure_latency"):
         measure_latency(network(), torch.zeros(8, 6), Weight())
+    with pytest.raises(ValueError, match=r"granularity must be Channel.* or SharedFanIn\(\) .* got NM"):
+        measure_latency(network(), torch.zeros(8, 6), NM(), "onnxruntime")
+    with pytest.raises(TypeError, match="granularity must be a Granularity"):
+        measure_latency(network(), torch.zeros(8, 6), "channel")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -396,8 +402,35 @@ def test_a_layer_takes_what_was_measured_at_its_level() -> None:
     layer = in_groups(10.0).layers[0]
     taken = [layer.time({("0.weight", 0): left}) for left in (1.0, 0.9, 0.45, 0.4, 0.1)]
     assert taken == pytest.approx([10.0, 10.0, 10.0, 9.0, 3.0])
-    samples = [({("0.weight", 0): left}, layer.time({("0.weight", 0): left}) / 13) for left in (0.45, 1.0, 0.0)]
-    assert in_levels(Spot("0.weight", (0, None), keeps_shape=True), 13.0, samples) == layer
+    lefts = (0.3, 0.45, 1.0, 0.0, 0.3)  # few units are rounded to the same number at different levels
+    samples = [({("0.weight", 0): left}, layer.time({("0.weight", 0): left}) / 13) for left in lefts]
+    spot = Spot("0.weight", (0, None), keeps_shape=True)
+    found = in_levels(spot, 13.0, samples, [left >= 0.45 for left in lefts])
+    assert [left for left, _ in found.levels] == pytest.approx([0.0, 0.3, 0.3, 0.45, 1.0], abs=1e-5)
+    assert [ms for _, ms in found.levels] == pytest.approx([1.0, 7.0, 10.0, 10.0, 10.0])
+    assert LatencyTable((found,), (0.0, 0.0), 13.0, "SharedFanIn").layers == (found,)
+
+
+def test_no_noise_makes_a_dense_layer_faster() -> None:
+    samples = [({("a", 0): left}, part) for left, part in ((1.0, 0.5), (0.4, 0.45), (0.2, 0.49), (0.1, 0.52))]
+    found = in_levels(Spot("a", (0, None), keeps_shape=True), 10.0, samples, [True, True, True, True])
+    assert {ms for _, ms in found.levels} == {4.95}
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [((1.0, 1.0), (0.1, 0.2)), ((0.1, 1.0), (0.1, 2.0)), ((0.1, 2.0), (1.0, 1.0)), ((0.5, -1.0),), ((0.5, math.nan),)],
+    ids=["unsorted", "twice", "slower with fewer", "negative", "nan"],
+)
+def test_levels_ascend(levels: Any) -> None:
+    with pytest.raises(ValueError, match=r"levels of 'a' must ascend, from a time of at least 0, got"):
+        LatencyTable((LayerTime("a", (0, None), NONE, levels=levels),), (0.0, 0.0), 1.0, "SharedFanIn")
+
+
+@pytest.mark.parametrize("levels", [((-3.0, 1.0), (1.0, 2.0)), ((1, 2, 3),), 0.5, [(True, 1.0)]])
+def test_levels_are_pairs_of_a_fraction_and_a_time(levels: Any) -> None:
+    with pytest.raises(ValueError, match=r"in .levels of 'a'"):
+        LatencyTable((LayerTime("a", (0, None), NONE, levels=levels),), (0.0, 0.0), 1.0, "SharedFanIn")
 
 
 @pytest.mark.parametrize("scope", ["local", "global", Knapsack()])
@@ -418,7 +451,7 @@ def test_the_knapsack_leaves_what_saves_nothing() -> None:
     given: dict[str, Any] = {"granularity": SharedFanIn(2), "example_inputs": torch.zeros(8, 40)}
     prune(model, 0.4, of=in_groups(10.0), scope=Knapsack(), **given)
     first, *others = density(model)
-    assert first < 0.25
+    assert 0.4 * 13.0 <= 10.0 - (1.0 + 20.0 * first) < 0.4 * 13.0 + 2 * 20.0 / 16  # hardly a step more than it takes
     assert others == [1.0, 1.0]
 
 
@@ -430,27 +463,75 @@ def test_a_table_of_an_earlier_release_is_read() -> None:
     values["layers"][0]["levels"] = [[0.5, "fast"]]
     with pytest.raises(ValueError, match=r"must have a number in 'table.layers\[0\].levels\[0\]\[1\]', got 'fast'"):
         LatencyTable.from_dict(values)
-    with pytest.raises(ValueError, match=r"levels of '0.weight' must be at least 0, got -1\.0"):
-        in_groups(-1.0)
 
 
 @pytest.mark.usefixtures("few")
 def test_groups_of_rows_are_measured_in_the_form_that_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_measuring, "_SPARSE", (0.25,))
+    monkeypatch.setattr(latency_measuring, "_SPARSE", (0.25, 0.5))
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten()]
     model, inputs = nn.Sequential(*convolutions, nn.Linear(64, 4)), torch.randn(2, 3, 4, 4)
     before = copy.deepcopy(model.state_dict())
-    with patch.object(smaller_copies, "fastest", wraps=smaller_copies.fastest) as chosen:
+    read = []
+
+    def slow_linear(model: nn.Sequential, inputs: Tensor) -> tuple[nn.Module, tuple[()]]:
+        """Take the linear layer apart, and make it slow."""
+        read.append(float((model[5].weight != 0).float().mean()))
+        model[5] = Slow(model[5])
+        return model, ()
+
+    with patch.object(smaller_copies, "in_fastest_forms", slow_linear):
         known = measure_latency(model, inputs, SharedFanIn(4))
-    chosen.assert_called_once()
+    assert read == [0.25, 0.5]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     layers = {layer.weight: layer for layer in known.layers}
     assert layers.keys() == {"0.weight", "1.weight", "3.weight", "5.weight"}
     assert layers["1.weight"].levels == ()
-    assert all([left for left, _ in layers[f"{place}.weight"].levels][1:] == [1.0] for place in (0, 3, 5))
+    assert all(len({ms for _, ms in layers[name].levels}) == 1 for name in ("0.weight", "3.weight"))
+    assert [left for left, _ in layers["5.weight"].levels] == [0.25, 0.5, 1.0]
     assert known.granularity == "SharedFanIn"
     assert LatencyTable.from_dict(known.to_dict()) == known
+
+
+class Slow(nn.Module):
+    """Another form of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_narrow_layers_are_measured_as_well(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).to(dtype)
+    known = measure_latency(model, torch.zeros(2, 8, dtype=dtype), SharedFanIn(4))
+    assert all(0.0 < left <= 1.0 for layer in known.layers for left, _ in layer.levels)
+    assert known.time({("0.weight", 0): 0.125, ("2.weight", 0): 0.1}) <= known.time({})
+
+
+def test_what_no_form_makes_faster_is_refused_before_it_is_measured() -> None:
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    with pytest.raises(ValueError, match=r"targets must hold linear layers or 1 x 1 convolutions.*got \['0.weight'\]"):
+        measure_latency(convolution, torch.zeros(1, 3, 4, 4), SharedFanIn(4))
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.lstm(inputs)[0])
+
+    given: dict[str, Any] = {"granularity": SharedFanIn(4), "of": "latency", "example_inputs": torch.zeros(1, 3, 4)}
+    with pytest.raises(
+        ValueError, match=r"targets must be one for each layer for of=.latency., got \['lstm.weight_\w+'\]"
+    ):
+        prune(Reader(), 0.1, **given)
 
 
 def test_a_run_prunes_groups_of_rows_by_its_table() -> None:
