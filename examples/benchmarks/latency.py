@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from fast import with_onnx
-from models import Transformer, cnn, mobilenet
+from models import Transformer, cnn, mlp, mobilenet
 from runs import Runs
 from timing import alternate, machine
 from torch import Tensor, nn
@@ -55,12 +56,6 @@ def rows() -> Tensor:
     return torch.randn(32, 784)
 
 
-def perceptron() -> nn.Module:
-    """Return three linear layers, most of whose time two of them take."""
-    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
-    return nn.Sequential(*layers)
-
-
 CASES: dict[str, tuple[Any, Any, Any, float]] = {
     "ResNet-18-like, round_to=16": (cnn, images, Channel(round_to=16), 0.5),
     "ResNet-18-like, round_to=8": (cnn, images, Channel(round_to=8), 0.5),
@@ -69,7 +64,7 @@ CASES: dict[str, tuple[Any, Any, Any, float]] = {
     "transformer, Channel": (wide_transformer, tokens, Channel(round_to=8), 0.3),
     "transformer, Head": (wide_transformer, tokens, Head(), 0.15),
     "transformer, Layer": (wide_transformer, tokens, Layer(), 0.45),
-    "MLP, SharedFanIn": (perceptron, rows, SharedFanIn(16), 0.5),
+    "MLP, SharedFanIn": (partial(mlp, 1024), rows, SharedFanIn(16), 0.5),
     "transformer, SharedFanIn": (wide_transformer, tokens, SharedFanIn(16), 0.5),
 }
 

@@ -66,9 +66,9 @@ def mobilenet() -> nn.Module:
     return nn.Sequential(*stem, *blocks, *end, nn.Linear(1280, 200))
 
 
-def mlp() -> nn.Module:
-    """Return an MLP of 5.8 M weights in three layers."""
-    return nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
+def mlp(width: int = 2048) -> nn.Module:
+    """Return an MLP of three layers: by default 5.8 M weights."""
+    return nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 class Block(nn.Module):

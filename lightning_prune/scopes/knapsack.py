@@ -114,7 +114,8 @@ def _next(steps: Iterable[tuple[float, float, int]]) -> tuple[float, int]:
         cost = lost / max(_NOTHING, saved)
         if saved > _NOTHING and cost >= best[0]:
             break
-        best = min(best, (cost, less), key=lambda found: found[0])
+        if cost < best[0]:
+            best = (cost, less)
     return best
 
 

@@ -4,6 +4,7 @@ Torch-Pruning's own search takes every path through the graph and lists again wh
 channels where many layers add to parts of one activation, as in ReXNet. This walk goes on with new channels only.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -69,8 +70,7 @@ def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:
                 known = found.setdefault((edge.target, edge.handler), {})
                 new = [channel for channel in _mapped(channels, edge) if channel not in known]
                 known.update(dict.fromkeys(new))
-                size = _size(graph, edge.target.module)
-                if inside := [channel for channel in new if size is None or channel.idx < size]:
+                if inside := _inside(graph, edge.target.module, new):
                     waiting.append((edge, inside))
     for (node, handler), reached in found.items():
         first: dict[int, Any] = {}
@@ -80,13 +80,14 @@ def _walk(graph: Any, layer: nn.Module, pruner: Any) -> Iterator[Item]:
             yield node.module, _direction(graph, handler), list(first), list(first.values())
 
 
-def _size(graph: Any, module: Any) -> int | None:
-    """Return how many channels a layer has at most; None for an operation."""
-    if not isinstance(module, nn.Module) or not any(True for _ in module.parameters()):
-        return None
+def _inside(graph: Any, module: Any, channels: list[Any]) -> list[Any]:
+    """Return which channels a layer has; of an operation, all of them."""
+    if not channels or not isinstance(module, nn.Module) or next(module.parameters(), None) is None:
+        return channels
     pruner = graph.get_pruner_of_module(module)
-    sizes = (pruner.get_out_channels(module), pruner.get_in_channels(module)) if pruner is not None else (None,)
-    return max((size for size in sizes if size is not None), default=None)
+    sizes = (pruner.get_out_channels(module), pruner.get_in_channels(module)) if pruner is not None else ()
+    size = max((size for size in sizes if size is not None), default=math.inf)
+    return [channel for channel in channels if channel.idx < size]
 
 
 def _mapped(channels: list[Any], edge: Any) -> list[Any]:

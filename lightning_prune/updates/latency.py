@@ -224,17 +224,17 @@ def _frozen(value: Any) -> Any:
 
 def _check_levels(name: str, levels: Any) -> None:
     """Reject levels that do not ascend, so that a layer with fewer units would take longer."""
-    items(row(FRACTION, NUMBER))(name, levels)
+    _LEVELS(name, levels)
     ascending = all(low < high and least <= most for (low, least), (high, most) in pairwise(levels))
     if not ascending or any(not ms >= 0 for _, ms in levels):
         raise ValueError(f"{name} must ascend, from a time of at least 0, got {levels}")
 
 
 def _levels(path: str, layer: Mapping[str, Any]) -> None:
-    items(row(FRACTION, NUMBER))(f"{path}.levels", layer.get("levels", ()))  # absent from tables of earlier releases
+    _LEVELS(f"{path}.levels", layer.get("levels", ()))  # absent from tables of earlier releases
 
 
-_MS = row(NUMBER, NUMBER, NUMBER, NUMBER)
+_MS, _LEVELS = row(NUMBER, NUMBER, NUMBER, NUMBER), items(row(FRACTION, NUMBER))
 _LAYER_RULES = {"weight": TEXT, "dims": row(optional(whole()), optional(whole())), "ms": _MS, "values": whole()}
 _RULES: dict[str, Rule] = {
     "layers": items(every(record(**_LAYER_RULES), _levels)),

@@ -57,26 +57,24 @@ def smaller_copy(
     stacks = [unit for unit in units if isinstance(unit, LayerUnits)]
     if stacks:
         return _shallower(model, stacks, keep)
+    copy = hookless_copy(model).eval()
+    parts = parts_left({unit.name: unit for unit in units}, {unit.name: unit.shares for unit in units}, keep)
+    whole = SmallerCopy(copy, parts, layer_spots(copy, parts))
     groups = [unit for unit in units if isinstance(unit, PooledUnits) and unit.even]
     if groups:
-        return _sparser(model, groups, keep, inputs)
-    copy = hookless_copy(model).eval()
+        return _sparser(whole, groups, keep, inputs)
     coupled = [unit for unit in units if isinstance(unit, CoupledUnits)]
     if len(coupled) < len(units):
         raise ValueError(
             'of="latency" needs units that shrink takes out, got channels of single layers: use Channel(coupled=True)'
         )
-    parts = parts_left({unit.name: unit for unit in units}, {unit.name: unit.shares for unit in units}, keep)
-    spots = layer_spots(copy, parts)
     cut(copy, kept_by(copy, [(unit.group, torch.arange(unit.size) < keep[unit.name]) for unit in coupled]))
-    return SmallerCopy(copy, parts, spots)
+    return whole
 
 
-def _sparser(model: nn.Module, units: Sequence[PooledUnits], keep: Mapping[str, int], inputs: Inputs) -> SmallerCopy:
+def _sparser(whole: SmallerCopy, units: Sequence[PooledUnits], keep: Mapping[str, int], inputs: Inputs) -> SmallerCopy:
     """Return a copy with random units at zero, whose layers are in their fastest form."""
-    copy = hookless_copy(model).eval()
-    parts = parts_left({unit.name: unit for unit in units}, {unit.name: unit.shares for unit in units}, keep)
-    spots = layer_spots(copy, parts)
+    copy, spots = whole.model, whole.spots
     named = {name: (module, spots[module]) for name, module in copy.named_modules() if module in spots}
     parameters, generator = named_parameters(copy), torch.Generator().manual_seed(0)
     for unit in units:
@@ -90,7 +88,7 @@ def _sparser(model: nn.Module, units: Sequence[PooledUnits], keep: Mapping[str, 
         form = running.get_submodule(name)
         found[form] = replace(spot, keeps_shape=spot.weight in targets)
         dense |= {spot.weight} if type(form) is type(module) else set()
-    return SmallerCopy(running, parts, found, frozenset(dense))
+    return SmallerCopy(running, whole.parts, found, frozenset(dense))
 
 
 def _shallower(model: nn.Module, stacks: Sequence[LayerUnits], keep: Mapping[str, int]) -> SmallerCopy:
