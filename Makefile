@@ -10,6 +10,8 @@ ARGS ?=#                arguments for pytest or the demo
 FULL ?=#                set to anything to run benchmarks at all sizes
 BIN := .venv/bin
 INPUTS := pyproject.toml lightning_prune/_version.py .ci/constraints.txt
+# Many processes are started: each would compile the package and its tests again where this is set, as in containers.
+export PYTHONDONTWRITEBYTECODE :=
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-10s%s\n' "$$name" "$$text"; done

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 
+import first_import  # noqa: F401 - before anything else imports the package
 import pytest
 import torch
 from lightning.fabric.utilities import registry

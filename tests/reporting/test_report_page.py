@@ -518,8 +518,7 @@ def test_the_page_opens_without_a_network(chromium: str, page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "clicks", "order", "state"),
-    [(2, 1, "406", "descending"), (2, 2, "604", "ascending"), (0, 1, "640", "descending"), (0, 2, "046", "ascending")],
+    ("column", "clicks", "order", "state"), [(2, 1, "406", "descending"), (0, 2, "046", "ascending")]
 )
 def test_a_click_sorts_the_table(column: int, clicks: int, order: str, state: str, chromium: str, page: Path) -> None:
     click = f"document.querySelectorAll('table.sortable th button')[{column}].click();"
