@@ -11,6 +11,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ from lightning_prune import (
     Criterion,
     Granularity,
     Head,
+    Knapsack,
+    LatencyTable,
     Layer,
     LearnedMasks,
     MagnitudePruning,
@@ -35,10 +38,13 @@ from lightning_prune import (
     Pruning,
     ResidualChannel,
     Sensitivity,
+    SharedFanIn,
     Weight,
     prune,
 )
 from lightning_prune.tensors.packing import pack_all, unpack_all
+from lightning_prune.training import observed
+from lightning_prune.updates.latency import LayerTime
 
 # resumed runs save nothing, so the callbacks that saved are not among theirs
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
@@ -248,6 +254,21 @@ class Sharing(Attending):
 def test_single_queries_resume_exactly(tmp_path: Path) -> None:
     arguments = {"criterion": Sensitivity(window=2), "granularity": Head(queries=True), **REGIMES["step"]}
     assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), Sharing, taken=fifth(1), check=assert_zero)
+
+
+def test_groups_of_rows_resume_exactly_by_the_times_that_were_measured(tmp_path: Path) -> None:
+    levels = ((0.0, 0.0), (0.5, 1.0), (1.0, 1.0))  # a layer is faster from half of its zeros on
+    layers = tuple(LayerTime(f"net.{n}.weight", (0, None), (0.0,) * 4, levels=levels) for n in (0, 3, 5))
+    table = LatencyTable(layers, (0.0, 0.0), 3.0, "SharedFanIn")
+    arguments = {"granularity": SharedFanIn(2), "of": "latency", "scope": Knapsack(), **REGIMES["step"]}
+
+    def assert_half(model: nn.Module, callback: Pruning, sparsity: float) -> None:
+        assert agrees(model, callback.masks)
+        times = [min(1.0, 2.0 * float(mask.double().mean())) for mask in callback.masks.values()]
+        assert 1.2 < sum(times) <= 1.5 + 1e-6
+
+    with patch.object(observed, "latency_table", side_effect=[table]):  # resumed runs that measure again would fail
+        assert_resumes_exactly(tmp_path, partial(Pruning, 0.5, **arguments), taken=fifth(2), check=assert_half)
 
 
 class Deep(Attending):

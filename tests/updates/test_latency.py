@@ -534,15 +534,50 @@ def test_what_no_form_makes_faster_is_refused_before_it_is_measured() -> None:
         prune(Reader(), 0.1, **given)
 
 
+def of_rows(*slow: float) -> LatencyTable:
+    """Return a table of the layers of ``MLP``, each of which is faster from half of its zeros on."""
+    layers = [
+        LayerTime(f"net.{n}.weight", (0, None), NONE, levels=((0.0, 0.0), (0.5, ms), (1.0, ms)))
+        for n, ms in zip((0, 4, 6), slow, strict=True)
+    ]
+    return LatencyTable(tuple(layers), (0.0, 0.0), sum(slow), "SharedFanIn")
+
+
+def in_rows() -> Pruning:
+    window: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 6}
+    return Pruning(0.5, granularity=SharedFanIn(2), of="latency", scope=Knapsack(), **window)
+
+
+def time_of(masks: Any, *slow: float) -> float:
+    """Return what such masks leave of the time in that table."""
+    return sum(ms * min(1.0, 2.0 * float(mask.double().mean())) for mask, ms in zip(masks.values(), slow, strict=True))
+
+
 def test_a_run_prunes_groups_of_rows_by_its_table() -> None:
-    model = MLP()
-    layers = [LayerTime(f"net.{n}.weight", (0, None), NONE, levels=LEVELS) for n in (0, 4, 6)]
-    known = LatencyTable(tuple(layers), (0.0, 0.0), 3.0, "SharedFanIn")
-    pruning = Pruning(0.5, granularity=SharedFanIn(2), of="latency", scope="local", schedule="linear", start=0, end=6)
-    with patch.object(observed, "latency_table", return_value=known):
+    model, pruning = MLP(), in_rows()
+    with patch.object(observed, "latency_table", return_value=of_rows(8.0, 1.0, 1.0)):
         fit(model, pruning)
-    assert pruning.state.latency == known
-    assert sum(min(1.0, 2.0 * float(mask.double().mean())) for mask in pruning.masks.values()) <= 1.5 + 1e-6
+    assert pruning.state.latency == of_rows(8.0, 1.0, 1.0)
+    assert 5.0 - 1.0 < time_of(pruning.masks, 8.0, 1.0, 1.0) <= 5.0 + 1e-6
+
+
+def masks_of_rows() -> dict[str, Tensor]:
+    """Return the masks of a rank whose own clock says that another layer is the slow one."""
+    own = of_rows(*((1.0, 1.0, 8.0) if distributed.rank() else (8.0, 1.0, 1.0)))
+    model, pruning = MLP(), in_rows()
+    model.layout = "ddp"
+    with patch.object(latency_measuring, "_measured", return_value=own):
+        distributed.fit(model, pruning, max_epochs=2)
+    return dict(pruning.masks)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:It is recommended to use")
+def test_ranks_prune_groups_of_rows_by_the_clock_of_the_first() -> None:
+    first, second = run(masks_of_rows, 2)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    assert time_of(first, 8.0, 1.0, 1.0) <= 5.0 + 1e-6 < time_of(first, 1.0, 1.0, 8.0)
 
 
 # ------------------------------------------------------------------------------------------------ ONNX Runtime
