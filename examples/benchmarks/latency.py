@@ -15,13 +15,15 @@ import sys
 import time
 import warnings
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from fast import with_onnx
+from marked import replace, spread, table
 from models import Transformer, cnn, mlp, mobilenet
 from runs import Runs
 from timing import alternate, machine
@@ -37,6 +39,7 @@ from networks import mobilenet as small_mobilenet
 
 REMOVED = 0.3  # of the time of the small networks; they hardly learn with much less
 RESULTS = Path(__file__).parent / "results" / "latency.jsonl"
+NETWORKS = {"CNN": "three convolutions, two linear layers", "MobileNet": "four inverted residual blocks"}
 
 
 def images() -> Tensor:
@@ -95,17 +98,17 @@ def half(results: Runs, name: str, runtime: str) -> None:
     torch.manual_seed(0)
     dense, inputs = build().eval(), example()
     began = time.perf_counter()
-    table = measure_latency(dense, inputs, granularity, runtime)
+    times = measure_latency(dense, inputs, granularity, runtime)
     took = time.perf_counter() - began
     models: dict[str, nn.Module] = {"dense": dense}
-    for measure, of in {"latency": table, "flops": "flops"}.items():
+    for measure, of in {"latency": times, "flops": "flops"}.items():
         if measure in granularity.measures:
             model = copy.deepcopy(dense)
             prune(model, sparsity, granularity=granularity, of=of, example_inputs=inputs)
             models[measure] = shrink(model, inputs) if "flops" in granularity.measures else fastest(model, inputs)[0]
     found = ratios(models, inputs, 31, runtime)
     shown = {"asked": round(1 - sparsity, 3), "latency": found["latency"], "flops": found.get("flops")}
-    facts = {"dense_ms": round(table.dense, 2), "measuring_s": round(took, 1), "load": round(os.getloadavg()[0], 1)}
+    facts = {"dense_ms": round(times.dense, 2), "measuring_s": round(took, 1), "load": round(os.getloadavg()[0], 1)}
     results.add(kind=kind, case=name, **shown, **facts, cpu=machine()["cpu"])
     print(results.rows[-1], flush=True)
 
@@ -119,11 +122,11 @@ def compare(results: Runs, network: str, seed: int) -> None:
     dense = {"CNN": small_cnn, "MobileNet": small_mobilenet}[network]()
     fit(dense, data, data.epochs, seed)
     example = data.train[0][:64]
-    table = measure_latency(dense.eval(), example, Channel(round_to=4))
+    known = measure_latency(dense.eval(), example, Channel(round_to=4))
     models, goals = {"dense": dense}, {"latency": REMOVED}
-    models["latency"] = pruned(dense, example, table, REMOVED)
-    models["knapsack"] = pruned(dense, example, table, REMOVED, Knapsack())
-    goals["flops"] = equal_time(dense, example, table)
+    models["latency"] = pruned(dense, example, known, REMOVED)
+    models["knapsack"] = pruned(dense, example, known, REMOVED, Knapsack())
+    goals["flops"] = equal_time(dense, example, known)
     models["flops"] = pruned(dense, example, "flops", goals["flops"])
     times = ratios(models, example, 51)
     if shapes(models["flops"]) == shapes(models["latency"]):  # the same share of every layer
@@ -147,7 +150,7 @@ def shapes(model: nn.Module) -> list[torch.Size]:
     return [parameter.shape for parameter in model.parameters()]
 
 
-def equal_time(dense: nn.Module, example: Tensor, table: LatencyTable) -> float:
+def equal_time(dense: nn.Module, example: Tensor, known: LatencyTable) -> float:
     """Return the fraction of FLOPs, in steps of 2 %, whose removal saves as much time according to the table."""
     for percent in range(10, 98, 2):
         small = pruned(dense, example, "flops", percent / 100)
@@ -157,17 +160,34 @@ def equal_time(dense: nn.Module, example: Tensor, table: LatencyTable) -> float:
             for name, parameter in small.named_parameters()
             for dim, (after, before) in enumerate(zip(parameter.shape, whole[name].shape, strict=True))
         }
-        if table.left(parts) <= 1 - REMOVED:
+        if known.left(parts) <= 1 - REMOVED:
             return percent / 100
     return 0.96
 
 
+def make_table(results: Runs) -> str:
+    """Return the accuracies at equal time, of the seeds that the rule of the knapsack was chosen on, and of others."""
+    lines = []
+    for network, seeds in product(NETWORKS, (range(5), range(5, 10))):
+        runs = [run for seed in seeds for run in results.have(kind="accuracy", network=network, seed=seed)]
+        if len(runs) < 2:
+            continue
+        cells = [spread([run["accuracies"]["dense"] for run in runs])]
+        for way in ("flops", "latency", "knapsack"):
+            accuracies, times = ([run[what][way] for run in runs] for what in ("accuracies", "times"))
+            cells.append(f"{spread(accuracies)} ({mean(times):.2f})")
+        ahead = sum(run["accuracies"]["knapsack"] > run["accuracies"]["flops"] for run in runs)
+        lines.append([NETWORKS[network], f"{seeds[0]} to {seeds[-1]}", *cells, f"{ahead} of {len(runs)}"])
+    ways = ['`of="flops"`, local', '`of="latency"`, local', '`of="latency"`, `Knapsack()`']
+    return table(["network", "seeds", "dense", *ways, "`Knapsack()` ahead of FLOPs"], lines)
+
+
 def main() -> None:
-    """Measure what is missing."""
+    """Measure what is missing, and write the accuracies into the docs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--accuracy", action="store_true", help="compare accuracies at equal time as well")
     parser.add_argument("--onnx", action="store_true", help="measure in ONNX Runtime")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -175,9 +195,9 @@ def main() -> None:
     results = Runs(RESULTS)
     for name in options.cases:
         half(results, name, "onnxruntime" if options.onnx else "torch")
-    for network in ("CNN", "MobileNet") if options.accuracy else ():
-        for seed in range(options.seeds):
-            compare(results, network, seed)
+    for network, seed in product(NETWORKS, range(options.seeds)) if options.accuracy else ():
+        compare(results, network, seed)
+    replace(Path(__file__).parents[2] / "docs" / "speed.md", "equal time", make_table(results))
 
 
 if __name__ == "__main__":
