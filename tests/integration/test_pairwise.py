@@ -39,3 +39,17 @@ def test_pairs_that_are_not_possible_are_left_out() -> None:
     assert met == {(a, b) for a in range(4) for b in range(4) if a != b}
     with pytest.raises(ValueError, match="possible must leave a value of 'c'"):
         covering(axes, lambda case: "c" not in case or len(case) == 2)
+
+
+def test_cheap_values_take_the_place_of_those_that_meet_nothing_new() -> None:
+    axes = {"a": range(6), "b": range(5), "c": ("slow", "quick")}
+
+    def possible(case: dict[str, Any]) -> bool:
+        return case.get("a") != 2 or case.get("c") != "quick"
+
+    cases, plain = covering(axes, possible, {"c": "quick"}), covering(axes, possible)
+    assert all(map(possible, cases))
+    assert len(cases) == len(plain)
+    for one, other in combinations(axes, 2):
+        assert {(case[one], case[other]) for case in cases} == {(case[one], case[other]) for case in plain}
+    assert [sum(case["c"] == "slow" for case in each) for each in (cases, plain)] == [10, 17]

@@ -1,5 +1,6 @@
 """Pairwise coverage: a few combinations of variants in which each variant meets each of every other axis."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -9,7 +10,9 @@ Pair = tuple[tuple[str, int], tuple[str, int]]
 
 
 def covering(
-    axes: Mapping[str, Sequence[Any]], possible: Callable[[dict[str, Any]], bool] = lambda case: True
+    axes: Mapping[str, Sequence[Any]],
+    possible: Callable[[dict[str, Any]], bool] = lambda case: True,
+    cheap: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return cases, a value for each axis, in which every two values of two axes meet.
 
@@ -18,6 +21,7 @@ def covering(
     Args:
         axes: The values of each axis, which need no hash.
         possible: Whether values go together; it is asked about some axes, too. Pairs that do not are left out.
+        cheap: Values that take the place of others of their axis, where these meet nothing new.
     """
 
     def allowed(row: Row) -> bool:
@@ -30,7 +34,23 @@ def covering(
         rows.append(row)
         for pair in _within(row, axes):
             left.pop(pair, None)
+    for axis, value in (cheap or {}).items():
+        _spare(rows, axis, list(axes[axis]).index(value), axes, allowed)
     return [{axis: axes[axis][row[axis]] for axis in axes} for row in rows]
+
+
+def _spare(
+    rows: list[Row], axis: str, number: int, axes: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool]
+) -> None:
+    """Give rows this value of an axis, where all pairs of the value that they have are met in other rows, too."""
+    met = Counter(pair for row in rows for pair in _within(row, axes))
+    for place, row in enumerate(rows):
+        other = {**row, axis: number}
+        lost = set(_within(row, axes)) - set(_within(other, axes))
+        if allowed(other) and all(met[pair] > 1 for pair in lost):
+            met.subtract(lost)
+            met.update(set(_within(other, axes)) - set(_within(row, axes)))
+            rows[place] = other
 
 
 def _pairs(axes: Mapping[str, Sequence[Any]]) -> Iterable[Pair]:
