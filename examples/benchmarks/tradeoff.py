@@ -1,9 +1,10 @@
 """Accuracy against measured time, in two pictures: `python examples/benchmarks/tradeoff.py [--measure]`.
 
-LeNet-300-100 on 5,000 digits and on Fashion-MNIST, by the shape of its zeros. The accuracies are those of `evidence`
-(five seeds, recorded in results/evidence.jsonl), the times CPU time of one core for a batch of 64, medians of rounds in
-which all take turns, of networks pruned in the same shape. Each form runs with torch, converted by `to_fast`, and with
-ONNX Runtime, which multiplies by zeros; the faster of the two counts.
+LeNet-300-100 on 5,000 digits and on Fashion-MNIST and a CNN on Fashion-MNIST, by the shape of their zeros, with the
+accuracies of `evidence` (five seeds, recorded in results/evidence.jsonl), and the feed-forward layers of SmolLM2-135M
+with the perplexities of `feed_forward`. Times are CPU time of one core, medians of rounds in which all take turns, of
+networks pruned in the same shape: a batch of 64, or 64 tokens. Each form runs with torch, converted by `to_fast`, and
+with ONNX Runtime, which multiplies by zeros; the faster of the two counts.
 Without `--measure` the pictures are drawn again from results/tradeoff.json.
 """
 
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,26 +23,56 @@ from typing import Any
 import torch
 from fast import compare, with_onnx
 from marked import replace, spread, table
+from runs import Runs
+from shapes import BLOCKS, DENSE, GROUPS, LEVELS, MASKED, NEURONS, PAIRS, SHAPED, SHAPES
 from timing import RESULTS, describe, load, parser, save
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_prune import NM, Block, Channel, Granularity, Magnitude, SharedFanIn, Weight, prune, shrink
+from lightning_prune import Magnitude, prune, shrink
 from lightning_prune.export.fast import fastest
 
 sys.path.insert(0, str(Path(__file__).with_name("evidence")))
-from methods import SHARED
 from running import Results, Setting
-from tasks import lenet
+from tasks import lenet, small_cnn
 
 DOCS = Path(__file__).parents[2] / "docs"
 BATCH, SEEDS = 64, range(5)
-DENSE, MASKED, NEURONS, PAIRS, BLOCKS = "dense", "weights", "neurons, L2", "2:4, gradual", "blocks of 16 x 16"
-GROUPS = {f"groups of {rows} rows": rows for rows in SHARED}
-SHAPED = dict.fromkeys((MASKED, *GROUPS, BLOCKS), (0.8, 0.9, 0.95))
-FORMS = {DENSE: (0.0,), **SHAPED, PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.9, 0.95)}
+FORMS = {DENSE: (0.0,), **LEVELS}
+
+
+class FeedForward(nn.Module):
+    """The feed-forward layers of a block of SmolLM2-135M."""
+
+    def __init__(self, width: int = 576, hidden: int = 1536) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(tokens)) * self.up(tokens))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of the picture: accuracies of a task, and times of a network of its kind."""
+
+    title: str
+    network: str
+    measure: str = "test accuracy, %"
+
+
+NETWORKS: dict[
+    str, tuple[Callable[[], nn.Module], tuple[int, ...], int]
+] = {  # with the shape of the inputs and repeats
+    "LeNet-300-100": (lenet, (BATCH, 784), 1),
+    "CNN": (small_cnn, (BATCH, 1, 28, 28), 1),
+    "SmolLM2-135M": (FeedForward, (BATCH, 576), 30),
+}
 PANELS = {
-    "mnist": "5,000 digits, 20 epochs from scratch",
-    "fashion": "Fashion-MNIST, 3 epochs dense, then 1 pruned",
+    "mnist": Panel("LeNet-300-100, 5,000 digits,\n20 epochs from scratch", "LeNet-300-100"),
+    "fashion": Panel("LeNet-300-100, Fashion-MNIST,\n3 epochs dense, then 1 pruned", "LeNet-300-100"),
+    "cnn": Panel("CNN, Fashion-MNIST,\n3 epochs dense, then 1 pruned", "CNN"),
+    "smollm2": Panel("SmolLM2-135M, feed-forward layers,\nwithout training", "SmolLM2-135M", "perplexity"),
 }
 LABELS = {
     DENSE: "dense",
@@ -58,29 +90,30 @@ STYLES = {
     PAIRS: ("#1565c0", "*"),
     NEURONS: ("#5e35b1", "s"),
 }
-Accuracies = Callable[[Setting], list[float] | None]
+Accuracies = Callable[[str, float], list[float] | None]
 
 
-def make(form: str, level: float, dense: nn.Module, inputs: torch.Tensor) -> nn.Module:
+def make(form: str, level: float, dense: nn.Module, inputs: Tensor) -> nn.Module:
     """Return a network of this form, with the shapes and zeros that training would give it."""
     model = copy.deepcopy(dense)
-    hidden: dict[str, Any] = {"scope": "local", "ignore": ["head.*"]}
     if form == DENSE:
         return model.requires_grad_(False).eval()
+    hidden: dict[str, Any] = {"scope": "local", "ignore": ["head.*"] if hasattr(model, "head") else []}
+    hidden["granularity"] = SHAPES[form]
     if form == NEURONS:
-        channels: dict[str, Any] = {"criterion": Magnitude(p=2), "granularity": Channel(), "example_inputs": inputs}
-        prune(model, level, **channels, **hidden, min_density=0)
+        prune(model, level, criterion=Magnitude(p=2), example_inputs=inputs, **hidden, min_density=0)
         return shrink(model, inputs).requires_grad_(False).eval()
-    shapes: dict[str, Granularity] = {name: SharedFanIn(rows) for name, rows in GROUPS.items()}
-    shapes |= {MASKED: Weight(), BLOCKS: Block(16, 16), PAIRS: NM(2, 4)}
-    prune(model, level, granularity=shapes[form], **hidden)
+    prune(model, level, **hidden)
+    if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):  # `to_fast` leaves those with kernels dense
+        return model.requires_grad_(False).eval()
     return fastest(model.requires_grad_(False).eval(), inputs)[0].eval()
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return the milliseconds of every form at every sparsity."""
+def measure(network: str, rounds: int) -> list[dict[str, Any]]:
+    """Return the milliseconds of every form of a network at every sparsity."""
     torch.manual_seed(0)
-    dense, inputs = lenet().eval(), torch.randn(BATCH, 784)
+    build, shape, repeats = NETWORKS[network]
+    dense, inputs = build().eval(), torch.randn(shape)
     calls: dict[str, Callable[[], Any]] = {}
     keys = [(form, level) for form, levels in FORMS.items() for level in levels]
     with tempfile.TemporaryDirectory() as folder:
@@ -96,28 +129,28 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     for form, level in keys:
         in_onnx = found.get(f"{form}, {level}, ONNX Runtime", found[f"{DENSE}, 0.0, ONNX Runtime"])
         times = {"torch": found[f"{form}, {level}, torch"], "ONNX Runtime": in_onnx}
-        rows.append({"form": form, "sparsity": level, "ms": times})
+        times = {name: repeats * ms for name, ms in times.items()}
+        rows.append({"network": network, "form": form, "sparsity": level, "ms": times})
     return rows
 
 
-def speeds(content: dict[str, Any]) -> dict[tuple[str, float], float]:
-    """Return how many times faster each form is than the fastest dense run."""
-    best = {(row["form"], row["sparsity"]): min(row["ms"].values()) for row in content["rows"]}
-    return {key: best[DENSE, 0.0] / ms for key, ms in best.items()}
+def milliseconds(content: dict[str, Any], network: str) -> dict[tuple[str, float], float]:
+    """Return how long each form of a network takes, in the faster of torch and ONNX Runtime."""
+    rows = [row for row in content["rows"] if row["network"] == network]
+    return {(row["form"], row["sparsity"]): min(row["ms"].values()) for row in rows}
 
 
-def draw(ax: Any, task: str, content: dict[str, Any], accuracies: Accuracies, forms: Sequence[str]) -> None:
-    """Draw accuracy against speed, a line for each form."""
-    speed = speeds(content)
+def draw(ax: Any, places: dict[tuple[str, float], float], accuracies: Accuracies, forms: Sequence[str]) -> None:
+    """Draw accuracy against time or speed, a line for each form."""
     for form in forms:
-        drawn = [(level, values) for level in FORMS[form] if (values := accuracies(Setting(task, form, level)))]
+        drawn = [(level, values) for level in FORMS[form] if (values := accuracies(form, level))]
         if not drawn:
             continue
         color, marker = STYLES[form]
         ax.errorbar(
-            [speed[form, level] for level, _ in drawn],
+            [places[form, level] for level, _ in drawn],
             [mean(values) for _, values in drawn],
-            [stdev(values) for _, values in drawn],
+            [stdev(values) if len(values) > 1 else 0 for _, values in drawn],
             color=color,
             marker=marker,
             capsize=2,
@@ -125,66 +158,99 @@ def draw(ax: Any, task: str, content: dict[str, Any], accuracies: Accuracies, fo
             elinewidth=0.8,
             label=LABELS[form],
         )
-        if form in ("groups of 16 rows", NEURONS):
-            for level, values in drawn:
-                below = form != NEURONS
-                ax.annotate(
-                    f"{level:.0%}",
-                    (speed[form, level], mean(values)),
-                    (-6, -12) if below else (6, 5),
-                    textcoords="offset points",
-                    ha="right" if below else "left",
-                    color=color,
-                )
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(0.6, 13)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    ax.set_title(PANELS[task], fontsize=10)
     ax.grid(alpha=0.25)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
 
 
-def pictures(content: dict[str, Any], accuracies: Accuracies) -> None:
-    """Draw the one of the front page, and that with all shapes and tasks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def front_page(content: dict[str, Any], accuracies: Accuracies) -> Any:
+    """Draw four forms of one network against their speed."""
     import matplotlib.pyplot as plt
 
-    over = "speed on one core, over the fastest dense run (batch of 64)"
     figure, ax = plt.subplots(figsize=(7.2, 4.0), dpi=160)
-    draw(ax, "mnist", content, accuracies, (DENSE, MASKED, "groups of 16 rows", NEURONS))
+    times = milliseconds(content, PANELS["mnist"].network)
+    speeds = {key: times[DENSE, 0.0] / ms for key, ms in times.items()}
+    draw(ax, speeds, accuracies, (DENSE, MASKED, "groups of 16 rows", NEURONS))
+    for form, offset, side in (("groups of 16 rows", (-6, -12), "right"), (NEURONS, (6, 5), "left")):
+        for level in FORMS[form]:
+            if values := accuracies(form, level):
+                place = speeds[form, level], mean(values)
+                ax.annotate(f"{level:.0%}", place, offset, textcoords="offset points", ha=side, color=STYLES[form][0])
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(0.6, 13)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     ax.set_title("LeNet-300-100, 5,000 digits: mean and deviation of five seeds", fontsize=10)
-    ax.set_xlabel(over)
+    ax.set_xlabel("speed on one core, over the fastest dense run (batch of 64)")
     ax.set_ylabel("test accuracy, %")
     ax.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(DOCS / "tradeoff.png")
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), dpi=130)
-    for ax, task in zip(panels, PANELS, strict=True):
-        draw(ax, task, content, accuracies, list(LABELS))
-    panels[0].set_ylabel("test accuracy of LeNet-300-100, %: five seeds")
-    figure.supxlabel(over, fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
+    return figure
+
+
+def all_shapes(content: dict[str, Any], accuracies: dict[str, Accuracies]) -> Any:
+    """Draw all forms against their time, in a panel for each task."""
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(accuracies) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 0.8 + 4.0 * rows), dpi=130)
+    for ax, task in zip(axes.flat, accuracies, strict=False):
+        panel = PANELS[task]
+        draw(ax, milliseconds(content, panel.network), accuracies[task], list(LABELS))
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+        ax.set_title(panel.title, fontsize=10)
+        ax.set_ylabel(panel.measure)
+        if panel.measure == "perplexity":
+            ax.set_yscale("log")
+            ax.invert_yaxis()
+    figure.supxlabel(
+        "milliseconds on one core, of the faster of torch and ONNX Runtime (64 images or tokens)", fontsize=10
+    )
+    handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.88))
-    figure.savefig(DOCS / "shapes.png")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / (0.8 + 4.0 * rows)))
+    return figure
 
 
 def accuracy_table(accuracies: Accuracies) -> str:
-    """Return the accuracies of all shapes on Fashion-MNIST, also with the rows in another order."""
+    """Return the accuracies of all shapes, also with the rows in another order."""
     lines = []
     for name in SHAPED:
         for form, label in ((name, LABELS[name]), (f"{name}, permuted", f"{LABELS[name]}, rows permuted")):
-            found = [accuracies(Setting("fashion", form, level)) for level in SHAPED[name]]
+            found = [accuracies(form, level) for level in SHAPED[name]]
             if any(found):
                 lines.append([label, *("" if values is None else spread(values) for values in found)])
     return table(["accuracy", *(f"{level:.0%}" for level in SHAPED[MASKED])], lines)
 
 
+def perplexity_table(perplexities: Accuracies) -> str:
+    """Return the perplexities of the language model."""
+    levels = sorted({level for form in LEVELS for level in LEVELS[form]})
+    found = {form: [perplexities(form, level) for level in levels] for form in LEVELS}
+    lines = [[LABELS[form], *(f"{value[0]:,.0f}" if value else "" for value in found[form])] for form in LEVELS]
+    return table(["perplexity", *(f"{level:.0%}" for level in levels)], lines)
+
+
+def read() -> dict[str, Accuracies]:
+    """Return the accuracies of each task of which they are there."""
+    results, runs = Results(RESULTS / "evidence.jsonl"), Runs(RESULTS / "feed_forward.jsonl")
+
+    def perplexities(form: str, level: float) -> list[float] | None:
+        return [run["score"] for run in runs.have(shape=form, level=level)] or None
+
+    def accuracies(task: str, form: str, level: float) -> list[float] | None:
+        return results.accuracies(Setting(task, form, level), SEEDS)
+
+    found: dict[str, Accuracies] = {**{task: partial(accuracies, task) for task in PANELS}, "smollm2": perplexities}
+    return {task: of for task, of in found.items() if all(of(form, LEVELS[form][0]) for form in LEVELS)}
+
+
 def main() -> None:
     """Measure if asked to, and draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     options = parser(str(__doc__).partition("\n")[0])
     options.add_argument("--measure", action="store_true", help="measure the times again")
     args = options.parse_args()
@@ -192,11 +258,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     if args.measure:
-        save("tradeoff", args.full, measure(args.rounds or 31))
-    results, content = Results(RESULTS / "evidence.jsonl"), load("tradeoff")
-    accuracies = partial(results.accuracies, seeds=SEEDS)
-    pictures(content, accuracies)
-    replace(DOCS / "speed.md", "shapes", accuracy_table(accuracies))
+        save("tradeoff", args.full, [row for name in NETWORKS for row in measure(name, args.rounds or 31)])
+    accuracies, content = read(), load("tradeoff")
+    front_page(content, accuracies["mnist"]).savefig(DOCS / "tradeoff.png")
+    all_shapes(content, accuracies).savefig(DOCS / "shapes.png")
+    for task in accuracies.keys() - {"mnist"}:
+        made = perplexity_table if task == "smollm2" else accuracy_table
+        replace(DOCS / "speed.md", f"shapes {task}", made(accuracies[task]))
     print(f"{describe(content['machine'])}\nwritten: tradeoff.png and shapes.png in {DOCS}")
 
 

@@ -56,12 +56,12 @@ def full() -> list[Setting]:
 
 def trained() -> list[Setting]:
     """Return the settings of the shapes of zeros in trained networks, where rows can be permuted."""
-    shapes = (*SHAPED, *PERMUTED)
-    few = [name for name in shapes if "4 rows" not in name and "8 rows" not in name]
-    found = [Setting("fashion", method, level) for level in SHAPED_LEVELS for method in shapes]
-    found += [Setting("fashion", "neurons, L2", level) for level in NEURON_LEVELS["mnist"]]
-    found += [Setting(task, "2:4, gradual", 0.5) for task in ("fashion", "cnn")]
-    return [*found, *(Setting("cnn", method, level) for level in SHAPED_LEVELS for method in few)]
+    tasks = ("fashion", "cnn")
+    found = [
+        Setting(task, method, level) for task in tasks for level in SHAPED_LEVELS for method in (*SHAPED, *PERMUTED)
+    ]
+    found += [Setting(task, "neurons, L2", level) for task in tasks for level in NEURON_LEVELS["mnist"]]
+    return [*found, *(Setting(task, "2:4, gradual", 0.5) for task in tasks)]
 
 
 def main() -> None:
