@@ -23,7 +23,7 @@ test: $(BIN)/.dev ## run the whole test suite (ARGS="-k name" for part of it)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS) # one thread each: the tests' models are tiny
 
 # What each room does by itself, and the matrix: no exports, command lines, pages, compilation or second processes.
-FAST := $(filter-out tests/export/ tests/integration/,$(wildcard tests/*/)) $(wildcard tests/test_*.py) \
+FAST := $(filter-out tests/export/ tests/integration/ tests/command_line/ tests/reporting/,$(wildcard tests/*/)) $(wildcard tests/test_*.py) \
     tests/integration/test_matrix.py lightning_prune
 
 test-fast: $(BIN)/.dev ## run the tests of the rooms, in less than 90 seconds

@@ -38,6 +38,7 @@ from lightning_prune.models.kept_norms import KeptChannels, kept_channels
 from lightning_prune.models.parameters import find
 from lightning_prune.structure.cut_record import CutRecord
 
+pytestmark = pytest.mark.slow
 TOKENS = torch.randn(2, 3, 8, dtype=torch.float64)
 IDS = torch.randint(0, 12, (2, 3))
 

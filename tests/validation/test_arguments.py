@@ -246,6 +246,7 @@ def fault(name: str, parameter: str, hint: Any, value: Any) -> str | None:
 CALLABLES = [*(name for name in lp.__all__ if name not in OTHERS), *METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLABLES)
 def test_every_bad_value_of_every_argument_is_refused_by_name(

@@ -113,6 +113,7 @@ def loadable(state: dict[str, Any]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* resumes with")
 @pytest.mark.parametrize("method", STATEFUL)
 def test_a_damaged_state_is_refused_by_its_key_or_does_no_harm(
