@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from ranks import run
 
@@ -50,6 +51,16 @@ def test_a_task_finds_nothing_of_the_last(tmp_path: Path) -> None:
 
 def warn() -> None:
     warnings.warn("something is odd", RuntimeWarning, stacklevel=1)
+
+
+def seed_of_lightning() -> str | None:
+    return os.environ.get("PL_GLOBAL_SEED")
+
+
+def test_new_ranks_have_no_seed_of_an_earlier_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    ranks.close()
+    assert run(seed_of_lightning, 1) == [None]
 
 
 def test_warnings_are_filtered_as_they_are_for_the_test() -> None:
