@@ -34,7 +34,7 @@ for by in (pruning_bench.by_us, pruning_bench.by_peer):
 
 # in the same process, which takes seconds to load; both folders have modules of the same names
 ZOO = """
-for name in ("models", *names):
+for name in names:
     sys.modules.pop(name, None)
 sys.path.insert(0, f"{folder}/zoo")
 import runpy

@@ -12,7 +12,7 @@ from lightning import Trainer
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks" / "evidence"
 NAMES = ("claims", "drawing", "methods", "peers", "report", "running", "tasks", "mnist5k")
-BESIDE = ("marked", "timing", "post_training")
+BESIDE = ("marked", "timing", "post_training", "shapes")
 
 
 @pytest.fixture(scope="module")

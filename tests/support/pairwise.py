@@ -46,10 +46,10 @@ def _spare(
     met = Counter(pair for row in rows for pair in _within(row, axes))
     for place, row in enumerate(rows):
         other = {**row, axis: number}
-        lost = set(_within(row, axes)) - set(_within(other, axes))
-        if allowed(other) and all(met[pair] > 1 for pair in lost):
+        lost, new = set(_within(row, axes)), set(_within(other, axes))
+        if allowed(other) and all(met[pair] > 1 for pair in lost - new):
             met.subtract(lost)
-            met.update(set(_within(other, axes)) - set(_within(row, axes)))
+            met.update(new)
             rows[place] = other
 
 

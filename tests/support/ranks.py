@@ -30,6 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 PATIENCE = 5  # seconds that other ranks have to fail, too, after one has
 GROUPS = 16  # that calls may leave
+ENVIRONMENT = dict(os.environ)  # before a test sets anything, such as the seed of Lightning
 
 
 def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60) -> list[Any]:
@@ -150,9 +151,9 @@ def _answered(connection: Connection) -> int:
 
 def _serve(rank: int, size: int, folder: Path, connection: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(size))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ.pop("PL_GLOBAL_SEED", None)  # a seed that a test has set before it needed ranks
     with _telling(folder / f"{rank}.txt", 60):
         # a file instead of a port: no other process can be faster to take it
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from architectures import CASES, build
 from lightning.pytorch import Callback
-from models import MLP, ConvNet, Deep, fit
+from models import MLP, ConvNet, Deep, Tiny, fit
 from ranks import run
 from torch import Tensor, nn
 
@@ -273,22 +273,30 @@ def test_another_measure_is_measured_again(clock: Any, tmp_path: Path) -> None:
     assert given.state.latency == of_convolutions(1.0, 8.0)
 
 
-def masks_of_rank() -> dict[str, Tensor]:
+def masks_of_rank(
+    build: Callable[[], Tiny], inputs: Tensor, make: Callable[[], Pruning], *clocks: LatencyTable
+) -> dict[str, Tensor]:
     """Return the masks of a rank whose own clock says that another layer is the slow one."""
-    own = of_convolutions(*((1.0, 8.0) if distributed.rank() else (8.0, 1.0)))
-    model, pruning = ConvNet(), callback()
-    model.example_input_array, model.layout = torch.zeros(8, 2, 6, 6), "ddp"
-    with patch.object(latency_measuring, "_measured", return_value=own):
+    model, pruning = build(), make()
+    model.example_input_array, model.layout = inputs, "ddp"
+    with patch.object(latency_measuring, "_measured", return_value=clocks[distributed.rank()]):
         distributed.fit(model, pruning, max_epochs=2)
     return dict(pruning.masks)
+
+
+def masks_of_ranks(*given: Any) -> dict[str, Tensor]:
+    """Return the masks that two ranks agree on."""
+    first, second = run(masks_of_rank, 2, *given)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    return first
 
 
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
 def test_ranks_with_other_clocks_have_the_masks_of_the_first() -> None:
-    first, second = run(masks_of_rank, 2)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    clocks = of_convolutions(8.0, 1.0), of_convolutions(1.0, 8.0)
+    first = masks_of_ranks(ConvNet, torch.zeros(8, 2, 6, 6), callback, *clocks)
     kept = [int(first[f"net.{n}.weight"].flatten(1).any(1).sum()) for n in (0, 3)]
     assert 8.0 * kept[0] / 6 + kept[1] / 4 + 0.1 <= 0.5 * 9.1
 
@@ -561,22 +569,10 @@ def test_a_run_prunes_groups_of_rows_by_its_table() -> None:
     assert 5.0 - 1.0 < time_of(pruning.masks, 8.0, 1.0, 1.0) <= 5.0 + 1e-6
 
 
-def masks_of_rows() -> dict[str, Tensor]:
-    """Return the masks of a rank whose own clock says that another layer is the slow one."""
-    own = of_rows(*((1.0, 1.0, 8.0) if distributed.rank() else (8.0, 1.0, 1.0)))
-    model, pruning = MLP(), in_rows()
-    model.layout = "ddp"
-    with patch.object(latency_measuring, "_measured", return_value=own):
-        distributed.fit(model, pruning, max_epochs=2)
-    return dict(pruning.masks)
-
-
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:It is recommended to use")
 def test_ranks_prune_groups_of_rows_by_the_clock_of_the_first() -> None:
-    first, second = run(masks_of_rows, 2)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    first = masks_of_ranks(MLP, torch.zeros(8, 6), in_rows, of_rows(8.0, 1.0, 1.0), of_rows(1.0, 1.0, 8.0))
     assert time_of(first, 8.0, 1.0, 1.0) <= 5.0 + 1e-6 < time_of(first, 1.0, 1.0, 8.0)
 
 
