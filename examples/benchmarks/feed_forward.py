@@ -31,10 +31,10 @@ def measure(task: Task, shape: str, level: float) -> dict[str, Any]:
     """Prune a copy of the model, and return its perplexity."""
     model, began, data = copy.deepcopy(task.model), time.perf_counter(), task.data[:BATCHES]
     options: dict[str, Any] = {"granularity": SHAPES[shape], "targets": TARGETS, "scope": "local", "min_density": 0}
-    fitted = {"data": data, "sequential": task.blocks, "reconstruct": Reconstruction(steps=STEPS)}
-    prune(model, level, criterion=Wanda(), example_inputs=data[0][:1, :16], **options, **fitted)
+    options |= {"data": data, "sequential": task.blocks, "reconstruct": Reconstruction(steps=STEPS)}
+    prune(model, level, criterion=Wanda(), example_inputs=data[0][:1, :16], **options)
     seconds = time.perf_counter() - began
-    zeros = sparsity(model, targets=[*(f"*.{name}_proj.weight" for name in ("gate", "up", "down"))])
+    zeros = sparsity(model, targets=TARGETS)
     return {"score": round(task.score(model), 4), "sparsity": round(zeros, 6), "seconds": round(seconds, 1)}
 
 
@@ -45,14 +45,15 @@ def main() -> None:
     wanted = options.parse_args().shapes or list(LEVELS)
     os.environ["HF_HUB_OFFLINE"] = "1"
     quiet()
-    runs, task = Runs(PATH), smollm2()
-    if not runs.have(shape="dense"):
+    runs = Runs(PATH)
+    keys = sorted((level, shape) for shape in wanted for level in LEVELS[shape])
+    missing = [(level, shape) for level, shape in keys if not runs.have(shape=shape, level=level)]
+    task = smollm2() if missing else None
+    if task and not runs.have(shape="dense"):
         runs.add(shape="dense", level=0.0, score=round(task.score(task.model), 4), machine=machine())
-    for level in sorted({level for shape in wanted for level in LEVELS[shape]}):
-        for shape in wanted:
-            if level in LEVELS[shape] and not runs.have(shape=shape, level=level):
-                runs.add(shape=shape, level=level, **measure(task, shape, level), machine=machine())
-                print(runs.rows[-1], flush=True)
+    for level, shape in missing if task else ():
+        runs.add(shape=shape, level=level, **measure(task, shape, level), machine=machine())
+        print(runs.rows[-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "strategies" / "reconstruction.md"
 DRAWS, SWAPS = 3, 25
 LANGUAGE = "SmolLM2-135M"
 MASK = {LANGUAGE: "Wanda", "all-MiniLM-L6-v2": "Wanda", "CNN": "magnitude, global"}
+LONGER = ", reconstructed in 400 steps"  # of the CNN, which is one block
 RECOVERY: dict[str, dict[str, Any]] = {
     "": {},
     ", refined": {"refine": SWAPS},
     ", reconstructed": {"reconstruct": True},
     ", refined and reconstructed": {"refine": SWAPS, "reconstruct": True},
+    LONGER: {"reconstruct": Reconstruction(steps=400)},
 }
-LONGER = ", reconstructed in 400 steps"  # of the CNN, which is one block
 DRAWN = ("Wanda", "Wanda, reconstructed", "SparseGPT")  # for each draw
 Row = dict[str, Any]
 
@@ -55,8 +56,7 @@ def measure(task: Task, setting: str, method: str, draw: int) -> Row:
         sparsegpt(model, zeros, **by_block)
     elif task.name == "CNN":  # one block, by magnitude; its outputs are those with statistics of the whole training
         recalibrate(model, task.data)
-        recovery = {**RECOVERY, LONGER: {"reconstruct": Reconstruction(steps=400)}}[method.removeprefix(MASK["CNN"])]
-        prune(model, zeros, **common, **recovery)
+        prune(model, zeros, **common, **RECOVERY[method.removeprefix(MASK["CNN"])])
     else:
         prune(model, zeros, criterion=Wanda(), scope="local", **by_block, **RECOVERY[method.removeprefix("Wanda")])
     seconds = time.perf_counter() - began
@@ -99,18 +99,21 @@ def model_table(rows: list[Row]) -> str:
     scores = {(row["model"], row["setting"], row["method"]): row["score"] for row in rows if row["draw"] == 0}
     lines = []
     for model, setting in product(MODELS, SETTINGS):
-        methods = [*(MASK[model] + end for end in (*RECOVERY, LONGER)), "SparseGPT"]
-        cells = [scores.get((model, setting, method)) for method in methods]
+        cells = [scores.get((model, setting, method)) for method in methods_of(model)]
         if any(score is not None for score in cells[1:4]):
             lines.append([f"{model}, {setting}", *("" if score is None else shown(model, score) for score in cells)])
     return table(["model, sparsity", "mask", "refined", "reconstructed", "both", "in 400 steps", "SparseGPT"], lines)
 
 
+def methods_of(model: str) -> list[str]:
+    """Return how a model is pruned, in the order of the columns."""
+    return [*(MASK[model] + end for end in RECOVERY), "SparseGPT"]
+
+
 def missing(rows: list[Row], model: str, draw: int, settings: list[str]) -> list[tuple[str, str]]:
     """Return the settings and methods of a draw that are not measured yet."""
     known = {(row["setting"], row["method"]) for row in rows if (row["model"], row["draw"]) == (model, draw)}
-    ends = (*RECOVERY, LONGER) if model == "CNN" else RECOVERY
-    methods = DRAWN if draw else (*(MASK[model] + end for end in ends), "SparseGPT")
+    methods = DRAWN if draw else [m for m in methods_of(model) if model == "CNN" or not m.endswith(LONGER)]
     return [pair for pair in product(settings, methods) if pair not in known]
 
 

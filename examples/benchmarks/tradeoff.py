@@ -24,7 +24,7 @@ import torch
 from fast import compare, with_onnx
 from marked import replace, spread, table
 from runs import Runs
-from shapes import BLOCKS, DENSE, GROUPS, LEVELS, MASKED, NEURONS, PAIRS, SHAPED, SHAPES
+from shapes import BLOCKS, DENSE, LEVELS, MASKED, NEURONS, PAIRS, ROWS, SHAPED, SHAPED_LEVELS, SHAPES
 from timing import RESULTS, describe, load, parser, save
 from torch import Tensor, nn
 
@@ -61,9 +61,8 @@ class Panel:
     measure: str = "test accuracy, %"
 
 
-NETWORKS: dict[
-    str, tuple[Callable[[], nn.Module], tuple[int, ...], int]
-] = {  # with the shape of the inputs and repeats
+Network = tuple[Callable[[], nn.Module], tuple[int, ...], int]  # the shape of its inputs; how often a model has it
+NETWORKS: dict[str, Network] = {
     "LeNet-300-100": (lenet, (BATCH, 784), 1),
     "CNN": (small_cnn, (BATCH, 1, 28, 28), 1),
     "SmolLM2-135M": (FeedForward, (BATCH, 576), 30),
@@ -77,7 +76,7 @@ PANELS = {
 LABELS = {
     DENSE: "dense",
     MASKED: "single weights",
-    **{name: f"SharedFanIn({rows})" for name, rows in GROUPS.items()},
+    **{name: f"SharedFanIn({rows})" for name, rows in ROWS.items()},
     BLOCKS: "Block(16, 16)",
     PAIRS: "NM(2, 4)",
     NEURONS: "neurons, removed by shrink",
@@ -85,7 +84,7 @@ LABELS = {
 STYLES = {
     DENSE: ("#666666", "D"),
     MASKED: ("#999999", "x"),
-    **dict(zip(GROUPS, (("#f2c14e", "v"), ("#e8a33d", "^"), ("#d9730d", "o"), ("#8c4303", "s")), strict=True)),
+    **dict(zip(ROWS, (("#f2c14e", "v"), ("#e8a33d", "^"), ("#d9730d", "o"), ("#8c4303", "s")), strict=True)),
     BLOCKS: ("#2e7d32", "P"),
     PAIRS: ("#1565c0", "*"),
     NEURONS: ("#5e35b1", "s"),
@@ -96,17 +95,16 @@ Accuracies = Callable[[str, float], list[float] | None]
 def make(form: str, level: float, dense: nn.Module, inputs: Tensor) -> nn.Module:
     """Return a network of this form, with the shapes and zeros that training would give it."""
     model = copy.deepcopy(dense)
-    if form == DENSE:
-        return model.requires_grad_(False).eval()
-    hidden: dict[str, Any] = {"scope": "local", "ignore": ["head.*"] if hasattr(model, "head") else []}
-    hidden["granularity"] = SHAPES[form]
+    ignore = ["head.*"] if hasattr(model, "head") else []
+    hidden: dict[str, Any] = {"granularity": SHAPES.get(form), "scope": "local", "ignore": ignore}
     if form == NEURONS:
         prune(model, level, criterion=Magnitude(p=2), example_inputs=inputs, **hidden, min_density=0)
-        return shrink(model, inputs).requires_grad_(False).eval()
-    prune(model, level, **hidden)
-    if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):  # `to_fast` leaves those with kernels dense
-        return model.requires_grad_(False).eval()
-    return fastest(model.requires_grad_(False).eval(), inputs)[0].eval()
+        model = shrink(model, inputs)
+    elif form != DENSE:
+        prune(model, level, **hidden)
+    model = model.requires_grad_(False).eval()
+    kernels = any(isinstance(layer, nn.Conv2d) for layer in model.modules())  # which `to_fast` leaves dense
+    return model if kernels or form in (DENSE, NEURONS) else fastest(model, inputs)[0].eval()
 
 
 def measure(network: str, rounds: int) -> list[dict[str, Any]]:
@@ -192,7 +190,8 @@ def all_shapes(content: dict[str, Any], accuracies: dict[str, Accuracies]) -> An
     import matplotlib.pyplot as plt
 
     rows = -(-len(accuracies) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 0.8 + 4.0 * rows), dpi=130)
+    height = 0.8 + 4.0 * rows
+    figure, axes = plt.subplots(rows, 2, figsize=(11, height), dpi=130)
     for ax, task in zip(axes.flat, accuracies, strict=False):
         panel = PANELS[task]
         draw(ax, milliseconds(content, panel.network), accuracies[task], list(LABELS))
@@ -209,7 +208,7 @@ def all_shapes(content: dict[str, Any], accuracies: dict[str, Accuracies]) -> An
     )
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / (0.8 + 4.0 * rows)))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / height))
     return figure
 
 
@@ -218,10 +217,10 @@ def accuracy_table(accuracies: Accuracies) -> str:
     lines = []
     for name in SHAPED:
         for form, label in ((name, LABELS[name]), (f"{name}, permuted", f"{LABELS[name]}, rows permuted")):
-            found = [accuracies(form, level) for level in SHAPED[name]]
+            found = [accuracies(form, level) for level in SHAPED_LEVELS]
             if any(found):
                 lines.append([label, *("" if values is None else spread(values) for values in found)])
-    return table(["accuracy", *(f"{level:.0%}" for level in SHAPED[MASKED])], lines)
+    return table(["accuracy", *(f"{level:.0%}" for level in SHAPED_LEVELS)], lines)
 
 
 def perplexity_table(perplexities: Accuracies) -> str:
@@ -263,7 +262,7 @@ def main() -> None:
     front_page(content, accuracies["mnist"]).savefig(DOCS / "tradeoff.png")
     all_shapes(content, accuracies).savefig(DOCS / "shapes.png")
     for task in accuracies.keys() - {"mnist"}:
-        made = perplexity_table if task == "smollm2" else accuracy_table
+        made = perplexity_table if PANELS[task].measure == "perplexity" else accuracy_table
         replace(DOCS / "speed.md", f"shapes {task}", made(accuracies[task]))
     print(f"{describe(content['machine'])}\nwritten: tradeoff.png and shapes.png in {DOCS}")
 

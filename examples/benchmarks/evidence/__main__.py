@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import shapes
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
-from methods import GROUPS, PERMUTED, SHAPED
+from methods import GROUPS, PERMUTED
 from report import write
 from running import Results, Setting
 
@@ -22,7 +23,6 @@ LEVELS = (0.995, 0.99, 0.98, 0.95, 0.9)
 DENSE_FIRST = ("gradual", "one-shot", "ACDC", "ADMM", "gradual, ERK", "one-shot, random")
 NEURON_LEVELS = {"mnist": (0.5, 0.75, 0.9, 0.95), "cnn": (0.3, 0.5, 0.7)}
 NEURONS = ("random", "L2", "Taylor", "entropy, low first", "entropy, high first", "FPGM", "APoZ")
-SHAPED_LEVELS = (0.8, 0.9, 0.95)
 FINE_TUNED = ("one-shot at start", "one-shot at start, uniform", "one-shot at start, random", "gradual", "gradual, ERK")
 
 
@@ -50,18 +50,16 @@ def full() -> list[Setting]:
         for level in levels
     ]
     others = [Setting("fashion-10", "dense", 0.0), *(setting for pair in PEERS["fashion-10"] for setting in pair)]
-    shaped = [Setting("mnist", method, level) for level in SHAPED_LEVELS for method in SHAPED]
+    shaped = [Setting("mnist", method, level) for level in shapes.SHAPED_LEVELS for method in shapes.SHAPED]
     return [*curves, *shaped, *neurons, *others, *fine_tuned, *trained()]
 
 
 def trained() -> list[Setting]:
     """Return the settings of the shapes of zeros in trained networks, where rows can be permuted."""
-    tasks = ("fashion", "cnn")
-    found = [
-        Setting(task, method, level) for task in tasks for level in SHAPED_LEVELS for method in (*SHAPED, *PERMUTED)
+    wanted = {**shapes.LEVELS, **dict.fromkeys(PERMUTED, shapes.SHAPED_LEVELS)}
+    return [
+        Setting(task, method, level) for task in ("fashion", "cnn") for method in wanted for level in wanted[method]
     ]
-    found += [Setting(task, "neurons, L2", level) for task in tasks for level in NEURON_LEVELS["mnist"]]
-    return [*found, *(Setting(task, "2:4, gradual", 0.5) for task in tasks)]
 
 
 def main() -> None:
@@ -75,7 +73,7 @@ def main() -> None:
     if not args.tables:
         results.fill([*quick(), *(full() if args.full else [])], SEEDS, args.jobs)
     draw(results, SEEDS, ROOT / "docs" / "evidence.png")
-    write(results, SEEDS, ROOT, SHAPED, SHAPED_LEVELS)
+    write(results, SEEDS, ROOT, shapes.SHAPED, shapes.SHAPED_LEVELS)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback
 from peers import PEERS
+from shapes import ROWS, SHAPED, SHAPES
 from torch import Tensor
 
 from lightning_prune import (
@@ -17,7 +18,6 @@ from lightning_prune import (
     SET,
     SRSTE,
     APoZ,
-    Block,
     Channel,
     Criterion,
     EntropyPruning,
@@ -32,7 +32,6 @@ from lightning_prune import (
     RandomPruning,
     RigL,
     SensitivityPruning,
-    SharedFanIn,
     SynFlow,
     Units,
     WandaPruning,
@@ -50,9 +49,7 @@ AT_START: dict[str, Any] = {"schedule": "one_shot", "start": 0}
 NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore": ("network.head.*",), **HALFWAY}
 
 
-SHARED = (4, 8, 16, 32)  # rows in a group
-SHAPED = ("weights", *(f"groups of {rows} rows" for rows in SHARED), "blocks of 16 x 16")
-PERMUTED = {f"groups of {rows} rows, permuted": rows for rows in SHARED}  # before pruning, in a trained network
+PERMUTED = {f"{name}, permuted": rows for name, rows in ROWS.items()}  # before pruning, in a trained network
 HIDDEN: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",)}
 
 
@@ -68,9 +65,9 @@ def random_weights(sparsity: float, seed: int, **options: Any) -> Callback:
     return Pruning(sparsity, criterion=Random(seed), granularity=Weight(), **options)
 
 
-def shared(rows: int, sparsity: float, seed: int) -> Callback:
-    """Return a callback that prunes inputs of groups of rows."""
-    return MagnitudePruning(sparsity, granularity=SharedFanIn(rows), **HIDDEN)
+def shaped(name: str, sparsity: float, seed: int) -> Callback:
+    """Return a callback that prunes the hidden layers in a shape."""
+    return MagnitudePruning(sparsity, granularity=SHAPES[name], **HIDDEN)
 
 
 def fine_tuning(sparsity: float, seed: int) -> Callback:
@@ -121,9 +118,7 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "neurons, Taylor": lambda sparsity, seed: SensitivityPruning(sparsity, **NEURONS),
     "neurons, entropy, low first": lambda sparsity, seed: EntropyPruning(sparsity, prune="low", **NEURONS),
     "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),
-    "weights": lambda sparsity, seed: MagnitudePruning(sparsity, **HIDDEN),
-    **{f"groups of {rows} rows": partial(shared, rows) for rows in SHARED},
-    **{name: partial(shared, rows) for name, rows in PERMUTED.items()},
-    "blocks of 16 x 16": lambda sparsity, seed: MagnitudePruning(sparsity, granularity=Block(16, 16), **HIDDEN),
+    **{name: partial(shaped, name) for name in SHAPED},
+    **{f"{name}, permuted": partial(shaped, name) for name in ROWS},
     **PEERS,
 }
