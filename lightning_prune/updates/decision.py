@@ -32,8 +32,8 @@ class Decision(NamedTuple):
     keep: dict[str, int]
 
     def scarce(self, units: Sequence[Units]) -> dict[str, int]:
-        """Return how many units are left of the targets that had more than one and keep one at most."""
-        return {unit.name: self.keep[unit.name] for unit in units if self.keep[unit.name] <= 1 < unit.size}
+        """Return how many units are left of the targets that keep none, or one of several."""
+        return {unit.name: left for unit in units if (left := self.keep[unit.name]) < min(unit.size, 2)}
 
 
 @torch.no_grad()

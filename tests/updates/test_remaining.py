@@ -59,6 +59,16 @@ def test_a_layer_that_prune_leaves_empty_is_told(granularity: Granularity) -> No
     assert message.startswith("prune leaves no unit of ['net.4.weight']")
 
 
+def test_the_only_unit_of_a_layer_is_told_when_it_goes() -> None:
+    model, other = (nn.Sequential(nn.Conv2d(1, 16, 3), nn.Flatten(), nn.Linear(576, 64)) for _ in range(2))
+    blocks: dict[str, Any] = {"granularity": Block(16, 16), "scope": "local"}  # the kernel is one, of 16 x 9
+    (message,) = said(partial(prune, model, 0.8, **blocks))
+    assert message.startswith("prune leaves no unit of ['0.weight']: ")
+    assert not model[0].weight.any()
+    assert not said(partial(prune, other, 0.8, min_density=0.01, **blocks))
+    assert other[0].weight.all()
+
+
 def test_one_unit_is_told_and_then_none() -> None:
     window: dict[str, Any] = {"schedule": "linear", "start": 0, "end": 6, "frequency": 1}
     callback = Pruning(0.3, granularity=Channel(), scope="global", min_density=0.0, **window)
