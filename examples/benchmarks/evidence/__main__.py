@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import shapes
 from claims import CLAIMS, DENSE, PEERS
 from drawing import draw
-from methods import GROUPS, PERMUTED
+from methods import GROUPS
 from report import write
 from running import Results, Setting
 
@@ -56,10 +56,8 @@ def full() -> list[Setting]:
 
 def trained() -> list[Setting]:
     """Return the settings of the shapes of zeros in trained networks, where rows can be permuted."""
-    wanted = {**shapes.LEVELS, **dict.fromkeys(PERMUTED, shapes.SHAPED_LEVELS)}
-    return [
-        Setting(task, method, level) for task in ("fashion", "cnn") for method in wanted for level in wanted[method]
-    ]
+    wanted = [(method, level) for method, levels in shapes.TRAINED.items() for level in levels]
+    return [Setting(task, method, level) for task in ("fashion", "cnn") for method, level in wanted]
 
 
 def main() -> None:

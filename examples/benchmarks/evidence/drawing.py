@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from methods import GROUPS, PERMUTED
+from methods import GROUPS
 from numpy.typing import NDArray
 from running import Results, Setting
-from shapes import SHAPED
+from shapes import PERMUTED, SHAPED
 from tasks import TASKS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")

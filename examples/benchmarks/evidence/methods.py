@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback
 from peers import PEERS
-from shapes import ROWS, SHAPED, SHAPES
+from shapes import PERMUTED, SHAPED, SHAPES
 from torch import Tensor
 
 from lightning_prune import (
@@ -49,8 +49,11 @@ AT_START: dict[str, Any] = {"schedule": "one_shot", "start": 0}
 NEURONS: dict[str, Any] = {"granularity": Channel(), "scope": "local", "ignore": ("network.head.*",), **HALFWAY}
 
 
-PERMUTED = {f"{name}, permuted": rows for name, rows in ROWS.items()}  # before pruning, in a trained network
-HIDDEN: dict[str, Any] = {"scope": "local", "ignore": ("network.head.*",)}
+HIDDEN: dict[str, Any] = {  # the first kernel of the CNN has one block, and few inputs: one of them stays
+    "scope": "local",
+    "min_density": 0.01,
+    "ignore": ("network.head.*",),
+}
 
 
 class L2(Criterion):
@@ -119,6 +122,6 @@ METHODS: dict[str, Callable[[float, int], Callback | None]] = {
     "neurons, entropy, low first": lambda sparsity, seed: EntropyPruning(sparsity, prune="low", **NEURONS),
     "neurons, entropy, high first": lambda sparsity, seed: EntropyPruning(sparsity, prune="high", **NEURONS),
     **{name: partial(shaped, name) for name in SHAPED},
-    **{f"{name}, permuted": partial(shaped, name) for name in ROWS},
+    **{permuted: partial(shaped, name) for permuted, name in PERMUTED.items()},
     **PEERS,
 }

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning import LightningModule, Trainer, seed_everything
-from methods import METHODS, PERMUTED
+from methods import METHODS
+from shapes import PERMUTED, ROWS
 from tasks import QUIET, TASKS
 
 from lightning_prune import permute_rows
@@ -33,7 +34,7 @@ def run(setting: Setting, seed: int) -> dict[str, Any]:
     callback = METHODS[setting.method](setting.sparsity, seed)
     if setting.method in PERMUTED:
         image = next(iter(data.val_dataloader()))[0][:2]
-        permute_rows(model, image, sparsity=setting.sparsity, rows=PERMUTED[setting.method], inplace=True)
+        permute_rows(model, image, sparsity=setting.sparsity, rows=ROWS[PERMUTED[setting.method]], inplace=True)
     seed_everything(seed, verbose=False)
     trainer = Trainer(max_epochs=task.epochs, limit_val_batches=0, callbacks=[callback] if callback else [], **QUIET)
     trainer.fit(model, datamodule=data)
