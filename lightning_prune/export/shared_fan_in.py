@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+# how many numbers are read at once, so that they stay in the cache, and for how many samples at least
+_IN_CACHE, _LEAST = 2**18, 64
+
 
 class _Groups(nn.Module):
     """The weights of groups of rows, and which inputs each group reads."""
@@ -19,6 +22,13 @@ class _Groups(nn.Module):
         self.register_buffer("inputs", inputs)
         self.register_buffer("values", values)
         self.register_buffer("bias", bias)
+
+    def products(self, columns: Tensor, size: int) -> Tensor:
+        """Return the outputs (..., size, samples) for inputs in columns (..., inputs, samples)."""
+        groups, k, _ = self.values.shape
+        read: Tensor = columns.index_select(-2, self.inputs.view(-1)).unflatten(-2, (groups, k))
+        found: Tensor = torch.matmul(self.values.transpose(1, 2), read).flatten(-3, -2).narrow(-2, 0, size)
+        return found if self.bias is None else _plus(found, self.bias[:, None])
 
     @override
     def extra_repr(self) -> str:
@@ -54,20 +64,37 @@ class SharedFanInLinear(_Groups):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.ndim > 1 and _in_onnx():
+            return self.products(inputs.mT, self.out_features).mT
         samples = inputs.reshape(-1, inputs.shape[-1])
         if not self.by_column:
             found = self._rows(samples)
         else:
-            found = products(self.values, self.inputs, self.bias, samples.t().contiguous(), self.out_features).t()
+            found = self.products(samples.t().contiguous(), self.out_features).t()
         if inputs.ndim == 2:
             return found  # by column its rows are not contiguous, which suits another layer by column
         return found.contiguous().view(*inputs.shape[:-1], self.out_features)  # attention is slow with other strides
 
     def _rows(self, samples: Tensor) -> Tensor:
+        if _in_program(samples.shape[0]) or samples.shape[0] <= _LEAST:
+            return self._with_bias(self._by_group(samples).flatten(1))
+        groups, k, rows = self.values.shape
+        part = max(_LEAST, _IN_CACHE // (groups * k))
+        found = samples.new_empty(samples.shape[0], groups * rows)
+        for some, outputs in zip(samples.split(part), found.split(part), strict=True):
+            outputs.view(-1, groups, rows).copy_(self._by_group(some))
+            self._with_bias(outputs)
+        return found[:, : self.out_features]
+
+    def _by_group(self, samples: Tensor) -> Tensor:
+        """Return the outputs (samples, groups, rows), without the bias."""
         groups, k, _ = self.values.shape
-        read = samples.index_select(1, self.inputs.view(-1)).unflatten(1, (groups, k)).transpose(0, 1)
-        found = torch.bmm(read, self.values).transpose(0, 1).flatten(1)[:, : self.out_features]
-        return found if self.bias is None else found.add_(self.bias)
+        read = samples.index_select(1, self.inputs.view(-1)).view(samples.shape[0], groups, k).transpose(0, 1)
+        return torch.bmm(read, self.values).transpose(0, 1)
+
+    def _with_bias(self, found: Tensor) -> Tensor:
+        found = found[:, : self.out_features]
+        return found if self.bias is None else _plus(found, self.bias)
 
 
 class SharedFanInConv2d(_Groups):
@@ -97,22 +124,32 @@ class SharedFanInConv2d(_Groups):
     @override
     def forward(self, inputs: Tensor) -> Tensor:
         read = inputs[:, :, :: self.stride[0], :: self.stride[1]]
+        if _in_onnx():
+            found = self.products(read.flatten(2), self.out_channels)
+            return found.view(-1, self.out_channels, *read.shape[2:])
         if read.shape[0] == 1:
-            found = products(self.values, self.inputs, self.bias, read[0].flatten(1), self.out_channels)
+            found = self.products(read[0].flatten(1), self.out_channels)
             return found.view(1, self.out_channels, *read.shape[2:])
         # all images together, as columns of one matrix
         columns = read.transpose(0, 1).flatten(1)
-        found = products(self.values, self.inputs, self.bias, columns, self.out_channels)
+        found = self.products(columns, self.out_channels)
         images: Tensor = found.unflatten(1, (read.shape[0], *read.shape[2:])).transpose(0, 1).contiguous()
         return images
 
 
-def products(values: Tensor, inputs: Tensor, bias: Tensor | None, columns: Tensor, size: int) -> Tensor:
-    """Return the outputs (size, samples) of groups of rows for inputs in columns (inputs, samples)."""
-    groups, k, _ = values.shape
-    read: Tensor = columns.index_select(0, inputs.view(-1)).unflatten(0, (groups, k))
-    found: Tensor = torch.bmm(values.transpose(1, 2), read).flatten(0, 1)[:size]
-    return found if bias is None else found.add_(bias[:, None])
+def _plus(found: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias to outputs in place, but not in a program, where that becomes a scatter."""
+    return found + bias if torch.compiler.is_compiling() else found.add_(bias)
+
+
+def _in_program(samples: int) -> bool:
+    """Return whether torch records a program, which has to hold for any number of samples: by a trace a tensor."""
+    return torch.compiler.is_compiling() or not isinstance(samples, int)
+
+
+def _in_onnx() -> bool:
+    """Return whether the program goes to ONNX Runtime, which is slow at selecting columns and fast at broadcasting."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def packed(weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:

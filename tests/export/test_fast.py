@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import Channel, SharedFanIn, Weight, load_fast, prune, save_fast, to_fast
+from lightning_prune import Channel, SharedFanIn, Weight, export_onnx, load_fast, prune, save_fast, to_fast
 from lightning_prune.export import fast
 from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInLinear, packed
 from lightning_prune.export.sparse_layers import CSRLinear
@@ -43,7 +44,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, *best: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 40, 64])
-@pytest.mark.parametrize("shape", [(70,), (1, 70), (5, 70), (0, 70), (2, 3, 70)])
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (5, 70), (0, 70), (2, 3, 70), (2, 4001, 70)])
 @pytest.mark.parametrize("by_column", [False, True])
 def test_groups_of_rows_output_what_the_linear_layer_does(rows: int, shape: tuple[int, ...], by_column: bool) -> None:
     layer, inputs = nn.Linear(70, 40, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
@@ -198,3 +199,42 @@ def test_a_fast_model_is_exported_with_any_batch_size(best: str, monkeypatch: py
     program = torch.export.export(found, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     more = torch.randn(5, 3, 9, 9)
     assert difference(run(model, more), program.module()(more)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (2, 2, 3, 64)])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_onnx_runtime_selects_whole_rows(by_column: bool, shape: tuple[int, ...], tmp_path: Path) -> None:
+    layer = nn.Linear(64, 40)
+    prune(layer, 0.8, granularity=SharedFanIn(16))
+    found = exported(SharedFanInLinear.of(layer, 16, by_column), torch.randn(shape), tmp_path)
+    assert axes_of_gathers(found) == {-2}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_onnx_runtime_reads_channels_of_images_as_they_are(batch: int, tmp_path: Path) -> None:
+    layer = nn.Conv2d(30, 41, 1, stride=2)
+    prune(layer, 0.8, granularity=SharedFanIn(8))
+    found = exported(SharedFanInConv2d.of(layer, 8), torch.randn(batch, 30, 5, 7), tmp_path)
+    assert axes_of_gathers(found) == {-2}
+    assert "Transpose" not in {node.op_type for node in found}
+
+
+def exported(layer: nn.Module, inputs: Tensor, folder: Path) -> list[onnx.NodeProto]:
+    """Return the nodes of an exported layer; the export has compared its outputs."""
+    export_onnx(layer, inputs, folder / "layer.onnx", batch_axis=0 if len(inputs) > 1 else None)
+    return list(onnx.load(folder / "layer.onnx").graph.node)
+
+
+def axes_of_gathers(nodes: list[onnx.NodeProto]) -> set[int]:
+    found = {attribute.i for node in nodes if node.op_type == "Gather" for attribute in node.attribute}
+    return found - {0}  # of shapes
+
+
+def test_a_traced_layer_takes_any_number_of_samples() -> None:
+    layer = nn.Linear(64, 64)
+    prune(layer, 0.8, granularity=SharedFanIn(16))
+    found, inputs = SharedFanInLinear.of(layer, 16, by_column=False), torch.randn(9000, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        traced = torch.jit.trace(found, inputs[:6000])
+    assert torch.allclose(traced(inputs), layer(inputs), atol=1e-5)
