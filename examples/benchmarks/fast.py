@@ -2,10 +2,12 @@
 
 On one core, in float32, as CPU time, medians of rounds in which all take turns. Dense is the faster of torch and ONNX
 Runtime on the same model. Layers are pruned by magnitude; whole models too, `SharedFanIn(16)` and `scope="local"`,
-and converted by `to_fast`. The tables go into docs/speed.md.
+and converted by `to_fast`, to run with torch or, exported, with ONNX Runtime. Of whole models it also says what
+ONNX Runtime spends its time on. The tables go into docs/speed.md.
 """
 
 import copy
+import json
 import logging
 import tempfile
 import time
@@ -32,6 +34,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
 SHAPES = [(3072, 768), (2048, 2048), (512, 512)]
 SPARSITIES = [0.8, 0.9, 0.95]
 BATCHES = [1, 8, 64]
+RUNS = 10  # that are profiled
+KINDS = {
+    "products, convolutions": ("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv"),
+    "selected inputs": ("Gather",),
+    "change of layout": ("Transpose", "ReorderInput", "ReorderOutput", "Reshape", "Slice", "Concat", "Split"),
+    "norms and activations": ("BatchNormalization", "LayerNormalization", "Clip", "Relu", "Gelu", "BiasGelu", "Add"),
+}
+OTHERS = "others"
 WHOLE: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "MLP of 5.8 M weights": (MODELS["mlp"].model, lambda batch: torch.randn(batch, 784)),
     "transformer of 3.4 M weights, 64 tokens a sample": (
@@ -91,7 +101,7 @@ def layer(shape: tuple[int, int], sparsity: float, batch: int, rounds: int) -> d
 
 
 def whole(name: str, batch: int, sparsity: float, rounds: int) -> dict[str, Any]:
-    """Return the milliseconds of a whole model: dense with torch and ONNX Runtime, and pruned by ``to_fast``."""
+    """Return the milliseconds of a whole model, dense and by ``to_fast``, in torch and ONNX Runtime."""
     torch.manual_seed(0)
     build, make = WHOLE[name]
     model, inputs = build().eval(), make(batch)
@@ -101,10 +111,32 @@ def whole(name: str, batch: int, sparsity: float, rounds: int) -> dict[str, Any]
     forms: dict[str, int] = {}
     for row in found.layers:
         forms[row.form] = forms.get(row.form, 0) + 1
-    with tempfile.TemporaryDirectory() as folder:
-        calls = {"torch": partial(model, inputs), "fast": partial(fast, inputs)}
+    calls: dict[str, Callable[[], Any]] = {"torch": partial(model, inputs), "fast": partial(fast, inputs)}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
         calls["ONNX Runtime"] = with_onnx(model, inputs, folder)
-        return {"model": name, "batch": batch, "sparsity": sparsity, "forms": forms, "ms": compare(calls, rounds)}
+        calls["fast, ONNX Runtime"] = with_onnx(fast, inputs, other)
+        row = {"model": name, "batch": batch, "sparsity": sparsity, "forms": forms, "ms": compare(calls, rounds)}
+        return row | {"profile": {"dense": profile(folder, inputs), "fast": profile(other, inputs)}}
+
+
+def profile(folder: str, inputs: Tensor) -> dict[str, float]:
+    """Return the milliseconds that ONNX Runtime spends on each kind of operator of the model in a folder."""
+    import onnxruntime
+
+    (file,) = Path(folder).glob("*.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.enable_profiling = 1, True
+    options.profile_file_prefix = f"{folder}/profile"
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    for _ in range(RUNS):
+        session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    found = dict.fromkeys((*KINDS, OTHERS), 0.0)
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event["name"].endswith("_kernel_time"):
+            operator = event["args"]["op_name"]
+            kind = next((kind for kind, operators in KINDS.items() if operator in operators), OTHERS)
+            found[kind] += event["dur"] / 1000 / RUNS
+    return found
 
 
 def dense(ms: dict[str, float]) -> float:
@@ -119,8 +151,13 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
         "|---|---|---|---|---|---|---|---|",
     ]
     models = [
-        "| model, 90 % zeros | batch | torch, ms | ONNX Runtime, ms | `to_fast`, ms | over torch | over the faster |",
+        "| model, 90 % zeros | batch | torch, ms | ONNX Runtime, ms | `to_fast` in torch, ms | in ONNX Runtime, ms "
+        "| speed-up |",
         "|---|---|---|---|---|---|---|",
+    ]
+    spent = [
+        f"| ms in ONNX Runtime | batch | | {' | '.join((*KINDS, OTHERS))} |",
+        "|---|---|---|" + "---|" * (len(KINDS) + 1),
     ]
     for row in rows:
         ms = row["ms"]
@@ -132,9 +169,13 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
             shape = " x ".join(map(str, row["shape"]))
             layers.append(f"| {shape} | {row['sparsity']:.0%} | {row['batch']} | {both} | {cells} |")
         else:
-            speeds = f"{ms['torch'] / ms['fast']:.2f} | {dense(ms) / ms['fast']:.2f}"
-            models.append(f"| {row['model']} | {row['batch']} | {both} | {ms['fast']:.2f} | {speeds} |")
-    return {"layers": layers, "models": models}
+            fast = [ms["fast"], ms["fast, ONNX Runtime"]]
+            times = " | ".join(f"{time:.2f}" for time in (*fast, dense(ms) / min(fast)))
+            models.append(f"| {row['model']} | {row['batch']} | {both} | {times} |")
+            for form, by_kind in row["profile"].items():
+                cells = " | ".join(f"{by_kind[kind]:.2f}" for kind in (*KINDS, OTHERS))
+                spent.append(f"| {row['model'].partition(',')[0]} | {row['batch']} | {form} | {cells} |")
+    return {"layers": layers, "models": models, "spent": spent}
 
 
 def main() -> None:
