@@ -174,7 +174,8 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
             models.append(f"| {row['model']} | {row['batch']} | {both} | {times} |")
             for form, by_kind in row["profile"].items():
                 cells = " | ".join(f"{by_kind[kind]:.2f}" for kind in (*KINDS, OTHERS))
-                spent.append(f"| {row['model'].partition(',')[0]} | {row['batch']} | {form} | {cells} |")
+                label = form if form == "dense" else "`to_fast`"
+                spent.append(f"| {row['model'].partition(',')[0]} | {row['batch']} | {label} | {cells} |")
     return {"layers": layers, "models": models, "spent": spent}
 
 
