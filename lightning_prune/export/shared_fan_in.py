@@ -81,8 +81,9 @@ class SharedFanInLinear(_Groups):
         groups, k, rows = self.values.shape
         part = max(_LEAST, _IN_CACHE // (groups * k))
         found = samples.new_empty(samples.shape[0], groups * rows)
-        for some, outputs in zip(samples.split(part), found.split(part), strict=True):
-            outputs.view(-1, groups, rows).copy_(self._by_group(some))
+        for start in range(0, samples.shape[0], part):
+            outputs = found[start : start + part]
+            outputs.view(-1, groups, rows).copy_(self._by_group(samples[start : start + part]))
             self._with_bias(outputs)
         return found[:, : self.out_features]
 

@@ -54,6 +54,15 @@ def test_groups_of_rows_output_what_the_linear_layer_does(rows: int, shape: tupl
     assert torch.allclose(found, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("by_column", [False, True])
+def test_gradients_pass_through_groups_of_rows(by_column: bool) -> None:
+    layer, inputs = nn.Linear(70, 40, dtype=torch.float64), torch.randn(8002, 70, dtype=torch.float64)
+    prune(layer, 0.7, granularity=SharedFanIn(16))
+    form = SharedFanInLinear.of(layer, 16, by_column)
+    found, expected = (torch.func.grad(lambda x, m=m: m(x).square().sum())(inputs) for m in (form, layer))
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_groups_of_rows_output_what_the_convolution_does(stride: int, batch: int) -> None:
