@@ -27,7 +27,8 @@ class _Groups(nn.Module):
         """Return the outputs (..., size, samples) for inputs in columns (..., inputs, samples)."""
         groups, k, _ = self.values.shape
         read: Tensor = columns.index_select(-2, self.inputs.view(-1)).unflatten(-2, (groups, k))
-        found: Tensor = torch.matmul(self.values.transpose(1, 2), read).flatten(-3, -2).narrow(-2, 0, size)
+        multiply = torch.bmm if read.ndim == 3 else torch.matmul
+        found: Tensor = multiply(self.values.transpose(1, 2), read).flatten(-3, -2).narrow(-2, 0, size)
         return found if self.bias is None else _plus(found, self.bias[:, None])
 
     @override
