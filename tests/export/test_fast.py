@@ -247,3 +247,13 @@ def test_a_traced_layer_takes_any_number_of_samples() -> None:
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(found, inputs[:6000])
     assert torch.allclose(traced(inputs), layer(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_groups_of_rows_compile_as_one_graph(by_column: bool) -> None:
+    layer = nn.Linear(70, 40)
+    prune(layer, 0.7, granularity=SharedFanIn(16))
+    compiled = torch.compile(SharedFanInLinear.of(layer, 16, by_column), backend="eager", fullgraph=True)
+    for samples in (3, 9000):
+        inputs = torch.randn(samples, 70)
+        assert torch.allclose(compiled(inputs), layer(inputs), atol=1e-5)
