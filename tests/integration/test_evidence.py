@@ -17,11 +17,10 @@ BESIDE = ("marked", "timing", "post_training", "shapes")
 
 @pytest.fixture(scope="module")
 def evidence() -> Iterator[dict[str, ModuleType]]:
-    known, threads = set(sys.modules), torch.get_num_threads()
+    known, paths, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
     sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
     yield {name: __import__(name) for name in (*NAMES, *BESIDE)}
-    sys.path.remove(str(FOLDER))
-    sys.path.remove(str(FOLDER.parent))
+    sys.path[:] = paths  # the modules have added to it, too
     torch.set_num_threads(threads)
     for name in {*NAMES, *BESIDE} - known:
         sys.modules.pop(name, None)
