@@ -121,13 +121,8 @@ def whole(name: str, batch: int, sparsity: float, rounds: int) -> dict[str, Any]
 
 def profile(folder: str, inputs: Tensor) -> dict[str, float]:
     """Return the milliseconds that ONNX Runtime spends on each kind of operator of the model in a folder."""
-    import onnxruntime
-
     (file,) = Path(folder).glob("*.onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.enable_profiling = 1, True
-    options.profile_file_prefix = f"{folder}/profile"
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = single_threaded(file, profile=f"{folder}/profile")
     for _ in range(RUNS):
         session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     found = dict.fromkeys((*KINDS, OTHERS), 0.0)
