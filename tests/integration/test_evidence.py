@@ -1,13 +1,12 @@
 """The benchmark of evidence: verdicts, runs that are kept, and peers that prune what they are asked to."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
+from benchmark_modules import imported
 from lightning import Trainer
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks" / "evidence"
@@ -17,13 +16,8 @@ BESIDE = ("marked", "timing", "post_training", "shapes")
 
 @pytest.fixture(scope="module")
 def evidence() -> Iterator[dict[str, ModuleType]]:
-    known, paths, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
-    sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
-    yield {name: __import__(name) for name in (*NAMES, *BESIDE)}
-    sys.path[:] = paths  # the modules have added to it, too
-    torch.set_num_threads(threads)
-    for name in {*NAMES, *BESIDE} - known:
-        sys.modules.pop(name, None)
+    with imported([FOLDER, FOLDER.parent], [*NAMES, *BESIDE]) as modules:
+        yield modules
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The benchmark on the Cubist Spiral: its data, the weights on a path, and the search for the least number of them."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -8,24 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import imported
 
 from lightning_prune import prune
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-FOLDERS = [str(FOLDER / "spiral"), str(FOLDER), str(FOLDER / "evidence")]
+FOLDERS = [FOLDER / "spiral", FOLDER, FOLDER / "evidence"]
 NAMES = ("cubist", "compared", "outcome", "searching")
 
 
 @pytest.fixture(scope="module")
 def spiral() -> Iterator[dict[str, ModuleType]]:
-    known, path, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
-    sys.path[:0] = FOLDERS
-    yield {name: __import__(name) for name in NAMES}
-    sys.path[:] = path
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - known:
-        if str(FOLDER) in (getattr(sys.modules[name], "__file__", None) or ""):
-            del sys.modules[name]
+    with imported(FOLDERS, NAMES) as modules:
+        yield modules
 
 
 def test_the_arms_have_sixteen_straight_pieces_and_as_many_points_each(spiral: dict[str, ModuleType]) -> None:
