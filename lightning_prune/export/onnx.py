@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_prune.export.sparse_layers import CSRLinear, replaced
+from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, difference, fitting, needed_example_of, run, tensors
 from lightning_prune.models.preserving import eager, evaluating
 from lightning_prune.validation.arguments import integer
@@ -29,7 +31,8 @@ def export_onnx(
     """Write a model, in eval mode, to an ONNX file; pruned and shrunk models like any other.
 
     ONNX Runtime runs the file on the example and on a batch of another size. The file is written only if the outputs
-    agree with the model's, to half of the digits of their dtype, relative to the largest value.
+    agree with the model's, to half of the digits of their dtype, relative to the largest value. Layers in compressed
+    sparse rows (``to_fast``, ``to_sparse_csr``) are written as dense ones, since ONNX has no product for such rows.
 
     Args:
         model: Any module that ``torch.export`` can trace, including a ``LightningModule``; it is left as it was.
@@ -52,7 +55,7 @@ def export_onnx(
     path, batch_axis = as_path("path", path), optional(integer, "batch_axis", batch_axis)
     inputs = fitting(needed_example_of(model, example_inputs), model)
     sizes = {} if batch_axis is None else _batch(inputs, batch_axis)
-    model = getattr(model, "_orig_mod", model)
+    model = _without_sparse_rows(getattr(model, "_orig_mod", model))
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         file = Path(folder) / path.name
         _write(model, inputs, file, sizes)
@@ -69,6 +72,12 @@ def _check_installed() -> None:
             import_module(package)
     except ImportError as error:
         raise ImportError(f"export_onnx needs {package}: {install('export')}") from error
+
+
+def _without_sparse_rows(model: nn.Module) -> nn.Module:
+    """Return a model whose layers in compressed sparse rows are dense: ONNX has no product for such rows."""
+    layers = {name: module.dense() for name, module in model.named_modules() if isinstance(module, CSRLinear)}
+    return replaced(copied(model), layers) if layers else model
 
 
 def _batch(inputs: Inputs, axis: int) -> Sizes:

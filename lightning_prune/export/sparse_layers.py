@@ -47,12 +47,20 @@ class CSRLinear(nn.Module):
         bias = linear.bias.detach() if linear.bias is not None else self.values.new_zeros(self.out_features)
         self.register_buffer("bias", bias.clone())
 
+    def dense(self) -> nn.Linear:
+        """Return the linear layer that computes the same, zeros included."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(self._weight().to_dense(), requires_grad=False)
+        linear.bias = nn.Parameter(self.bias, requires_grad=False)
+        return linear
+
+    def _weight(self) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, self.values, shape, check_invariants=False)
+
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        weight = torch.sparse_csr_tensor(
-            self.crow_indices, self.col_indices, self.values, shape, check_invariants=False
-        )
+        weight = self._weight()
         rows = inputs.reshape(-1, self.in_features)
         if len(rows) == 1:  # a matrix-vector product is twice as fast as one with a single-column matrix
             out = torch.addmv(self.bias, weight, rows[0])[None]

@@ -2,12 +2,14 @@
 
 import io
 from copy import deepcopy
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import NM, prune, to_sparse_csr, to_sparse_semi_structured
+from lightning_prune import NM, export_onnx, prune, to_sparse_csr, to_sparse_semi_structured
 from lightning_prune.export import sparse_layers
 from lightning_prune.export.sparse_layers import CSRLinear
 from lightning_prune.models.forward import difference, run
@@ -56,6 +58,15 @@ def test_sparse_rows_are_copied_saved_and_loaded_as_other_layers() -> None:
     again.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(run(again, inputs), run(fast, inputs))
     assert len(file.getvalue()) < 0.3 * sum(weight.nbytes for weight in net().parameters())
+
+
+def test_sparse_rows_are_dense_in_an_onnx_file(tmp_path: Path) -> None:
+    model = net(bias=False)
+    fast, inputs = convert(model), torch.randn(3, 512)
+    export_onnx(fast, inputs, tmp_path / "fast.onnx")
+    assert type(fast[0]) is CSRLinear
+    weights = {tuple(tensor.dims) for tensor in onnx.load(tmp_path / "fast.onnx").graph.initializer}
+    assert {(520, 512), (512, 520)} <= weights | {shape[::-1] for shape in weights}
 
 
 def test_a_layer_in_several_places_stays_one() -> None:
