@@ -93,7 +93,7 @@ def half(results: Runs, name: str, runtime: str) -> None:
     """Prune a network to a fraction of its time, and measure it."""
     kind = "time" if runtime == "torch" else "time in ONNX Runtime"
     build, example, granularity, sparsity = CASES[name]
-    if results.have(kind=kind, case=name) or (granularity.even and runtime != "torch"):
+    if results.have(kind=kind, case=name):
         return
     torch.manual_seed(0)
     dense, inputs = build().eval(), example()

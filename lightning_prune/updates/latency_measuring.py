@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Literal, get_args
@@ -39,7 +39,7 @@ from lightning_prune.validation.instances import instance
 _ALIKE = (0.25, 0.5, 0.75)  # of all units, in the first smaller models
 _RANDOM = {"torch": 16, "onnxruntime": 8}  # more, each of whose targets keeps another part; exports take long
 _MOST, _SECONDS = 25, 0.1  # rounds of each, and what the dense model may take in all
-_SPARSE = (0.015, 0.03, 0.06, 0.12, 0.24, 0.4)  # of all units, where layers that keep their shape have other forms
+_SPARSE = (0.4, 0.24, 0.12, 0.06, 0.03, 0.015)  # of all units, where layers that keep their shape have other forms
 Runtime = Literal["torch", "onnxruntime"]
 _RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
@@ -61,7 +61,8 @@ def measure_latency(
     whole, and their times are explained by the FLOPs of each kind of layer. To export them takes a minute or so.
 
     With ``SharedFanIn()`` there are six copies, each with the same fraction of all units. Every layer is in the form
-    that ``to_fast`` chooses, and the table holds its times.
+    that ``to_fast`` chooses, and the table holds its times. ONNX Runtime runs the copies in these forms; what one saves
+    is divided among its layers by their FLOPs.
 
     Args:
         model: Any module on the CPU; it is left as it is.
@@ -87,8 +88,6 @@ def measure_latency(
     inputs = needed_example_of(model, example_inputs)
     granularity = _timed(granularity, "measure_latency")
     runtime = choice("runtime", runtime, _RUNTIMES)
-    if runtime != "torch" and isinstance(granularity, SharedFanIn):
-        raise ValueError(f'runtime must be "torch" for {granularity}, since to_fast measures in torch, got {runtime!r}')
     units, _ = granularity.find_units(find(model), model, inputs)
     return latency_table(units, granularity, model, inputs, runtime=runtime)
 
@@ -164,7 +163,8 @@ def _measured(
             layers, rest, ms = _in_torch(dense, smaller, inputs, clock, watch.values)
         else:
             ms, samples = onnx_timing.timed(dense, smaller, inputs, clock)
-            layers, rest = onnx_timing.by_work(onnx_timing.works_of(dense, inputs, watch.values), ms, samples)
+            explained = onnx_timing.by_level if isinstance(granularity, SharedFanIn) else onnx_timing.by_work
+            layers, rest = explained(onnx_timing.works_of(dense, inputs, watch.values), ms, samples)
     shapes = ", ".join(shape_text(tensor.shape) for tensor in tensors(inputs))
     return LatencyTable(layers, rest, ms, type(granularity).__name__, runtime, shapes, torch.get_num_threads())
 
@@ -186,24 +186,21 @@ def _in_torch(
 ) -> tuple[tuple[LayerTime, ...], tuple[float, float], float]:
     """Return the times of layers, of the rest, and of the whole model, by what layers take in smaller models."""
     samples: dict[Spot, list[Sample]] = {spot: [] for spot in dense.spots.values()}
-    rest, whole, stays = list[Sample](), list[float](), list[Collection[str]]()
+    rest, whole = list[Sample](), list[float]()
     for small in smaller:
         with cacheless(small.model):
             took, alone, inside = _in_turns(dense, small, inputs, clock)
         whole.append(took)
-        stays.append(small.dense)
-        rest.append((small.parts, (alone - sum(inside.values())) / took))
+        rest.append(Sample(small.parts, (alone - sum(inside.values())) / took))
         for spot, found in samples.items():
-            found.append((small.parts, inside.get(spot.weight, 0.0) / took))
+            found.append(Sample(small.parts, inside.get(spot.weight, 0.0) / took, small.dense))
     ms = 1e3 * median(whole)
     layers = [
-        in_levels(spot, ms, found, [spot.weight in dense for dense in stays])
-        if spot.keeps_shape
-        else fitted(spot, values.get(spot.weight, 0), ms, found)
+        in_levels(spot, ms, found) if spot.keeps_shape else fitted(spot, values.get(spot.weight, 0), ms, found)
         for spot, found in samples.items()
     ]
-    columns = [[1.0, values_left(layers, parts)] for parts, _ in rest]
-    least, by_value = at_least_zero(torch.tensor(columns, dtype=torch.float64), [ms * part for _, part in rest])
+    columns = [[1.0, values_left(layers, sample.parts)] for sample in rest]
+    least, by_value = at_least_zero(torch.tensor(columns, dtype=torch.float64), [ms * sample.part for sample in rest])
     return tuple(layers), (least, by_value), ms
 
 

@@ -19,9 +19,17 @@ from lightning_prune.models.forward import Inputs, tensors
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.preserving import cacheless
 from lightning_prune.updates.latency import LayerTime, values_left
-from lightning_prune.updates.parts import Parts
 from lightning_prune.updates.smaller_copies import SmallerCopy
-from lightning_prune.updates.timed_layers import Clock, Run, Spot, at_least_zero, rounds_within, took
+from lightning_prune.updates.timed_layers import (
+    Clock,
+    Run,
+    Sample,
+    Spot,
+    at_least_zero,
+    in_levels,
+    rounds_within,
+    took,
+)
 
 _KINDS = 5  # of layers that have a speed of their own; the others share one
 _MOST, _SECONDS = 51, 0.3  # rounds of each, and what the dense model may take in all
@@ -76,20 +84,21 @@ def _kind(module: nn.Module) -> str:
 
 def timed(
     dense: SmallerCopy, smaller: Iterable[SmallerCopy], inputs: Inputs, clock: Clock
-) -> tuple[float, list[tuple[Parts, float]]]:
+) -> tuple[float, list[Sample]]:
     """Return the milliseconds of a model in ONNX Runtime, and what part of them smaller ones take.
 
     Raises:
         ImportError: If ONNX Runtime, or what it takes to export models, is not installed.
         ValueError: If a model cannot be exported.
     """
-    whole, samples, first = list[float](), [(dense.parts, 1.0)], session(dense.model, inputs)
+    every_layer = {spot.weight for spot in dense.spots.values()}
+    whole, samples, first = list[float](), [Sample(dense.parts, 1.0, every_layer)], session(dense.model, inputs)
     for small in smaller:
         with cacheless(small.model):
             second = session(small.model, inputs)
         before, after = in_turns(first, second, clock)
         whole.append(before)
-        samples.append((small.parts, after / before))
+        samples.append(Sample(small.parts, after / before, small.dense))
     return 1e3 * median(whole), samples
 
 
@@ -120,7 +129,7 @@ def in_turns(first: Run, second: Run, clock: Clock) -> tuple[float, float]:
 
 
 def by_work(
-    works: Sequence[Work], ms: float, samples: Sequence[tuple[Parts, float]]
+    works: Sequence[Work], ms: float, samples: Sequence[Sample]
 ) -> tuple[tuple[LayerTime, ...], tuple[float, float]]:
     """Return the times of layers and of the rest that together explain what smaller models take.
 
@@ -130,7 +139,8 @@ def by_work(
         samples: What is left of smaller models, and what part of the time they take.
 
     >>> works = [Work(Spot(name, (0, None)), "Linear", 10.0, 0) for name in ("a", "b")]
-    >>> samples = [({}, 1.0), ({("a", 0): 0.5}, 0.8), ({("a", 0): 0.5, ("b", 0): 0.5}, 0.6)]
+    >>> found = ({}, 1.0), ({("a", 0): 0.5}, 0.8), ({("a", 0): 0.5, ("b", 0): 0.5}, 0.6)
+    >>> samples = [Sample(parts, part) for parts, part in found]
     >>> layers, rest = by_work(works, 5.0, samples)
     >>> [round(layer.time({}), 6) for layer in layers], [round(part, 6) for part in rest]
     ([2.0, 2.0], [1.0, 0.0])
@@ -139,12 +149,54 @@ def by_work(
     layers = [work.layer(1.0) for work in works]
     scale = max(1.0, sum(work.flops for work in works))
     rows = []
-    for parts, _ in samples:
+    for parts, _, _ in samples:
         left = dict.fromkeys(kinds, 0.0)
         for work, layer in zip(works, layers, strict=True):
             left[work.kind] += layer.time(parts) / scale
         rows.append([1.0, values_left(layers, parts), *(left[kind] for kind in kinds)])
     columns = torch.tensor(rows, dtype=torch.float64)
-    least, by_value, *speeds = at_least_zero(columns, [ms * part for _, part in samples])
+    least, by_value, *speeds = at_least_zero(columns, [ms * sample.part for sample in samples])
     speed = dict(zip(kinds, speeds, strict=True))
     return tuple(work.layer(speed[work.kind] / scale) for work in works), (least, by_value)
+
+
+def by_level(
+    works: Sequence[Work], ms: float, samples: Sequence[Sample]
+) -> tuple[tuple[LayerTime, ...], tuple[float, float]]:
+    """Return the times of layers that keep their shape, level by level, and of the rest, which no zeros save.
+
+    What a model saves more than the one before it is divided among the layers that are not dense in it, by their FLOPs.
+
+    Args:
+        works: What the layers have to compute.
+        ms: Milliseconds of the whole model.
+        samples: The dense model, and sparser and sparser ones.
+
+    >>> spots = [Spot(name, (0, None), keeps_shape=True) for name in ("a", "b")]
+    >>> works = [Work(spot, "Linear", flops, 0) for spot, flops in zip(spots, (30.0, 10.0))]
+    >>> found = (1.0, 1.0, {"a", "b"}), (0.4, 0.8, {"b"}), (0.1, 0.4, ())
+    >>> samples = [Sample({("a", 0): left, ("b", 0): left}, part, dense) for left, part, dense in found]
+    >>> layers, rest = by_level(works, 10.0, samples)
+    >>> [[round(layer.time(sample.parts), 6) for sample in samples] for layer in layers]
+    [[5.0, 3.0, 0.0], [1.0, 1.0, 0.0]]
+    >>> rest
+    (4.0, 0.0)
+    """
+    targets = [work for work in works if work.spot.keeps_shape]
+    saved, before = dict.fromkeys((work.spot.weight for work in targets), 0.0), 1.0
+    each = list[dict[str, float]]()
+    for sample in samples:
+        faster = {work.spot.weight: work.flops for work in targets if work.spot.weight not in sample.dense}
+        flops, now = sum(faster.values()), min(before, sample.part)
+        if flops:
+            saved |= {name: saved[name] + (before - now) * own / flops for name, own in faster.items()}
+            before = now
+        each.append(dict(saved))
+
+    def left(name: str, sample: Sample, at: dict[str, float]) -> Sample:
+        return Sample(sample.parts, saved[name] - (0.0 if name in sample.dense else at[name]), sample.dense)
+
+    found = list(zip(samples, each, strict=True))
+    spots = [work.spot for work in targets]
+    layers = [in_levels(spot, ms, [left(spot.weight, sample, at) for sample, at in found]) for spot in spots]
+    return tuple(layers), (ms * before, 0.0)

@@ -3,12 +3,12 @@
 A layer that is run again and again on its own finds its weights in the cache, and is faster than in its model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,20 @@ _STEP = 1e-6  # of all units, below the least that one of them can be
 Clock = Callable[[], float]
 Run = Callable[[], object]
 Dims = tuple[int | None, int | None]
-Sample = tuple[Parts, float]  # what is left of a model, and what part of the dense time something takes in it
+
+
+class Sample(NamedTuple):
+    """What something takes in a smaller model.
+
+    Args:
+        parts: What is left of the model.
+        part: Which fraction of the time of the whole dense model it takes.
+        dense: The weights of layers that are dense in it, because no other form is faster.
+    """
+
+    parts: Parts
+    part: float
+    dense: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -138,40 +151,40 @@ def fitted(spot: Spot, values: int, ms: float, samples: Sequence[Sample]) -> Lay
         samples: Of the layer.
 
     >>> parts = [{("weight", 0): left} for left in (1.0, 0.75, 0.5)]
-    >>> layer = fitted(Spot("weight", (0, None)), 64, 10.0, list(zip(parts, (0.5, 0.4, 0.3))))
+    >>> layer = fitted(Spot("weight", (0, None)), 64, 10.0, list(map(Sample, parts, (0.5, 0.4, 0.3))))
     >>> [round(ms, 6) for ms in layer.ms]
     [1.0, 4.0, 0.0, 0.0]
     """
     shape = LayerTime(spot.weight, spot.dims, (0.0, 0.0, 0.0, 0.0), values)
-    outputs, inputs = torch.tensor([shape.left(parts) for parts, _ in samples], dtype=torch.float64).unbind(1)
+    outputs, inputs = torch.tensor([shape.left(sample.parts) for sample in samples], dtype=torch.float64).unbind(1)
     columns = {0: torch.ones_like(outputs)}
     columns |= {1: outputs} if spot.dims[0] is not None else {}
     columns |= {2: inputs} if spot.dims[1] is not None else {}
     columns |= {3: outputs * inputs} if None not in spot.dims else {}
-    found = at_least_zero(torch.stack(list(columns.values()), 1), [ms * part for _, part in samples])
+    found = at_least_zero(torch.stack(list(columns.values()), 1), [ms * sample.part for sample in samples])
     factors = dict(zip(columns, found, strict=True))
     least, by_output, by_input, by_both = (factors.get(place, 0.0) for place in range(4))
     return LayerTime(spot.weight, spot.dims, (least, by_output, by_input, by_both), values)
 
 
-def in_levels(spot: Spot, ms: float, samples: Sequence[Sample], dense: Sequence[bool]) -> LayerTime:
+def in_levels(spot: Spot, ms: float, samples: Sequence[Sample]) -> LayerTime:
     """Return the time of a layer that keeps its shape, level by level; fewer units never take longer.
 
     Args:
         spot: The layer.
         ms: What the whole model takes.
         samples: Of the layer, in sparser models and in the dense one.
-        dense: In which of them the layer is dense, because no other form is faster.
 
-    >>> samples = [({("weight", 0): left}, part) for left, part in ((1.0, 0.5), (0.2, 0.6), (0.1, 0.2))]
-    >>> in_levels(Spot("weight", (0, None), keeps_shape=True), 10.0, samples, [True, True, False]).levels
+    >>> found = (1.0, 0.5, {"weight"}), (0.2, 0.6, {"weight"}), (0.1, 0.2, ())
+    >>> samples = [Sample({("weight", 0): left}, part, dense) for left, part, dense in found]
+    >>> in_levels(Spot("weight", (0, None), keeps_shape=True), 10.0, samples).levels
     ((0.1, 2.0), (0.100001, 5.5), (0.2, 5.5), (1.0, 5.5))
     """
     place = (spot.weight, spot.dims[0] or 0)
-    whole = ms * median(part for (_, part), is_dense in zip(samples, dense, strict=True) if is_dense)
-    faster = {parts[place]: ms * part for (parts, part), is_dense in zip(samples, dense, strict=True) if not is_dense}
+    whole = ms * median(sample.part for sample in samples if spot.weight in sample.dense)
+    faster = {sample.parts[place]: ms * sample.part for sample in samples if spot.weight not in sample.dense}
     taken, most = dict[float, float](), whole
-    for left in sorted({parts[place] for parts, _ in samples}, reverse=True):
+    for left in sorted({sample.parts[place] for sample in samples}, reverse=True):
         most = taken[left] = min(most, faster.get(left, whole))
     levels = list[tuple[float, float]]()
     for left, time in sorted(taken.items()):

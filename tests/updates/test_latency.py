@@ -35,12 +35,13 @@ from lightning_prune import (
     prune,
     shrink,
 )
+from lightning_prune.export.shared_fan_in import SharedFanInLinear
 from lightning_prune.models.parameters import find
 from lightning_prune.training import observed
 from lightning_prune.updates import latency_measuring, onnx_timing, smaller_copies
 from lightning_prune.updates.latency import LayerTime
 from lightning_prune.updates.latency_measuring import latency_table
-from lightning_prune.updates.timed_layers import Spot, at_least_zero, fitted, in_levels
+from lightning_prune.updates.timed_layers import Sample, Spot, at_least_zero, fitted, in_levels
 
 CHANNELS = Channel(coupled=True)
 NONE = (0.0, 0.0, 0.0, 0.0)
@@ -160,8 +161,6 @@ def test_units_that_make_no_model_smaller_are_refused(granularity: Granularity, 
 def test_what_keeps_its_shape_saves_time_alone() -> None:
     with pytest.raises(ValueError, match=r'of must be "units" or "latency" for SharedFanIn\(rows=16\), got .flops.'):
         Pruning(0.5, granularity=SharedFanIn(), of="flops")
-    with pytest.raises(ValueError, match=r'runtime must be "torch" for SharedFanIn\(rows=16\)'):
-        measure_latency(network(), torch.zeros(8, 6), SharedFanIn(), "onnxruntime")
     with pytest.raises(ValueError, match=r"of must be a latency table for SharedFanIn\(rows=16\), got one for Channel"):
         Pruning(0.5, granularity=SharedFanIn(), of=table())
 
@@ -325,7 +324,7 @@ def test_times_that_were_samples_of_a_size_are_found_again() -> None:
     samples = []
     for outputs, inputs in torch.rand(12, 2, generator=source).tolist():
         parts = {("a", 0): outputs, ("a", 1): inputs}
-        samples.append((parts, known.time(parts) / 10.0))
+        samples.append(Sample(parts, known.time(parts) / 10.0))
     found = fitted(Spot("a", (0, 1)), 8, 10.0, samples)
     assert found.ms == pytest.approx(known.ms, abs=1e-6)
 
@@ -411,17 +410,20 @@ def test_a_layer_takes_what_was_measured_at_its_level() -> None:
     taken = [layer.time({("0.weight", 0): left}) for left in (1.0, 0.9, 0.45, 0.4, 0.1)]
     assert taken == pytest.approx([10.0, 10.0, 10.0, 9.0, 3.0])
     lefts = (0.3, 0.45, 1.0, 0.0, 0.3)  # few units are rounded to the same number at different levels
-    samples = [({("0.weight", 0): left}, layer.time({("0.weight", 0): left}) / 13) for left in lefts]
-    spot = Spot("0.weight", (0, None), keeps_shape=True)
-    found = in_levels(spot, 13.0, samples, [left >= 0.45 for left in lefts])
+    samples = []
+    for left in lefts:
+        parts, dense = {("0.weight", 0): left}, {"0.weight"} if left >= 0.45 else set()
+        samples.append(Sample(parts, layer.time(parts) / 13, dense))
+    found = in_levels(Spot("0.weight", (0, None), keeps_shape=True), 13.0, samples)
     assert [left for left, _ in found.levels] == pytest.approx([0.0, 0.3, 0.3, 0.45, 1.0], abs=1e-5)
     assert [ms for _, ms in found.levels] == pytest.approx([1.0, 7.0, 10.0, 10.0, 10.0])
     assert LatencyTable((found,), (0.0, 0.0), 13.0, "SharedFanIn").layers == (found,)
 
 
 def test_no_noise_makes_a_dense_layer_faster() -> None:
-    samples = [({("a", 0): left}, part) for left, part in ((1.0, 0.5), (0.4, 0.45), (0.2, 0.49), (0.1, 0.52))]
-    found = in_levels(Spot("a", (0, None), keeps_shape=True), 10.0, samples, [True, True, True, True])
+    times = ((1.0, 0.5), (0.4, 0.45), (0.2, 0.49), (0.1, 0.52))
+    samples = [Sample({("a", 0): left}, part, {"a"}) for left, part in times]
+    found = in_levels(Spot("a", (0, None), keeps_shape=True), 10.0, samples)
     assert {ms for _, ms in found.levels} == {4.95}
 
 
@@ -475,7 +477,7 @@ def test_a_table_of_an_earlier_release_is_read() -> None:
 
 @pytest.mark.usefixtures("few")
 def test_groups_of_rows_are_measured_in_the_form_that_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_measuring, "_SPARSE", (0.25, 0.5))
+    monkeypatch.setattr(latency_measuring, "_SPARSE", (0.5, 0.25))
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten()]
     model, inputs = nn.Sequential(*convolutions, nn.Linear(64, 4)), torch.randn(2, 3, 4, 4)
@@ -490,7 +492,7 @@ def test_groups_of_rows_are_measured_in_the_form_that_runs_them(monkeypatch: pyt
 
     with patch.object(smaller_copies, "in_fastest_forms", slow_linear):
         known = measure_latency(model, inputs, SharedFanIn(4))
-    assert read == [0.25, 0.5]
+    assert read == [0.5, 0.25]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     layers = {layer.weight: layer for layer in known.layers}
     assert layers.keys() == {"0.weight", "1.weight", "3.weight", "5.weight"}
@@ -633,6 +635,68 @@ def test_a_table_of_onnx_runtime_is_like_any_other(monkeypatch: pytest.MonkeyPat
     assert [layer.dims for layer in known.layers] == [(0, None), (0, 1), (None, 1)]
     assert LatencyTable.from_dict(known.to_dict()) == known
     assert all(min(layer.ms) >= 0 and layer.values > 0 for layer in known.layers)
+
+
+def cost_of_rows(model: nn.Module) -> float:
+    """Return made-up seconds of a model: groups of rows take what they read, twice as slowly as dense layers."""
+    seconds = 1e-3
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            seconds += 1e-6 * layer.weight.numel()
+        if isinstance(layer, SharedFanInLinear):
+            seconds += 2e-6 * layer.values.numel()
+    return seconds
+
+
+def in_groups_if_faster(model: nn.Sequential, inputs: Tensor) -> tuple[nn.Module, tuple[()]]:
+    """Put the layers with more than half of zeros in groups of 2 rows."""
+    for n, layer in enumerate(model):
+        if isinstance(layer, nn.Linear) and float((layer.weight != 0).float().mean()) < 0.5:
+            model[n] = SharedFanInLinear.of(layer, 2, by_column=True)
+    return model, ()
+
+
+@pytest.mark.parametrize(("scope", "sparsity"), [("local", 0.3), ("local", 0.5), (Knapsack(), 0.3), (Knapsack(), 0.5)])
+def test_groups_of_rows_take_the_time_that_is_asked_for_in_onnx_runtime(
+    scope: Any, sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_timing, "session", lambda model, inputs: model)
+    monkeypatch.setattr(onnx_timing, "in_turns", lambda first, second, clock: (cost(first), cost_of_rows(second)))
+    model, inputs = wide(), torch.zeros(8, 40)
+    with patch.object(smaller_copies, "in_fastest_forms", in_groups_if_faster):
+        known = measure_latency(model, inputs, SharedFanIn(2), "onnxruntime")
+    assert known.runtime == "onnxruntime"
+    assert known.time({}) == pytest.approx(known.dense) == pytest.approx(1e3 * cost(model))
+    assert all(layer.levels[0][1] == 0.0 for layer in known.layers)  # what no zeros save is in the rest
+    prune(model, sparsity, granularity=SharedFanIn(2), of=known, scope=scope, example_inputs=inputs)
+    took = cost_of_rows(in_groups_if_faster(model, inputs)[0]) / cost(wide())
+    assert 1.0 - sparsity - 0.1 < took <= 1.0 - sparsity + 0.02  # widths of 20 and 30 leave little choice
+
+
+def test_what_stays_dense_saves_nothing_in_onnx_runtime() -> None:
+    spots = [Spot(name, (0, None), keeps_shape=True) for name in ("a", "b", "c")]
+    works = [onnx_timing.Work(spot, "Linear", flops, 0) for spot, flops in zip(spots, (30.0, 10.0, 20.0), strict=True)]
+    works.append(onnx_timing.Work(Spot("d", (None, None)), "Conv2d", 40.0, 0))
+    found = (1.0, 1.0, {"a", "b", "c"}), (0.4, 0.9, {"b", "c"}), (0.2, 1.1, {"c"}), (0.1, 0.5, {"a", "c"})
+    samples = [Sample(dict.fromkeys([(s.weight, 0) for s in spots], left), part, dense) for left, part, dense in found]
+    layers, rest = onnx_timing.by_level(works, 10.0, samples)
+    times = {layer.weight: [layer.time(sample.parts) for sample in samples] for layer in layers}
+    assert times == {"a": pytest.approx([1.0, 0.0, 0.0, 0.0]), "b": pytest.approx([4.0, 4.0, 4.0, 0.0]), "c": [0.0] * 4}
+    assert rest == (5.0, 0.0)
+
+
+@pytest.mark.slow
+def test_a_table_of_groups_of_rows_in_onnx_runtime_is_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(latency_measuring, "_SPARSE", (0.2, 0.05))
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128)), torch.randn(4, 64)
+    with patch.object(smaller_copies, "in_fastest_forms", in_groups_if_faster):
+        known = measure_latency(model, inputs, SharedFanIn(2), "onnxruntime")
+    assert "in onnxruntime for 4 x 64" in repr(known)
+    assert [layer.weight for layer in known.layers] == ["0.weight", "2.weight"]
+    assert known.time({}) == pytest.approx(known.dense)
+    assert LatencyTable.from_dict(known.to_dict()) == known
 
 
 def test_another_runtime_is_refused() -> None:
