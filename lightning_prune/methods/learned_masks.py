@@ -72,8 +72,9 @@ class LearnedMasks(MaskedTraining):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if a pattern matches nothing, no parameter
-            is prunable, one is sharded or uninitialised, the prior lacks a mask, or ``end`` is a fraction of a run
-            without end; if an optimizer (LBFGS, SAM) runs the model inside its step, or a gradient is sparse.
+            is prunable, one is sharded or uninitialised, the prior lacks a mask or does not keep n of m, or ``end`` is
+            a fraction of a run without end; if an optimizer (LBFGS, SAM) runs the model inside its step, or
+            a gradient is sparse.
 
     Reference: Fang et al., 2024, "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
     arXiv:2409.17481.
@@ -136,7 +137,7 @@ class LearnedMasks(MaskedTraining):
         self.state.resumed = self.state.restored
         units = self._find(pl_module)
         if not self.masks:
-            self.state.masks = first_masks(self.prior, units, self.granularity.least)
+            self.state.masks = first_masks(self.prior, units, self.granularity)
         self.state.learn(units, self.n, self.m, self.strength)
         for optimizer in trainer.optimizers:
             join(optimizer, {each.weight: {"logits": each.logits} for each in self.state.learned.values()})

@@ -7,8 +7,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.criteria import Criterion
+from lightning_prune.granularities import NM
 from lightning_prune.masks import Masks
-from lightning_prune.units.units import Units
+from lightning_prune.methods.pattern_logits import groups
+from lightning_prune.units.weights import WeightUnits
 from lightning_prune.updates.decision import score
 from lightning_prune.validation.arguments import numbers
 from lightning_prune.validation.instances import instance
@@ -44,25 +46,29 @@ def two_numbers(argument: str, values: Sequence[float]) -> tuple[int | float, ..
 
 
 @torch.no_grad()
-def first_masks(prior: Criterion | Masks, units: Sequence[Units], least: float) -> Masks:
+def first_masks(prior: Criterion | Masks, units: Sequence[WeightUnits], granularity: NM) -> Masks:
     """Return the masks of a prior for these units, on their devices.
 
     Args:
         prior: Masks, or a criterion whose masks are taken.
         units: The targets, in groups.
-        least: The rank in a group, from 0 to 1, from which on weights are kept.
+        granularity: How many weights of each group are kept.
 
     Raises:
-        ValueError: If masks of a unit are missing, or have another shape.
+        ValueError: If masks of a unit are missing, have another shape, or keep another number of a group.
     """
     if isinstance(prior, Criterion):
         places = score(units, prior, dict.fromkeys(unit.name for unit in units))
-        return Masks({name: places.at_least(name, least) for name in places})
+        return Masks({name: places.at_least(name, granularity.least) for name in places})
     for unit in units:
         shape = tuple(prior[unit.name].shape) if unit.name in prior else "none"
         if shape != tuple(unit.parameter.shape):
             wanted = f"{unit.name!r} of shape {tuple(unit.parameter.shape)}"
             raise ValueError(f"prior must have a mask for {wanted}, got {shape}: leave other weights out by ignore")
+        kept = groups(prior[unit.name], unit.inputs, granularity.m).sum(-1)
+        if bool((kept != granularity.n).any()):
+            pattern, counts = f"{granularity.n} of every {granularity.m}", f"{int(kept.min())} to {int(kept.max())}"
+            raise ValueError(f"prior must keep {pattern} weights, got masks that keep {counts} for {unit.name!r}")
     return Masks({unit.name: prior[unit.name].to(unit.parameter.device, torch.bool, copy=True) for unit in units})
 
 

@@ -20,6 +20,7 @@ from lightning_prune.structure.surgery import reorder
 from lightning_prune.structure.tracing import trace
 from lightning_prune.validation.arguments import integer, number
 from lightning_prune.validation.instances import flag, instance
+from lightning_prune.validation.warning import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +43,8 @@ def permute_rows(
     Rows that need the same inputs come into one group. The order of the channels of a hidden layer is free: the norms
     and the columns of the next layers follow, so that the outputs stay the same, the model stays of its class, and
     nothing is permuted at run time. That is compared in double precision and eval mode; channels whose order has an
-    effect stay as they are. Permute before training or pruning: optimizers, masks and averages do not follow.
+    effect stay as they are, with a warning if all do. Permute before training or pruning: optimizers, masks and
+    averages do not follow.
 
     Args:
         model: Any module.
@@ -85,6 +87,11 @@ def permute_rows(
     parts = {group.name: (found, _kept(found, sparsity)) for group in groups if (found := _layers(group, scores))}
     made = [group for group in groups if group.name in parts]
     done = equivalent_orders(model, [(group, best_order(*parts[group.name], rows)) for group in made], inputs)
+    if not done:
+        warn(
+            "permute_rows leaves the model as it is: it has no linear layer or convolution whose rows can be in "
+            "another order, as those of the last layer, of recurrent layers and of fused experts cannot"
+        )
     permuted = model if inplace else copied(model)
     reorder(permuted, done)
     for group, order in done if _log.isEnabledFor(logging.INFO) else ():

@@ -464,6 +464,14 @@ def test_arguments_out_of_range_are_refused(make: Callable[[], Any], message: st
     [
         (MLP(optimizer="lbfgs"), LearnedMasks(), "must not run the model inside its step for LearnedMasks", {}),
         (MLP(), LearnedMasks(prior=Masks()), "prior must have a mask for 'net.0.weight' of shape (8, 6), got none", {}),
+        (
+            MLP(),
+            LearnedMasks(
+                prior=Masks({f"net.{n}.weight": torch.ones(MLP().net[n].weight.shape).bool() for n in (0, 4, 6)})
+            ),
+            "prior must keep 2 of every 4 weights, got masks that keep 4 to 4 for 'net.0.weight'",
+            {},
+        ),
         (MLP(), LearnedMasks(train=("net.4.*",)), "train must have no targets in it", {}),
         (MLP(), LearnedMasks(), "end must be an int where the length of the run is unknown", {"max_epochs": -1}),
     ],

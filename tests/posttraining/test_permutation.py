@@ -62,6 +62,15 @@ def test_rows_that_need_the_same_inputs_come_together(caplog: pytest.LogCaptureF
     assert (model[0].weight[worse["0.weight"]] == 0.01).any()
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_model_without_a_free_order_is_a_warning(recurrent: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(4, 8, batch_first=True) if recurrent else nn.Linear(4, 8)
+    with pytest.warns(UserWarning, match="permute_rows leaves the model as it is: it has no linear layer"):
+        same = permute_rows(model, torch.zeros(2, 3, 4), sparsity=0.5, rows=2)
+    assert all(a.equal(b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
+
+
 def test_the_criterion_decides() -> None:
     model = Hidden()
     seen = torch.cat([torch.ones(4, 4), torch.full((4, 4), 1e-6)], 1)  # the last inputs hardly matter to Wanda
