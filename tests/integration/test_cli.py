@@ -30,6 +30,7 @@ from lightning_prune import (
     GraSP,
     Head,
     InputChannel,
+    LatencyTable,
     Layer,
     Magnitude,
     MagnitudePruning,
@@ -45,6 +46,7 @@ from lightning_prune import (
 )
 from lightning_prune.training.masked import MaskedTraining
 from lightning_prune.training.scheduled import ScheduledTraining
+from lightning_prune.updates.latency import LayerTime
 
 
 class Power(Criterion):
@@ -104,6 +106,17 @@ def public_state(callback: Callback) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ in
+
+
+def test_a_table_of_times_from_yaml(tmp_path: Path) -> None:
+    none, levels = (0.0, 0.0, 0.0, 0.0), ((0.0, 0.0), (0.5, 1.0), (1.0, 1.0))
+    layers = tuple(LayerTime(f"net.{n}.weight", (0, None), none, levels=levels) for n in (0, 4, 6))
+    table = LatencyTable(layers, (0.0, 0.0), 3.0, "SharedFanIn")
+    table.save(tmp_path / "latency.json")
+    loaded = entry("lightning_prune.LatencyTable.load", path=str(tmp_path / "latency.json"))
+    cli = run("--config", yaml_file(tmp_path, entry("Pruning", sparsity=0.5, granularity="SharedFanIn", of=loaded)))
+    assert callback_of(cli).of == table
+    assert sparsity(cli.model) > 0.7  # half of the time takes three quarters of the weights
 
 
 @pytest.mark.parametrize("path", ["lightning_prune.MagnitudePruning", "MagnitudePruning"])
