@@ -1,6 +1,7 @@
 """Layers with shared fan-in: groups of rows as dense products over the inputs that each group reads."""
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from typing_extensions import Self, override
 
 # how many numbers are read at once, so that they stay in the cache, and for how many samples at least
 _IN_CACHE, _LEAST = 2**18, 64
+_BLOCK = 8  # channels that ONNX Runtime keeps together
+_SELECTING = 40  # products in a convolution of ONNX Runtime that take as long as the selection of an input
 
 
 class _Groups(nn.Module):
@@ -125,10 +128,9 @@ class SharedFanInConv2d(_Groups):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        read = inputs[:, :, :: self.stride[0], :: self.stride[1]]
         if _in_onnx():
-            found = self.products(read.flatten(2), self.out_channels)
-            return found.view(-1, self.out_channels, *read.shape[2:])
+            return self._as_convolution(inputs)
+        read = inputs[:, :, :: self.stride[0], :: self.stride[1]]
         if read.shape[0] == 1:
             found = self.products(read[0].flatten(1), self.out_channels)
             return found.view(1, self.out_channels, *read.shape[2:])
@@ -137,6 +139,26 @@ class SharedFanInConv2d(_Groups):
         found = self.products(columns, self.out_channels)
         images: Tensor = found.unflatten(1, (read.shape[0], *read.shape[2:])).transpose(0, 1).contiguous()
         return images
+
+    def _as_convolution(self, images: Tensor) -> Tensor:
+        """Return the outputs as a convolution, which ONNX Runtime merges with the norm and activation after it."""
+        groups, k, rows = self.values.shape
+        size = gcd(rows, self.out_channels)  # without rows that are no outputs
+        if size % _BLOCK:
+            size = rows
+        count, missing = -(-self.out_channels // size), -k % _BLOCK
+        if (k + missing) * (size + _SELECTING) < images.shape[1] * size:
+            values = self.values.unflatten(2, (rows // size, size)).permute(0, 2, 3, 1).flatten(0, 2)
+            weight = nn.functional.pad(values[: count * size], (0, missing))
+            inputs = nn.functional.pad(self.inputs, (0, missing)).repeat_interleave(rows // size, 0)[:count]
+            images = images.index_select(1, inputs.flatten())
+        else:
+            dense = self.values.new_zeros(groups, rows, images.shape[1])
+            weight = dense.scatter(2, self.inputs[:, None].expand(-1, rows, -1).long(), self.values.mT).flatten(0, 1)
+            count = 1
+        bias = None if self.bias is None else nn.functional.pad(self.bias, (0, len(weight) - self.out_channels))
+        found = nn.functional.conv2d(images, weight[:, :, None, None], bias, self.stride, groups=count)
+        return found.narrow(1, 0, self.out_channels) if len(weight) > self.out_channels else found
 
 
 def _plus(found: Tensor, bias: Tensor) -> Tensor:

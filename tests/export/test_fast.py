@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,13 +220,40 @@ def test_onnx_runtime_selects_whole_rows(by_column: bool, shape: tuple[int, ...]
     assert axes_of_gathers(found) == {-2}
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_onnx_runtime_reads_channels_of_images_as_they_are(batch: int, tmp_path: Path) -> None:
-    layer = nn.Conv2d(30, 41, 1, stride=2)
-    prune(layer, 0.8, granularity=SharedFanIn(8))
-    found = exported(SharedFanInConv2d.of(layer, 8), torch.randn(batch, 30, 5, 7), tmp_path)
-    assert axes_of_gathers(found) == {-2}
-    assert "Transpose" not in {node.op_type for node in found}
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "rows", "sparsity", "groups"),
+    [
+        ((64, 48), 16, 0.9, 3),
+        ((64, 24), 16, 0.9, 3),  # of 8 rows, since the second group of 16 would have 8 too many
+        ((80, 41), 16, 0.9, 3),  # of which 7 outputs are left out
+        ((80, 41), 8, 0.9, 6),
+        ((64, 48), 16, 0.5, 1),  # dense, since to select half of the inputs takes longer
+        ((16, 48), 16, 0.9, 1),  # as well: 8 channels are kept together
+    ],
+)
+def test_onnx_runtime_runs_groups_of_channels_as_one_convolution(
+    shape: tuple[int, int], rows: int, sparsity: float, groups: int, bias: bool, tmp_path: Path
+) -> None:
+    layer = nn.Conv2d(*shape, 1, stride=2, bias=bias)
+    prune(layer, sparsity, granularity=SharedFanIn(rows), targets=["weight"])
+    found = exported(SharedFanInConv2d.of(layer, rows), torch.randn(2, shape[0], 5, 7), tmp_path)
+    [convolution] = [node for node in found if node.op_type == "Conv"]
+    assert {attribute.name: attribute for attribute in convolution.attribute}["group"].i == groups
+    assert sum(node.op_type == "Gather" for node in found) == int(groups > 1)
+
+
+def test_onnx_runtime_merges_groups_of_channels_with_the_norm_and_the_activation(tmp_path: Path) -> None:
+    layer, norm = nn.Conv2d(64, 48, 1, bias=False), nn.BatchNorm2d(48)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    prune(layer, 0.9, granularity=SharedFanIn(16))
+    exported(nn.Sequential(SharedFanInConv2d.of(layer, 16), norm, nn.ReLU6()), torch.randn(2, 64, 5, 7), tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "merged.onnx"), 3
+    onnxruntime.InferenceSession(tmp_path / "layer.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "merged.onnx").graph.node]
+    assert kinds.count("Conv") + kinds.count("FusedConv") == 1
+    assert set(kinds) <= {"Gather", "Conv", "FusedConv", "ReorderInput", "ReorderOutput"}
 
 
 def exported(layer: nn.Module, inputs: Tensor, folder: Path) -> list[onnx.NodeProto]:
