@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_prune.export.shared_fan_in import SharedFanInConv2d, SharedFanInLinear
+from lightning_prune.export.shared_fan_in import GROUPS, SharedFanInConv2d, SharedFanInLinear, part_read
 from lightning_prune.export.sparse_layers import CSRLinear, linear_layers, replaced
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, call, difference, fitting, needed_example_of
@@ -25,7 +25,6 @@ Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Linear | nn.Conv2d
 
 DENSE = "dense"
-_ROWS = (8, 16, 32, 64)
 _MOST_READ = 0.6  # of the inputs: with more, groups of rows gain nothing over the dense product
 _GAIN = 0.95  # of the dense time: what is not clearly faster stays dense
 _ROUNDS, _SECONDS = 9, 0.002  # turns of each form, and what a turn takes at least
@@ -202,8 +201,8 @@ def _forms(layer: Layer) -> dict[str, nn.Module]:
     """Return what may be faster than a layer, by name."""
     forms: dict[str, nn.Module] = {}
     matrix = layer.weight.flatten(1)
-    for rows in _ROWS:
-        if rows > len(matrix) or _read(matrix, rows) > _MOST_READ:
+    for rows in GROUPS:
+        if rows > len(matrix) or part_read(matrix, rows) > _MOST_READ:
             continue
         name = f"groups of {rows}"
         if isinstance(layer, nn.Conv2d):
@@ -214,12 +213,6 @@ def _forms(layer: Layer) -> dict[str, nn.Module]:
     if isinstance(layer, nn.Linear):
         forms["CSR"] = CSRLinear(layer)
     return forms
-
-
-def _read(matrix: Tensor, rows: int) -> float:
-    """Return which fraction of the inputs, 0 to 1, the group that reads most of them reads."""
-    groups = (matrix != 0).split(rows)
-    return max(float(group.any(0).float().mean()) for group in groups)
 
 
 def _check_outputs(model: nn.Module, fast: nn.Module, inputs: Inputs) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_prune.export.shared_fan_in import GROUPS, SharedFanInLinear, part_read, time_in_onnx
 from lightning_prune.export.sparse_layers import CSRLinear, replaced
 from lightning_prune.models.copying import copied
 from lightning_prune.models.forward import Inputs, difference, fitting, needed_example_of, run, tensors
@@ -31,8 +32,9 @@ def export_onnx(
     """Write a model, in eval mode, to an ONNX file; pruned and shrunk models like any other.
 
     ONNX Runtime runs the file on the example and on a batch of another size. The file is written only if the outputs
-    agree with the model's, to half of the digits of their dtype, relative to the largest value. Layers in compressed
-    sparse rows (``to_fast``, ``to_sparse_csr``) are written as dense ones, since ONNX has no product for such rows.
+    agree with the model's, to half of the digits of their dtype, relative to the largest value. ONNX has no product for
+    compressed sparse rows (``to_fast``, ``to_sparse_csr``): such layers are written as groups of rows that read the
+    same inputs, where these are few, or else as dense ones.
 
     Args:
         model: Any module that ``torch.export`` can trace, including a ``LightningModule``; it is left as it was.
@@ -55,10 +57,10 @@ def export_onnx(
     path, batch_axis = as_path("path", path), optional(integer, "batch_axis", batch_axis)
     inputs = fitting(needed_example_of(model, example_inputs), model)
     sizes = {} if batch_axis is None else _batch(inputs, batch_axis)
-    model = _without_sparse_rows(getattr(model, "_orig_mod", model))
+    model = getattr(model, "_orig_mod", model)
     with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         file = Path(folder) / path.name
-        _write(model, inputs, file, sizes)
+        _write(_without_sparse_rows(model), inputs, file, sizes)
         _verify(model, inputs, file)
         if sizes:
             _verify(model, _one_more(inputs, sizes), file)
@@ -75,9 +77,16 @@ def _check_installed() -> None:
 
 
 def _without_sparse_rows(model: nn.Module) -> nn.Module:
-    """Return a model whose layers in compressed sparse rows are dense: ONNX has no product for such rows."""
-    layers = {name: module.dense() for name, module in model.named_modules() if isinstance(module, CSRLinear)}
+    layers = {name: known_to_onnx(module) for name, module in model.named_modules() if isinstance(module, CSRLinear)}
     return replaced(copied(model), layers) if layers else model
+
+
+def known_to_onnx(layer: CSRLinear) -> nn.Linear | SharedFanInLinear:
+    """Return a layer that computes the same: groups of rows that read few inputs, or a dense one."""
+    dense = layer.dense()
+    possible = [rows for rows in GROUPS if rows <= layer.out_features]
+    time, rows = min(((time_in_onnx(part_read(dense.weight, rows), rows), rows) for rows in possible), default=(1.0, 0))
+    return SharedFanInLinear.of(dense, rows, by_column=True) if time < 1 else dense
 
 
 def _batch(inputs: Inputs, axis: int) -> Sizes:

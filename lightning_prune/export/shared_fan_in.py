@@ -9,8 +9,9 @@ from typing_extensions import Self, override
 
 # how many numbers are read at once, so that they stay in the cache, and for how many samples at least
 _IN_CACHE, _LEAST = 2**18, 64
+GROUPS = (8, 16, 32, 64)  # rows in a group that are tried
 _BLOCK = 8  # channels that ONNX Runtime keeps together
-_SELECTING = 40  # products in a convolution of ONNX Runtime that take as long as the selection of an input
+_SELECTING = 40  # rows whose products with an input take ONNX Runtime as long as its selection
 
 
 class _Groups(nn.Module):
@@ -128,9 +129,12 @@ class SharedFanInConv2d(_Groups):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        if _in_onnx():
+        if _in_onnx() and inputs.dtype != torch.float64:  # in which ONNX Runtime has no convolution
             return self._as_convolution(inputs)
         read = inputs[:, :, :: self.stride[0], :: self.stride[1]]
+        if _in_onnx():
+            found = self.products(read.flatten(2), self.out_channels)
+            return found.view(-1, self.out_channels, *read.shape[2:])
         if read.shape[0] == 1:
             found = self.products(read[0].flatten(1), self.out_channels)
             return found.view(1, self.out_channels, *read.shape[2:])
@@ -143,16 +147,16 @@ class SharedFanInConv2d(_Groups):
     def _as_convolution(self, images: Tensor) -> Tensor:
         """Return the outputs as a convolution, which ONNX Runtime merges with the norm and activation after it."""
         groups, k, rows = self.values.shape
-        size = gcd(rows, self.out_channels)  # without rows that are no outputs
-        if size % _BLOCK:
-            size = rows
-        count, missing = -(-self.out_channels // size), -k % _BLOCK
-        if (k + missing) * (size + _SELECTING) < images.shape[1] * size:
-            values = self.values.unflatten(2, (rows // size, size)).permute(0, 2, 3, 1).flatten(0, 2)
-            weight = nn.functional.pad(values[: count * size], (0, missing))
-            inputs = nn.functional.pad(self.inputs, (0, missing)).repeat_interleave(rows // size, 0)[:count]
+        each = gcd(rows, self.out_channels)  # so that the last group is full
+        if each % _BLOCK:
+            each = rows
+        count, missing = -(-self.out_channels // each), -k % _BLOCK
+        if time_in_onnx((k + missing) / images.shape[1], each) < 1:
+            values = self.values.unflatten(2, (rows // each, each)).permute(0, 2, 3, 1).flatten(0, 2)
+            weight = nn.functional.pad(values[: count * each], (0, missing))
+            inputs = nn.functional.pad(self.inputs, (0, missing)).repeat_interleave(rows // each, 0)[:count]
             images = images.index_select(1, inputs.flatten())
-        else:
+        else:  # to select that many channels takes longer than it saves
             dense = self.values.new_zeros(groups, rows, images.shape[1])
             weight = dense.scatter(2, self.inputs[:, None].expand(-1, rows, -1).long(), self.values.mT).flatten(0, 1)
             count = 1
@@ -174,6 +178,29 @@ def _in_program(samples: int) -> bool:
 def _in_onnx() -> bool:
     """Return whether the program goes to ONNX Runtime, which is slow at selecting columns and fast at broadcasting."""
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def time_in_onnx(read: float, rows: int) -> float:
+    """Return the time of groups of rows in ONNX Runtime, relative to that of a dense layer.
+
+    Args:
+        read: Which fraction of the inputs each group reads.
+        rows: How many rows a group has.
+
+    >>> time_in_onnx(0.125, 16), time_in_onnx(0.3, 16)
+    (0.4375, 1.05)
+    """
+    return read * (1 + _SELECTING / rows)
+
+
+def part_read(matrix: Tensor, rows: int) -> float:
+    """Return which fraction of the inputs, 0 to 1, the group of rows that reads most of them reads.
+
+    >>> part_read(torch.tensor([[0.0, 1.0, 0.0, 0.0], [2.0, 1.0, 0.0, 0.0]]), 2)
+    0.5
+    """
+    groups = (matrix != 0).split(rows)
+    return max(float(group.any(0).float().mean()) for group in groups)
 
 
 def packed(weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:

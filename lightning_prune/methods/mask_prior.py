@@ -67,8 +67,8 @@ def first_masks(prior: Criterion | Masks, units: Sequence[WeightUnits], granular
             raise ValueError(f"prior must have a mask for {wanted}, got {shape}: leave other weights out by ignore")
         kept = groups(prior[unit.name], unit.inputs, granularity.m).sum(-1)
         if bool((kept != granularity.n).any()):
-            pattern, counts = f"{granularity.n} of every {granularity.m}", f"{int(kept.min())} to {int(kept.max())}"
-            raise ValueError(f"prior must keep {pattern} weights, got masks that keep {counts} for {unit.name!r}")
+            pattern, counts = f"{granularity.n} of every {granularity.m}", sorted(set(kept.flatten().tolist()))
+            raise ValueError(f"prior must keep {pattern} weights, got a mask that keeps {counts} of {unit.name!r}")
     return Masks({unit.name: prior[unit.name].to(unit.parameter.device, torch.bool, copy=True) for unit in units})
 
 

@@ -4,7 +4,7 @@ ONNX Runtime merges layers with what follows them, so that a layer has no time o
 the products that it computes closely, at a speed that depends on the kind of layer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,12 +13,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from lightning_prune.export.onnx import export_onnx
+from lightning_prune.export.onnx import export_onnx, known_to_onnx
+from lightning_prune.export.sparse_layers import CSRLinear
 from lightning_prune.models.flops import dense_flops
 from lightning_prune.models.forward import Inputs, tensors
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.preserving import cacheless
 from lightning_prune.updates.latency import LayerTime, values_left
+from lightning_prune.updates.parts import Parts
 from lightning_prune.updates.smaller_copies import SmallerCopy
 from lightning_prune.updates.timed_layers import (
     Clock,
@@ -50,6 +52,10 @@ class Work:
     kind: str
     flops: float
     values: int
+
+    def left(self, parts: Parts) -> float:
+        """Return which fraction of its units, 0 to 1, is left."""
+        return parts.get((self.spot.weight, self.spot.dims[0] or 0), 1.0)
 
     def layer(self, ms: float) -> LayerTime:
         """Return its time, from the milliseconds of one FLOP."""
@@ -98,8 +104,15 @@ def timed(
             second = session(small.model, inputs)
         before, after = in_turns(first, second, clock)
         whole.append(before)
-        samples.append(Sample(small.parts, after / before, small.dense))
+        samples.append(Sample(small.parts, after / before, {*small.dense, *_dense_in_onnx(small)}))
     return 1e3 * median(whole), samples
+
+
+def _dense_in_onnx(small: SmallerCopy) -> Iterator[str]:
+    """Yield the weights of layers that are sparse in torch, but dense in ONNX Runtime."""
+    for layer, spot in small.spots.items():
+        if isinstance(layer, CSRLinear) and isinstance(known_to_onnx(layer), nn.Linear):
+            yield spot.weight
 
 
 def session(model: nn.Module, inputs: Inputs) -> Run:
@@ -163,9 +176,10 @@ def by_work(
 def by_level(
     works: Sequence[Work], ms: float, samples: Sequence[Sample]
 ) -> tuple[tuple[LayerTime, ...], tuple[float, float]]:
-    """Return the times of layers that keep their shape, level by level, and of the rest, which no zeros save.
+    """Return the times of layers that keep their shape, level by level, and the time that pruning does not save.
 
-    What a model saves more than the one before it is divided among the layers that are not dense in it, by their FLOPs.
+    The time that each model saves over the one before it is divided among the layers that are not dense in it, by the
+    FLOPs that they skip in addition.
 
     Args:
         works: What the layers have to compute.
@@ -173,30 +187,33 @@ def by_level(
         samples: The dense model, and sparser and sparser ones.
 
     >>> spots = [Spot(name, (0, None), keeps_shape=True) for name in ("a", "b")]
-    >>> works = [Work(spot, "Linear", flops, 0) for spot, flops in zip(spots, (30.0, 10.0))]
-    >>> found = (1.0, 1.0, {"a", "b"}), (0.4, 0.8, {"b"}), (0.1, 0.4, ())
+    >>> works = [Work(spot, "Linear", 20.0, 0) for spot in spots]
+    >>> found = (1.0, 1.0, {"a", "b"}), (0.5, 0.8, {"b"}), (0.25, 0.4, ())
     >>> samples = [Sample({("a", 0): left, ("b", 0): left}, part, dense) for left, part, dense in found]
     >>> layers, rest = by_level(works, 10.0, samples)
     >>> [[round(layer.time(sample.parts), 6) for sample in samples] for layer in layers]
-    [[5.0, 3.0, 0.0], [1.0, 1.0, 0.0]]
+    [[3.0, 1.0, 0.0], [3.0, 3.0, 0.0]]
     >>> rest
     (4.0, 0.0)
     """
-    targets = [work for work in works if work.spot.keeps_shape]
-    saved, before = dict.fromkeys((work.spot.weight for work in targets), 0.0), 1.0
-    each = list[dict[str, float]]()
+    targets = {work.spot.weight: work for work in works if work.spot.keeps_shape}
+    saved, lefts = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 1.0)
+    each, before = list[dict[str, float]](), 1.0
     for sample in samples:
-        faster = {work.spot.weight: work.flops for work in targets if work.spot.weight not in sample.dense}
-        flops, now = sum(faster.values()), min(before, sample.part)
-        if flops:
-            saved |= {name: saved[name] + (before - now) * own / flops for name, own in faster.items()}
-            before = now
+        now = {name: work.left(sample.parts) for name, work in targets.items() if name not in sample.dense}
+        skipped = {name: targets[name].flops * max(0.0, lefts[name] - left) for name, left in now.items()}
+        if sum(skipped.values()):
+            gain = max(0.0, before - sample.part) / sum(skipped.values())
+            saved |= {name: saved[name] + gain * flops for name, flops in skipped.items()}
+            lefts, before = lefts | now, min(before, sample.part)
         each.append(dict(saved))
 
-    def left(name: str, sample: Sample, at: dict[str, float]) -> Sample:
+    def remaining(name: str, sample: Sample, at: dict[str, float]) -> Sample:
         return Sample(sample.parts, saved[name] - (0.0 if name in sample.dense else at[name]), sample.dense)
 
     found = list(zip(samples, each, strict=True))
-    spots = [work.spot for work in targets]
-    layers = [in_levels(spot, ms, [left(spot.weight, sample, at) for sample, at in found]) for spot in spots]
+    layers = [
+        in_levels(work.spot, ms, [remaining(name, sample, at) for sample, at in found])
+        for name, work in targets.items()
+    ]
     return tuple(layers), (ms * before, 0.0)

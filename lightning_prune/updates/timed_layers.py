@@ -28,11 +28,11 @@ Dims = tuple[int | None, int | None]
 
 
 class Sample(NamedTuple):
-    """What something takes in a smaller model.
+    """The time of a layer, or of the whole model, in a smaller model.
 
     Args:
         parts: What is left of the model.
-        part: Which fraction of the time of the whole dense model it takes.
+        part: The time, as a fraction of that of the whole dense model.
         dense: The weights of layers that are dense in it, because no other form is faster.
     """
 

@@ -243,6 +243,13 @@ def test_onnx_runtime_runs_groups_of_channels_as_one_convolution(
     assert sum(node.op_type == "Gather" for node in found) == int(groups > 1)
 
 
+def test_onnx_runtime_has_no_convolution_in_float64_but_runs_groups_of_channels(tmp_path: Path) -> None:
+    layer = nn.Conv2d(64, 41, 1, stride=2, dtype=torch.float64)
+    prune(layer, 0.9, granularity=SharedFanIn(16))
+    found = exported(SharedFanInConv2d.of(layer, 16), torch.randn(2, 64, 5, 7, dtype=torch.float64), tmp_path)
+    assert "Conv" not in {node.op_type for node in found}
+
+
 def test_onnx_runtime_merges_groups_of_channels_with_the_norm_and_the_activation(tmp_path: Path) -> None:
     layer, norm = nn.Conv2d(64, 48, 1, bias=False), nn.BatchNorm2d(48)
     nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import NM, export_onnx, prune, to_sparse_csr, to_sparse_semi_structured
+from lightning_prune import NM, SharedFanIn, export_onnx, prune, to_sparse_csr, to_sparse_semi_structured
 from lightning_prune.export import sparse_layers
 from lightning_prune.export.sparse_layers import CSRLinear
 from lightning_prune.models.forward import difference, run
@@ -67,6 +67,23 @@ def test_sparse_rows_are_dense_in_an_onnx_file(tmp_path: Path) -> None:
     assert type(fast[0]) is CSRLinear
     weights = {tuple(tensor.dims) for tensor in onnx.load(tmp_path / "fast.onnx").graph.initializer}
     assert {(520, 512), (512, 520)} <= weights | {shape[::-1] for shape in weights}
+
+
+def test_sparse_rows_that_share_inputs_are_groups_in_an_onnx_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU())
+    prune(model, 0.95, granularity=SharedFanIn(16))
+    export_onnx(convert(model), torch.randn(3, 512), tmp_path / "fast.onnx")
+    graph = onnx.load(tmp_path / "fast.onnx").graph
+    assert "Gather" in {node.op_type for node in graph.node}
+    assert (512, 512) not in {tuple(tensor.dims) for tensor in graph.initializer}
+
+
+def test_an_onnx_file_is_compared_with_the_model_in_sparse_rows(tmp_path: Path) -> None:
+    fast = convert(net())
+    fast[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="the exported model must return the outputs of the model"):
+        export_onnx(fast, torch.randn(3, 512), tmp_path / "fast.onnx")
+    assert not (tmp_path / "fast.onnx").exists()
 
 
 def test_a_layer_in_several_places_stays_one() -> None:

@@ -469,7 +469,7 @@ def test_arguments_out_of_range_are_refused(make: Callable[[], Any], message: st
             LearnedMasks(
                 prior=Masks({f"net.{n}.weight": torch.ones(MLP().net[n].weight.shape).bool() for n in (0, 4, 6)})
             ),
-            "prior must keep 2 of every 4 weights, got masks that keep 4 to 4 for 'net.0.weight'",
+            "prior must keep 2 of every 4 weights, got a mask that keeps [4] of 'net.0.weight'",
             {},
         ),
         (MLP(), LearnedMasks(train=("net.4.*",)), "train must have no targets in it", {}),
