@@ -120,17 +120,19 @@ def whole(name: str, batch: int, sparsity: float, rounds: int) -> dict[str, Any]
 
 
 def profile(folder: str, inputs: Tensor) -> dict[str, float]:
-    """Return the milliseconds that ONNX Runtime spends on each kind of operator of the model in a folder."""
+    """Return the milliseconds that ONNX Runtime spends on each kind of operator: medians, summed over a model."""
     (file,) = Path(folder).glob("*.onnx")
     session = single_threaded(file, profile=f"{folder}/profile")
     for _ in range(RUNS):
         session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    found = dict.fromkeys((*KINDS, OTHERS), 0.0)
+    took: dict[tuple[str, str], list[float]] = {}
     for event in json.loads(Path(session.end_profiling()).read_text()):
         if event["name"].endswith("_kernel_time"):
-            operator = event["args"]["op_name"]
-            kind = next((kind for kind, operators in KINDS.items() if operator in operators), OTHERS)
-            found[kind] += event["dur"] / 1000 / RUNS
+            took.setdefault((event["name"], event["args"]["op_name"]), []).append(event["dur"] / 1000)
+    found = dict.fromkeys((*KINDS, OTHERS), 0.0)
+    for (_, operator), times in took.items():
+        kind = next((kind for kind, operators in KINDS.items() if operator in operators), OTHERS)
+        found[kind] += median(times)
     return found
 
 
