@@ -14,7 +14,7 @@ SHAPES: dict[str, Granularity] = {
 }
 SHAPED, SHAPED_LEVELS = (MASKED, *ROWS, BLOCKS), (0.8, 0.9, 0.95)
 LEVELS: dict[str, tuple[float, ...]] = dict.fromkeys(SHAPED, SHAPED_LEVELS)
-LEVELS |= {PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.9, 0.95)}
+LEVELS |= {PAIRS: (0.5,), NEURONS: (0.5, 0.75, 0.8, 0.9, 0.95)}
 TRAINED = {  # what a trained network can have
     form: levels
     for name, levels in LEVELS.items()
