@@ -21,6 +21,8 @@ from pathlib import Path
 from marked import replace, spread, table
 from post_training import Task, smollm2
 from runs import Runs
+from shapes import ROWS as GROUPS
+from shapes import SHAPED_LEVELS
 from timing import RESULTS, machine, quiet
 
 from lightning_prune import ConstantSparsity, SharedFanIn, Wanda, permute_rows, prune, sparsity
@@ -33,7 +35,7 @@ PATH = RESULTS / "permutation.jsonl"
 ROWS, LEVELS = (4, 16), (0.3, 0.5)
 TARGETS = ["*.gate_proj.*", "*.up_proj.*"]
 NETWORK, SEEDS, EPOCHS = "LeNet-300-100", range(5), 10
-DIGITS = [{"rows": rows, "level": level} for rows in (4, 8, 16, 32) for level in (0.8, 0.9, 0.95)]
+DIGITS = [{"rows": rows, "level": level} for rows in GROUPS.values() for level in SHAPED_LEVELS]
 
 
 def measure(task: Task, rows: int, level: float, permuted: bool) -> dict[str, float]:

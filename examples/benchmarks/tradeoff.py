@@ -265,7 +265,7 @@ def read() -> dict[str, Accuracies]:
     def digits(form: str, level: float) -> list[float] | None:
         if (rows := ROWS.get(PERMUTED.get(form, form))) is None:
             return None
-        found = orders.have(network="LeNet-300-100", rows=rows, level=level, permuted=form in PERMUTED)
+        found = orders.have(network=PANELS["digits"].network, rows=rows, level=level, permuted=form in PERMUTED)
         return [run["tuned"] for run in found] or None
 
     def accuracies(task: str, form: str, level: float) -> list[float] | None:

@@ -20,7 +20,6 @@ from lightning_prune.models.forward import Inputs, tensors
 from lightning_prune.models.parameters import named_parameters
 from lightning_prune.models.preserving import cacheless
 from lightning_prune.updates.latency import LayerTime, values_left
-from lightning_prune.updates.parts import Parts
 from lightning_prune.updates.smaller_copies import SmallerCopy
 from lightning_prune.updates.timed_layers import (
     Clock,
@@ -52,10 +51,6 @@ class Work:
     kind: str
     flops: float
     values: int
-
-    def left(self, parts: Parts) -> float:
-        """Return which fraction of its units, 0 to 1, is left."""
-        return parts.get((self.spot.weight, self.spot.dims[0] or 0), 1.0)
 
     def layer(self, ms: float) -> LayerTime:
         """Return its time, from the milliseconds of one FLOP."""
@@ -197,10 +192,11 @@ def by_level(
     (4.0, 0.0)
     """
     targets = {work.spot.weight: work for work in works if work.spot.keeps_shape}
+    shapes = {name: work.layer(1.0) for name, work in targets.items()}
     saved, lefts = dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 1.0)
     each, before = list[dict[str, float]](), 1.0
     for sample in samples:
-        now = {name: work.left(sample.parts) for name, work in targets.items() if name not in sample.dense}
+        now = {name: shape.left(sample.parts)[0] for name, shape in shapes.items() if name not in sample.dense}
         skipped = {name: targets[name].flops * max(0.0, lefts[name] - left) for name, left in now.items()}
         if sum(skipped.values()):
             gain = max(0.0, before - sample.part) / sum(skipped.values())
